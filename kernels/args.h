@@ -1,0 +1,133 @@
+/* Every argument struct and every geometry constant that host and device share.
+ * C99; included by the .cu files and read by bindgen (src/cuda/args.rs).
+ * Fixed-width members and explicit padding; addresses are uint64_t, so that the Rust side stays Copy; strides count elements.
+ * Constants are anonymous enums, since bindgen drops a #define that holds an expression. */
+#ifndef LSW_ARGS_H
+#define LSW_ARGS_H
+
+#include <stdint.h>
+
+enum {
+    LSW_MAX_EXPERTS = 1024, /* of a router; also of permute */
+    LSW_MAX_K = 32,         /* experts a token; one lane each */
+    LSW_MAX_RANK = 256,
+
+    LSW_ROUTE_THREADS = 128, /* one warp a token */
+
+    LSW_BANK_THREADS = 64,
+    LSW_BANK_BATCH = 64, /* factors that one launch writes: they travel as kernel arguments (2.6 KB) */
+
+    LSW_SWITCH_THREADS = 256, /* also the targets that are planned at a time */
+    LSW_SWITCH_TILE_ROWS = 64,
+    LSW_SWITCH_TILE_COLS = 128,
+    LSW_SWITCH_SHARED_16BIT = 48 * 1024, /* bytes a block; asserted by the kernel */
+    LSW_SWITCH_SHARED_32BIT = 88 * 1024,
+
+    LSW_PERMUTE_THREADS = 256,
+    LSW_PERMUTE_WARP_ITEMS = 512,  /* contiguous items that one warp ranks */
+    LSW_PERMUTE_MAX_BLOCKS = 1024, /* above it a warp ranks more items */
+    LSW_MOVE_THREADS = 256
+};
+
+/* Bits of a status word: what was odd in device memory. Sticky; never an error. */
+enum {
+    LSW_ODD_LOGITS = 1,      /* route: NaN or +inf, or a row with nothing finite */
+    LSW_ODD_ID = 2,          /* permute: an id below -1 or past the last expert */
+    LSW_ODD_ROUTE_ID = 4,    /* switch: the same */
+    LSW_ODD_COEFFICIENT = 8, /* switch: not finite; in place it counted as zero */
+    LSW_STALE_MERGE = 16     /* switch in place: a merged slot was given another adapter; its targets were left as they are */
+};
+
+typedef struct LswRouteArgs {
+    uint64_t logits, ids, gates, status;
+    uint64_t logits_stride, ids_stride, gates_stride;
+    uint32_t tokens, experts, k, renormalize;
+} LswRouteArgs;
+
+enum { LSW_A_ALIGNED = 1, LSW_B_ALIGNED = 2 }; /* address and row bytes are multiples of 16 */
+
+/* One adapter of one target: A [rank, in], B [out, rank]. Rank 0: there is none. */
+typedef struct LswFactor {
+    uint64_t a, b;
+    uint32_t a_stride, b_stride;
+    uint32_t rank;
+    float scale;
+    uint32_t generation; /* of the slot's content: differs after each refill */
+    uint32_t flags;
+} LswFactor;
+
+/* Writes table[target * slots + slot] for `count` targets. */
+typedef struct LswBankArgs {
+    uint64_t table;
+    uint32_t slots, slot, first_target, count;
+    LswFactor factors[LSW_BANK_BATCH];
+} LswBankArgs;
+
+enum { LSW_WEIGHT_ALIGNED = 1 }; /* W and base: address and row bytes are multiples of 16 */
+
+typedef struct LswTarget {
+    uint64_t weight, base; /* base == weight: in place */
+    uint64_t weight_stride, base_stride;
+    uint32_t rows, cols;
+    uint32_t flags;
+    uint32_t tiles;
+} LswTarget;
+
+/* One entry of the route that a target holds merged. */
+typedef struct LswMerged {
+    int32_t slot;
+    float coefficient;
+    uint32_t generation;
+} LswMerged;
+
+enum { LSW_UNKNOWN = 0x7fffffff }; /* a merged count that equals none: the first call writes everything */
+
+typedef struct LswSwitchState {
+    uint32_t next_tile;   /* work queue over the tiles of all changed targets; the last block resets it */
+    uint32_t blocks_done; /* likewise */
+    uint32_t status;
+    uint32_t padding;
+} LswSwitchState;
+
+typedef struct LswSwitchArgs {
+    uint64_t targets;      /* LswTarget [all targets] */
+    uint64_t factors;      /* LswFactor [all targets, slots] */
+    uint64_t merged;       /* LswMerged [all targets, k_max] */
+    uint64_t merged_count; /* uint32_t [all targets] */
+    uint64_t state;        /* LswSwitchState */
+    uint64_t ids, gates;   /* int32_t [k], float [k] */
+    uint32_t first, last;  /* the targets of this call */
+    uint32_t slots, k, k_max;
+    uint32_t in_place;
+} LswSwitchArgs;
+
+/* Copies what a target holds merged: ids and coefficients [k_max], padded with -1 and 0. */
+typedef struct LswCurrentArgs {
+    uint64_t merged, merged_count;
+    uint64_t ids, coefficients;
+    uint32_t target, k_max;
+} LswCurrentArgs;
+
+typedef struct LswPermuteArgs {
+    uint64_t ids, offsets, row_map, inverse, counts, status;
+    uint64_t ids_stride, inverse_stride;
+    uint32_t items, k, experts;
+    uint32_t blocks, warp_items; /* a block ranks warps * warp_items items */
+    uint32_t padding;
+} LswPermuteArgs;
+
+/* rows[r] = x[row_map[r] / k], in units of 1, 2, 4 or 16 bytes; rows whose map is -1 are left alone. */
+typedef struct LswGatherArgs {
+    uint64_t x, row_map, rows;
+    uint64_t x_stride, rows_stride, units; /* in units */
+    uint32_t count, k, tokens, padding;
+} LswGatherArgs;
+
+/* y[t] = sum_j gates[t, j] * rows[inverse[t, j]] */
+typedef struct LswCombineArgs {
+    uint64_t rows, inverse, gates, y;
+    uint64_t rows_stride, inverse_stride, gates_stride, y_stride, cols;
+    uint32_t tokens, k, row_count, aligned;
+} LswCombineArgs;
+
+#endif

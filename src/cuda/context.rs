@@ -1,0 +1,376 @@
+//! The driver, probed; a device with its kernels; its streams.
+
+use super::args::{LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS};
+use super::images::{BUILT_WITH, IMAGES};
+use super::memory::DeviceMemory;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::memory::StateMemory;
+use crate::stream::Odd;
+use crate::view::Place;
+use cudarc::driver::{CudaContext, CudaStream, sys};
+use std::ffi::CString;
+use std::ptr;
+use std::sync::{Arc, OnceLock};
+
+/// A driver call as a `Result`. cudarc's `CUresult` is an exhaustive enum, so the value becomes a plain number at once and is never
+/// matched on: a code that a newer driver invents ends in `Error::Cuda` like any other.
+macro_rules! driver {
+    ($call:ident($($arg:expr),* $(,)?)) => {
+        $crate::cuda::context::code(stringify!($call), sys::$call($($arg),*) as u32)
+    };
+}
+pub(super) use driver;
+
+pub(super) fn code(call: &'static str, code: u32) -> Result<()> {
+    if code == 0 { Ok(()) } else { Err(Error::Cuda { call, code }) }
+}
+
+/// libcuda, found once. cudarc panics on its first call without it, so nothing is called before this has answered.
+fn probe() -> Result<()> {
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    let names = if cfg!(windows) { ["nvcuda.dll", "nvcuda"] } else { ["libcuda.so.1", "libcuda.so"] };
+    // SAFETY: loading the NVIDIA driver runs its initialisers, as linking to it would.
+    let load = || names.iter().any(|name| unsafe { libloading::Library::new(*name) }.map(std::mem::forget).is_ok());
+    if !FOUND.get_or_init(load) {
+        let why = format!("the NVIDIA driver ({}) cannot be loaded; install driver 580 or newer, or use a CPU context", names[0]);
+        return Err(Error::NoDevice { why });
+    }
+    // SAFETY: no arguments to get wrong.
+    unsafe { driver!(cuInit(0)) }.map_err(|e| Error::NoDevice { why: format!("{e}; is a GPU present and its driver loaded?") })
+}
+
+pub(super) type Function = sys::CUfunction;
+
+/// Every kernel, looked up once.
+pub(super) struct Kernels {
+    pub route: [Function; 3],
+    pub bank_set: Function,
+    pub switch: [Function; 3],
+    pub switch_current: Function,
+    pub permute_count: Function,
+    pub permute_scatter: Function,
+    /// By bytes a unit: 16, 4, 2, 1.
+    pub gather: [Function; 4],
+    pub combine: [Function; 3],
+}
+
+/// Which of a kernel's three symbols serves a float type.
+pub(super) fn by_dtype(dtype: DType) -> usize {
+    match dtype {
+        DType::F32 => 0,
+        DType::F16 => 1,
+        DType::Bf16 => 2,
+        other => unreachable!("the plan's dtype is a float, not {other}"),
+    }
+}
+
+/// Shared memory of the switch, by the same index.
+pub(super) const SWITCH_SHARED: [u32; 3] = [LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_16BIT];
+
+struct Modules(Vec<(&'static str, sys::CUmodule)>);
+
+impl Modules {
+    /// Loads all images into the current context.
+    fn load() -> Result<Self> {
+        if IMAGES.is_empty() {
+            return Err(Error::NoKernels { why: BUILT_WITH });
+        }
+        let mut modules = Self(Vec::new());
+        for (name, image) in IMAGES {
+            let mut module = ptr::null_mut();
+            // SAFETY: the image is a whole fatbin that nvcc wrote; the driver copies what it needs.
+            unsafe { driver!(cuModuleLoadData(&mut module, image.as_ptr().cast())) }?;
+            modules.0.push((name, module));
+        }
+        Ok(modules)
+    }
+
+    /// `switch_f32` is `lsw_switch_f32`; the module is the one that has it.
+    fn function(&self, name: &str) -> Result<Function> {
+        let symbol = CString::new(format!("lsw_{name}")).expect("names have no nul");
+        let mut function = ptr::null_mut();
+        let mut last = Err(Error::NoKernels { why: BUILT_WITH });
+        for (_, module) in &self.0 {
+            // SAFETY: a loaded module and a nul-terminated name.
+            last = unsafe { driver!(cuModuleGetFunction(&mut function, *module, symbol.as_ptr())) };
+            if last.is_ok() {
+                break;
+            }
+        }
+        last?;
+        // Under lazy loading, asking for an attribute loads the kernel's code now instead of at the first launch.
+        let mut registers = 0;
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_NUM_REGS;
+        // SAFETY: a function of a loaded module.
+        unsafe { driver!(cuFuncGetAttribute(&mut registers, attribute, function)) }?;
+        Ok(function)
+    }
+
+    fn functions<const N: usize>(&self, stem: &str, suffixes: [&str; N]) -> Result<[Function; N]> {
+        let mut found = [ptr::null_mut(); N];
+        for (slot, suffix) in found.iter_mut().zip(suffixes) {
+            *slot = self.function(&format!("{stem}_{suffix}"))?;
+        }
+        Ok(found)
+    }
+
+    fn kernels(&self) -> Result<Kernels> {
+        let floats = ["f32", "f16", "bf16"];
+        Ok(Kernels {
+            route: self.functions("route", floats)?,
+            bank_set: self.function("bank_set")?,
+            switch: self.functions("switch", floats)?,
+            switch_current: self.function("switch_current")?,
+            permute_count: self.function("permute_count")?,
+            permute_scatter: self.function("permute_scatter")?,
+            gather: self.functions("gather", ["16", "4", "2", "1"])?,
+            combine: self.functions("combine", floats)?,
+        })
+    }
+}
+
+/// A CUDA context with the kernels loaded.
+pub(crate) struct Device {
+    raw: sys::CUcontext,
+    pub(super) kernels: Kernels,
+    /// Blocks of the switch that fill the card, by dtype.
+    pub(super) switch_blocks: [u32; 3],
+    modules: Modules,
+    /// The word that collects what `route` and `permute` find odd. None only while it is being dropped.
+    odd: Option<DeviceMemory>,
+    /// Keeps the context alive, where it is cudarc's. Dropped last.
+    _owner: Option<Arc<CudaContext>>,
+}
+
+// SAFETY: handles of the driver, which is thread safe; calls make the context current for their own length.
+unsafe impl Send for Device {}
+// SAFETY: as above; nothing in it changes after creation.
+unsafe impl Sync for Device {}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Device({:p})", self.raw)
+    }
+}
+
+/// Makes a context current on this thread for the length of a scope, and brings the former one back.
+pub(super) struct Entered;
+
+impl Entered {
+    /// `context` is alive: the caller holds its device, or made it from a live context.
+    fn new(context: sys::CUcontext) -> Result<Self> {
+        // SAFETY: a live context.
+        unsafe { driver!(cuCtxPushCurrent_v2(context)) }?;
+        Ok(Self)
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        let mut context = ptr::null_mut();
+        // SAFETY: pops what `new` pushed; a failure leaves nothing to do.
+        let _ = unsafe { driver!(cuCtxPopCurrent_v2(&mut context)) };
+    }
+}
+
+impl Device {
+    pub fn primary(ordinal: usize) -> Result<Self> {
+        if IMAGES.is_empty() {
+            return Err(Error::NoKernels { why: BUILT_WITH });
+        }
+        probe()?;
+        let mut count = 0;
+        // SAFETY: a valid pointer.
+        unsafe { driver!(cuDeviceGetCount(&mut count)) }?;
+        if ordinal >= count as usize {
+            return Err(Error::argument("ordinal", ordinal, format!("below {count}, the number of devices")));
+        }
+        // cudarc makes its context current and leaves it so: bring the caller's back.
+        let mut before = ptr::null_mut();
+        // SAFETY: a valid pointer.
+        unsafe { driver!(cuCtxGetCurrent(&mut before)) }?;
+        let context = CudaContext::new(ordinal);
+        // SAFETY: the context that was current.
+        unsafe { driver!(cuCtxSetCurrent(before)) }?;
+        let context = context.map_err(|e| Error::Cuda { call: "cuDevicePrimaryCtxRetain", code: e.0 as u32 })?;
+        Self::new(context.cu_ctx(), Some(context.clone()))
+    }
+
+    pub fn new(raw: sys::CUcontext, owner: Option<Arc<CudaContext>>) -> Result<Self> {
+        if IMAGES.is_empty() {
+            return Err(Error::NoKernels { why: BUILT_WITH });
+        }
+        if raw.is_null() {
+            return Err(Error::argument("context", "null", "a CUcontext"));
+        }
+        probe()?;
+        let _entered = Entered::new(raw)?;
+        check_capability()?;
+        let modules = Modules::load()?;
+        let kernels = modules.kernels()?;
+        let switch_blocks = switch_blocks(&kernels)?;
+        let mut device = Self { raw, kernels, switch_blocks, modules, odd: None, _owner: owner };
+        let odd = DeviceMemory::new(&device, 16, &StateMemory::allocate())?;
+        // SAFETY: 16 bytes were just allocated; synchronous with the host for device memory, on no caller's stream.
+        unsafe { driver!(cuMemsetD32_v2(odd.addr(), 0, 4)) }?;
+        // SAFETY: no arguments.
+        unsafe { driver!(cuCtxSynchronize()) }?;
+        device.odd = Some(odd);
+        Ok(device)
+    }
+
+    pub fn raw(&self) -> sys::CUcontext {
+        self.raw
+    }
+
+    pub(super) fn enter(&self) -> Result<Entered> {
+        Entered::new(self.raw)
+    }
+
+    pub(super) fn odd_word(&self) -> u64 {
+        self.odd.as_ref().expect("set by new").addr()
+    }
+
+    pub fn take_odd(&self, stream: &DeviceStream) -> Result<Odd> {
+        let _entered = self.enter()?;
+        let odd = stream.read_u32(self.odd_word())?;
+        if odd != 0 {
+            stream.fill_u32(self.odd_word(), 0, 1)?;
+        }
+        Ok(Odd(odd))
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        if let Ok(entered) = self.enter() {
+            self.odd = None;
+            for (_, module) in &self.modules.0 {
+                // SAFETY: loaded by `new`, and whoever launched from it held this device.
+                let _ = unsafe { driver!(cuModuleUnload(*module)) };
+            }
+            drop(entered);
+        }
+    }
+}
+
+fn attribute(attribute: sys::CUdevice_attribute) -> Result<i32> {
+    let (mut device, mut value) = (0, 0);
+    // SAFETY: valid pointers; a context is current.
+    unsafe { driver!(cuCtxGetDevice(&mut device)) }?;
+    // SAFETY: as above.
+    unsafe { driver!(cuDeviceGetAttribute(&mut value, attribute, device)) }?;
+    Ok(value)
+}
+
+fn check_capability() -> Result<()> {
+    use sys::CUdevice_attribute as A;
+    let major = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    let minor = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    if major < 8 {
+        return Err(Error::NoDevice { why: format!("compute capability {major}.{minor} is below 8.0, the first that is supported") });
+    }
+    Ok(())
+}
+
+/// Allows the switch its shared memory and asks how many of its blocks the card holds at once.
+fn switch_blocks(kernels: &Kernels) -> Result<[u32; 3]> {
+    let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+    let mut blocks = [0; 3];
+    for ((function, shared), blocks) in kernels.switch.iter().zip(SWITCH_SHARED).zip(&mut blocks) {
+        let allow = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: a function of a loaded module.
+        unsafe { driver!(cuFuncSetAttribute(*function, allow, shared as i32)) }?;
+        let mut each = 0;
+        // SAFETY: as above, and a valid pointer.
+        unsafe {
+            driver!(cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut each, *function, LSW_SWITCH_THREADS as i32, shared as usize))
+        }?;
+        *blocks = (each.max(1) * processors) as u32;
+    }
+    Ok(blocks)
+}
+
+/// A stream of a device: a raw handle, and its cudarc owner where it has one.
+#[derive(Debug, Clone)]
+pub(crate) struct DeviceStream {
+    device: Arc<Device>,
+    raw: sys::CUstream,
+    owner: Option<Arc<CudaStream>>,
+}
+
+// SAFETY: a handle of the driver, which is thread safe.
+unsafe impl Send for DeviceStream {}
+// SAFETY: as above.
+unsafe impl Sync for DeviceStream {}
+
+impl DeviceStream {
+    pub fn tracked(device: Arc<Device>, owner: Arc<CudaStream>) -> Self {
+        Self { device, raw: owner.cu_stream(), owner: Some(owner) }
+    }
+
+    pub fn raw(device: Arc<Device>, raw: sys::CUstream) -> Self {
+        Self { device, raw, owner: None }
+    }
+
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    pub fn owner(&self) -> Option<&CudaStream> {
+        self.owner.as_deref()
+    }
+
+    pub(super) fn handle(&self) -> sys::CUstream {
+        self.raw
+    }
+
+    pub fn place(&self) -> Place {
+        Place::Device { context: self.device.raw as usize, stream: self.owner.as_ref().map(|_| self.raw as usize) }
+    }
+
+    pub fn is_capturing(&self) -> Result<bool> {
+        let _entered = self.device.enter()?;
+        let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        // SAFETY: a live stream of the current context, and a valid pointer.
+        unsafe { driver!(cuStreamIsCapturing(self.raw, &mut status)) }?;
+        Ok(status as u32 != 0)
+    }
+
+    /// Waits for the stream's work. The context must be current.
+    pub(super) fn synchronize(&self) -> Result<()> {
+        // SAFETY: a live stream of the current context.
+        unsafe { driver!(cuStreamSynchronize(self.raw)) }
+    }
+
+    /// Copies to the device and waits. The context must be current.
+    pub(super) fn write<T: Copy>(&self, addr: u64, data: &[T]) -> Result<()> {
+        // SAFETY: `addr` is device memory that the caller sized for `data`; the wait below keeps `data` alive long enough.
+        unsafe { driver!(cuMemcpyHtoDAsync_v2(addr, data.as_ptr().cast(), size_of_val(data), self.raw)) }?;
+        self.synchronize()
+    }
+
+    fn read_u32(&self, addr: u64) -> Result<u32> {
+        let mut word = 0u32;
+        // SAFETY: `addr` is a word of our own; the wait below keeps `word` alive long enough.
+        unsafe { driver!(cuMemcpyDtoHAsync_v2(ptr::from_mut(&mut word).cast(), addr, 4, self.raw)) }?;
+        self.synchronize()?;
+        Ok(word)
+    }
+
+    /// Reads a word that work on this stream wrote, waiting for it.
+    pub(super) fn read_word(&self, addr: u64) -> Result<u32> {
+        let _entered = self.device.enter()?;
+        self.read_u32(addr)
+    }
+
+    /// Fills words, enqueued. The context must be current.
+    pub(super) fn fill_u32(&self, addr: u64, value: u32, count: u64) -> Result<()> {
+        if count == 0 {
+            return Ok(());
+        }
+        // SAFETY: `addr` is device memory of ours of at least `count` words.
+        unsafe { driver!(cuMemsetD32Async(addr, value, count as usize, self.raw)) }
+    }
+}

@@ -1,0 +1,67 @@
+//! The one launch.
+
+use super::args::*;
+use super::context::{DeviceStream, Function, SWITCH_SHARED, driver};
+use crate::error::Result;
+use cudarc::driver::sys;
+use std::ffi::c_void;
+use std::ptr;
+
+/// A grid of one dimension, and the shared memory of a block.
+#[derive(Clone, Copy)]
+pub(super) struct Grid {
+    pub blocks: u32,
+    pub threads: u32,
+    pub shared: u32,
+}
+
+/// Enqueues a kernel.
+///
+/// # Safety
+/// `args` is the struct that the kernel takes, and every address in it is what the kernel's contract says, until the work has finished.
+pub(super) unsafe fn launch<Args>(stream: &DeviceStream, function: Function, grid: Grid, args: &Args) -> Result<()> {
+    let _entered = stream.device().enter()?;
+    let config = sys::CUlaunchConfig {
+        gridDimX: grid.blocks,
+        gridDimY: 1,
+        gridDimZ: 1,
+        blockDimX: grid.threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: grid.shared,
+        hStream: stream.handle(),
+        attrs: ptr::null_mut(),
+        numAttrs: 0,
+    };
+    let mut parameters = [ptr::from_ref(args).cast_mut().cast::<c_void>()];
+    // SAFETY: the kernel's one parameter is `args` (the caller's promise); the driver copies it before the call returns.
+    unsafe { driver!(cuLaunchKernelEx(&config, function, parameters.as_mut_ptr(), ptr::null_mut())) }
+}
+
+/// Launches every kernel with an empty problem: the all-zero struct asks each of them for nothing.
+pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
+    let k = &stream.device().kernels;
+    let one = |threads: u32, shared: u32| Grid { blocks: 1, threads, shared };
+    // SAFETY: each struct is its kernel's, and a count of zero in it keeps the kernel from every address.
+    unsafe {
+        for function in k.route {
+            launch(stream, function, one(LSW_ROUTE_THREADS, 0), &LswRouteArgs::default())?;
+        }
+        for (function, shared) in k.switch.iter().zip(SWITCH_SHARED) {
+            launch(stream, *function, one(LSW_SWITCH_THREADS, shared), &LswSwitchArgs::default())?;
+        }
+        // Too long for a derived Default.
+        launch(stream, k.bank_set, one(LSW_BANK_THREADS, 0), &std::mem::zeroed::<LswBankArgs>())?;
+        launch(stream, k.switch_current, one(LSW_MAX_K, 0), &LswCurrentArgs::default())?;
+        for function in [k.permute_count, k.permute_scatter] {
+            launch(stream, function, one(LSW_PERMUTE_THREADS, 64), &LswPermuteArgs::default())?;
+        }
+        for function in k.gather {
+            launch(stream, function, one(LSW_MOVE_THREADS, 0), &LswGatherArgs::default())?;
+        }
+        for function in k.combine {
+            launch(stream, function, one(LSW_MOVE_THREADS, 0), &LswCombineArgs::default())?;
+        }
+    }
+    Ok(())
+}

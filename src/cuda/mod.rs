@@ -1,0 +1,17 @@
+//! The CUDA backend: checked plans become argument structs and grids. It compiles everywhere: libcuda is loaded at run time, and in a
+//! build without nvcc only the table of images is empty.
+
+#[rustfmt::skip]
+#[allow(missing_docs, non_camel_case_types, non_upper_case_globals, dead_code, clippy::all)]
+pub(crate) mod args;
+pub(crate) mod bank;
+mod context;
+mod images;
+mod launch;
+mod memory;
+pub(crate) mod permute;
+pub(crate) mod route;
+pub(crate) mod switch;
+
+pub(crate) use context::{Device, DeviceStream};
+pub(crate) use launch::warm;

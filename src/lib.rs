@@ -1,0 +1,26 @@
+#![doc = include_str!("../README.md")]
+
+mod bank;
+mod check;
+mod cpu;
+mod cuda;
+mod dtype;
+mod error;
+#[cfg(feature = "capi")]
+mod ffi;
+mod memory;
+mod permute;
+mod route;
+mod stream;
+mod switch;
+mod view;
+
+pub use bank::{AdapterBank, Factor, TargetShape};
+pub use dtype::{DType, Element, Float};
+pub use error::{Error, Result};
+pub use memory::StateMemory;
+pub use permute::{combine, gather, permute, permute_workspace_bytes};
+pub use route::{RouteOptions, route};
+pub use stream::{Context, Odd, Stream};
+pub use switch::{Form, SwitchOptions, SwitchSet, Target};
+pub use view::{Mat, MatMut, Tensor, Weight};
