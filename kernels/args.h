@@ -26,7 +26,9 @@ enum {
     LSW_PERMUTE_THREADS = 256,
     LSW_PERMUTE_WARP_ITEMS = 512,  /* contiguous items that one warp ranks */
     LSW_PERMUTE_MAX_BLOCKS = 1024, /* above it a warp ranks more items */
-    LSW_MOVE_THREADS = 256
+    LSW_MOVE_THREADS = 256,
+
+    LSW_MEASURE_THREADS = 1024
 };
 
 /* Bits of a status word: what was odd in device memory. Sticky; never an error. */
@@ -129,5 +131,12 @@ typedef struct LswCombineArgs {
     uint64_t rows_stride, inverse_stride, gates_stride, y_stride, cols;
     uint32_t tokens, k, row_count, aligned;
 } LswCombineArgs;
+
+/* Over `count` elements: y = factor * x, or y = factor * uniform(-1, 1). */
+typedef struct LswMeasureArgs {
+    uint64_t x, y, count, seed;
+    float factor;
+    uint32_t padding;
+} LswMeasureArgs;
 
 #endif

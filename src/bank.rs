@@ -92,11 +92,15 @@ impl AdapterBank {
             StreamKind::Cpu(_) => None,
             StreamKind::Cuda(cuda) => Some(crate::cuda::bank::Table::new(cuda, entries, &memory)?),
         };
+        let mut table = Vec::new();
+        let bytes = entries * size_of::<Entry>() as u64;
+        table.try_reserve_exact(entries as usize).map_err(|_| Error::OutOfMemory { bytes })?;
+        table.resize(entries as usize, Entry::default());
         Ok(Self(Arc::new(Inner {
             dtype,
             slots: slots as u32,
             shapes: targets.to_vec(),
-            table: RwLock::new(vec![Entry::default(); entries as usize]),
+            table: RwLock::new(table),
             device,
             stream: stream.clone(),
         })))

@@ -35,7 +35,7 @@ pub enum Error {
         /// Its `CUresult`.
         code: u32,
     },
-    /// Device memory could not be had.
+    /// Memory, of the device or the host, could not be had.
     OutOfMemory {
         /// How much was asked for.
         bytes: u64,
@@ -63,7 +63,7 @@ impl fmt::Display for Error {
             Self::NoDevice { why } => write!(f, "no CUDA device: {why}"),
             Self::NoKernels { why } => write!(f, "this build of lora-switch holds no CUDA kernels: {why}"),
             Self::Cuda { call, code } => write!(f, "{call} failed with CUresult {code}"),
-            Self::OutOfMemory { bytes } => write!(f, "{bytes} bytes of device memory could not be allocated"),
+            Self::OutOfMemory { bytes } => write!(f, "{bytes} bytes of memory could not be allocated"),
         }
     }
 }

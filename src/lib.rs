@@ -8,6 +8,7 @@ mod dtype;
 mod error;
 #[cfg(feature = "capi")]
 mod ffi;
+pub mod measure;
 mod memory;
 mod permute;
 mod route;

@@ -116,8 +116,10 @@ fn check_maps(
         return Err(Error::argument("workspace.data", format!("{:#x}", workspace.mat.addr), "a multiple of 4 bytes"));
     }
     let all = [ids, offsets, row_map, inverse, workspace];
-    for (i, mat) in all.iter().enumerate() {
+    for mat in all {
         mat.memory()?.on(stream)?;
+    }
+    for (i, mat) in all.iter().enumerate() {
         mat.disjoint_from(&all[i + 1..])?;
     }
     Ok(MapsPlan {

@@ -1,5 +1,6 @@
 //! Contexts choose the backend; streams order the work.
 
+use crate::check::narrow;
 use crate::cpu::Pool;
 use crate::cuda::{Device, DeviceStream};
 use crate::error::{Error, Result};
@@ -64,11 +65,12 @@ pub(crate) enum ContextKind {
 }
 
 impl Context {
-    /// The CPU backend with this many threads: 0 = one a core, 1 = the calling thread alone.
+    /// The CPU backend with this many threads, at most 1024: 0 = one a core, 1 = the calling thread alone.
     ///
     /// # Errors
-    /// Where threads cannot be started.
+    /// On too many threads, or where they cannot be started.
     pub fn cpu(threads: usize) -> Result<Self> {
+        narrow("threads", threads as u64, 1024)?;
         Ok(Self(ContextKind::Cpu(Arc::new(Pool::new(threads)?))))
     }
 

@@ -56,13 +56,15 @@ impl RawMat {
         if a.start >= b.end || b.start >= a.end {
             return false;
         }
-        if self.stride != other.stride || self.dtype != other.dtype {
+        // A single row may have any stride, one below its columns too, and then it is on no grid.
+        let on_grid = |mat: &Self| mat.stride >= mat.cols;
+        if self.stride != other.stride || self.dtype != other.dtype || !on_grid(self) || !on_grid(other) {
             return true;
         }
         // On the common grid of rows, `other` begins `row` rows and `col` columns after the start of the lower one.
         let (low, high) = if self.addr <= other.addr { (self, other) } else { (other, self) };
         let distance = high.addr - low.addr;
-        let stride = low.stride * low.dtype.size();
+        let Some(stride) = low.stride.checked_mul(low.dtype.size()) else { return true };
         if distance % low.dtype.size() != 0 || stride == 0 {
             return true;
         }
@@ -84,7 +86,8 @@ impl RawMat {
 
     /// Address and row bytes are multiples of 16.
     pub fn aligned16(&self) -> bool {
-        self.addr % 16 == 0 && (self.stride * self.dtype.size()) % 16 == 0
+        // Wrapping, since a single row's stride is unbounded: modulo 16 that is exact.
+        self.addr % 16 == 0 && self.stride.wrapping_mul(self.dtype.size()) % 16 == 0
     }
 
     fn sub(&self, rows: Range<u64>, cols: Range<u64>) -> Result<Self> {
@@ -405,6 +408,15 @@ mod tests {
                 assert_eq!(a.overlaps(&b), shared, "at {addr}, {rows} x {cols}");
                 assert_eq!(b.overlaps(&a), shared, "at {addr}, {rows} x {cols}, swapped");
             }
+        }
+    }
+
+    /// A vector's stride is nowhere checked.
+    #[test]
+    fn vectors_overlap_at_any_stride() {
+        for stride in [0, 1, 4, (1 << 62) + 1, u64::MAX] {
+            let (a, b, c) = (mat(0, 1, 8, stride), mat(4, 1, 8, stride), mat(8, 1, 8, stride));
+            assert!(a.overlaps(&b) && b.overlaps(&a) && !a.overlaps(&c) && !c.overlaps(&a), "at stride {stride}");
         }
     }
 

@@ -114,7 +114,8 @@ impl fmt::Display for PeftError {
             ),
             NotTargeted { module, target_modules, .. } => write!(
                 f,
-                "has weights for the module `{module}`, expected only what {CONFIG} targets: {target_modules}"
+                "has weights for the module `{module}`, expected only what {CONFIG} targets: {target_modules} \
+                 (less exclude_modules, in layers_to_transform)"
             ),
             NoSuchWeight { weight, .. } => write!(f, "no weight `{weight}`"),
             NoAdapters { .. } => {
@@ -731,7 +732,7 @@ impl fmt::Display for Matcher {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Matcher::AllLinear => f.write_str("all-linear"),
-            Matcher::Pattern(pattern) => write!(f, "{pattern}"),
+            Matcher::Pattern(pattern) => write!(f, "the pattern {pattern}"),
             Matcher::List(names) => write!(f, "{names:?}"),
         }
     }

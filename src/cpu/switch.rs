@@ -79,7 +79,7 @@ impl State {
             } else {
                 new.clone()
             };
-            if !(set.in_place && terms.is_empty()) {
+            if !(set.targets[index].weight.is_empty() || set.in_place && terms.is_empty()) {
                 with_float!(set.bank.dtype(), merge::<_>(pool, &set.targets[index], entries, &terms));
             }
             self.merged[index] = Some(new);

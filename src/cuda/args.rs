@@ -15,6 +15,7 @@ pub const LSW_PERMUTE_THREADS: _bindgen_ty_1 = 256;
 pub const LSW_PERMUTE_WARP_ITEMS: _bindgen_ty_1 = 512;
 pub const LSW_PERMUTE_MAX_BLOCKS: _bindgen_ty_1 = 1024;
 pub const LSW_MOVE_THREADS: _bindgen_ty_1 = 256;
+pub const LSW_MEASURE_THREADS: _bindgen_ty_1 = 1024;
 pub type _bindgen_ty_1 = ::core::ffi::c_uint;
 pub const LSW_ODD_LOGITS: _bindgen_ty_2 = 1;
 pub const LSW_ODD_ID: _bindgen_ty_2 = 2;
@@ -398,4 +399,29 @@ const _: () = {
         [::core::mem::offset_of!(LswCombineArgs, row_count) - 80usize];
     ["Offset of field: LswCombineArgs::aligned"]
         [::core::mem::offset_of!(LswCombineArgs, aligned) - 84usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct LswMeasureArgs {
+    pub x: u64,
+    pub y: u64,
+    pub count: u64,
+    pub seed: u64,
+    pub factor: f32,
+    pub padding: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LswMeasureArgs"][::core::mem::size_of::<LswMeasureArgs>() - 40usize];
+    ["Alignment of LswMeasureArgs"][::core::mem::align_of::<LswMeasureArgs>() - 8usize];
+    ["Offset of field: LswMeasureArgs::x"][::core::mem::offset_of!(LswMeasureArgs, x) - 0usize];
+    ["Offset of field: LswMeasureArgs::y"][::core::mem::offset_of!(LswMeasureArgs, y) - 8usize];
+    ["Offset of field: LswMeasureArgs::count"]
+        [::core::mem::offset_of!(LswMeasureArgs, count) - 16usize];
+    ["Offset of field: LswMeasureArgs::seed"]
+        [::core::mem::offset_of!(LswMeasureArgs, seed) - 24usize];
+    ["Offset of field: LswMeasureArgs::factor"]
+        [::core::mem::offset_of!(LswMeasureArgs, factor) - 32usize];
+    ["Offset of field: LswMeasureArgs::padding"]
+        [::core::mem::offset_of!(LswMeasureArgs, padding) - 36usize];
 };

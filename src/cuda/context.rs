@@ -53,6 +53,8 @@ pub(super) struct Kernels {
     /// By bytes a unit: 16, 4, 2, 1.
     pub gather: [Function; 4],
     pub combine: [Function; 3],
+    pub measure_scale: [Function; 3],
+    pub measure_fill: [Function; 3],
 }
 
 /// Which of a kernel's three symbols serves a float type.
@@ -126,6 +128,8 @@ impl Modules {
             permute_scatter: self.function("permute_scatter")?,
             gather: self.functions("gather", ["16", "4", "2", "1"])?,
             combine: self.functions("combine", floats)?,
+            measure_scale: self.functions("measure_scale", floats)?,
+            measure_fill: self.functions("measure_fill", floats)?,
         })
     }
 }

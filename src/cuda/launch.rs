@@ -59,6 +59,9 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
         for function in k.gather {
             launch(stream, function, one(LSW_MOVE_THREADS, 0), &LswGatherArgs::default())?;
         }
+        for function in k.measure_scale.into_iter().chain(k.measure_fill) {
+            launch(stream, function, one(LSW_MEASURE_THREADS, 0), &LswMeasureArgs::default())?;
+        }
         for function in k.combine {
             launch(stream, function, one(LSW_MOVE_THREADS, 0), &LswCombineArgs::default())?;
         }

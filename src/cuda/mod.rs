@@ -8,6 +8,7 @@ pub(crate) mod bank;
 mod context;
 mod images;
 mod launch;
+pub(crate) mod measure;
 mod memory;
 pub(crate) mod permute;
 pub(crate) mod route;

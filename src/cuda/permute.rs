@@ -53,7 +53,7 @@ pub(crate) fn maps(stream: &DeviceStream, plan: &MapsPlan) -> Result<()> {
 /// The widest access that fits these matrices, as an index into the gather kernels, and its bytes.
 fn unit(mats: &[&RawMat]) -> (usize, u64) {
     let fits = |bytes: u64| {
-        let whole = |m: &&RawMat| [m.addr, m.stride * m.dtype.size(), m.cols * m.dtype.size()].iter().all(|x| x % bytes == 0);
+        let whole = |m: &&RawMat| [m.addr, m.stride.wrapping_mul(m.dtype.size()), m.cols * m.dtype.size()].iter().all(|x| x % bytes == 0);
         mats.iter().all(whole)
     };
     let units = [16, 4, 2, 1];
@@ -63,7 +63,8 @@ fn unit(mats: &[&RawMat]) -> (usize, u64) {
 
 pub(crate) fn gather(stream: &DeviceStream, plan: &GatherPlan) -> Result<()> {
     let (kernel, bytes) = unit(&[&plan.x, &plan.rows]);
-    let in_units = |elements: u64| elements * plan.x.dtype.size() / bytes;
+    // Wrapping: the stride of a single row is unbounded, and not used.
+    let in_units = |elements: u64| elements.wrapping_mul(plan.x.dtype.size()) / bytes;
     let args = LswGatherArgs {
         x: plan.x.addr,
         row_map: plan.row_map.addr,

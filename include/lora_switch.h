@@ -1,0 +1,987 @@
+/* lora-switch: dynamic LoRA on CUDA, with a CPU backend for the same calls. This header is the manual.
+ *
+ * An engine makes a context (the backend), a bank (the adapters: a LoRA pair for every slot and target),
+ * and a switch set (the adapted weights W). For each token, or whenever the route changes, lsw_route
+ * turns router logits into a route, and lsw_switch_to brings every W to it in one launch.
+ * lsw_permute, lsw_gather and lsw_combine group a batch's tokens by expert and add up the results.
+ * ffi-examples/ holds whole programs.
+ *
+ * Conventions, for every function:
+ *
+ * Status. A function returns LSW_OK or says why not; lsw_last_error has the words. Everything about a
+ * call that the host can see (null, alignment, sizes, strides, dtypes, overlaps, handles' contexts) is
+ * checked before anything is done; on an error nothing was done, and no output was touched, except
+ * after LSW_CUDA_ERROR. Values in device memory are never errors: each odd one has an effect that is
+ * stated with the function, equal on both backends, and sets a bit (LSW_ODD_...) that can be read.
+ * Nothing unwinds or throws into the caller.
+ *
+ * Arguments. A pointer to const is an input, any other an output (handles aside). Outputs on the host
+ * (counts, new handles) are written only on success. Arrays of structs and the structs that describe
+ * matrices are read during the call and not kept. Enums cross as int32_t, so that a number from a
+ * newer header is an error and not undefined behaviour; numbers are never used again for something
+ * else. Fields called `reserved` must be 0. Structs of options begin with struct_size, to be set to
+ * sizeof: a smaller struct of an older header gets the defaults for what it lacks; a larger one of a
+ * newer header is fine if all that this library does not know is 0. NULL options are all defaults.
+ * Fields that are there are taken as they are: 0 does not mean the default.
+ *
+ * Ownership. lsw_..._create gives out an object, lsw_..._destroy ends it (NULL is ignored); the caller
+ * destroys each once, and does not use it afterwards. The order does not matter: what a set still needs
+ * of its bank and context lives on inside. All memory that is passed in stays the caller's; where an
+ * object keeps an address after the call (adapters, weights, tables), the function says for how long.
+ *
+ * Places and streams. On a CPU context, memory is host memory, `stream` is ignored, and a call returns
+ * when its work is done. On a CUDA context, memory is device memory of that context, `stream` is a
+ * CUstream or cudaStream_t of it (NULL: CUDA's legacy default stream), and calls enqueue and return,
+ * except where it says that one synchronises. Memory that a call reads or writes belongs to it until
+ * its work is done; order between streams is the caller's. The calls that enqueue may be captured into
+ * a graph unless stated otherwise; call lsw_context_warm first. The current CUDA context is left as
+ * it was.
+ *
+ * Matrices. Outputs share no memory with inputs or other outputs of the call. Addresses need the
+ * alignment of an element; multiples of 16 bytes, rows included, are faster on CUDA.
+ *
+ * Threads. Contexts and banks may be used by several threads at a time, a switch set by one.
+ *
+ * Same input, same bits, on one kind of card; no atomics on floats.
+ */
+
+
+#ifndef LORA_SWITCH_H
+#define LORA_SWITCH_H
+
+/* Generated from src/ffi by cbindgen; `make gen` writes it anew. */
+
+#include <stdint.h>
+
+/* The version of this header; see lsw_version. */
+#define LSW_VERSION_MAJOR 0
+#define LSW_VERSION_MINOR 1
+#define LSW_VERSION_PATCH 0
+#define LSW_VERSION (LSW_VERSION_MAJOR << 16 | LSW_VERSION_MINOR << 8 | LSW_VERSION_PATCH)
+
+
+/**
+ * The call did what it says.
+ */
+#define LSW_OK 0
+
+/**
+ * An argument is null, misaligned or out of its bounds. Nothing was done; lsw_last_error names it.
+ */
+#define LSW_INVALID_ARGUMENT 1
+
+/**
+ * The NVIDIA driver, or a device that is good enough, is missing.
+ */
+#define LSW_NO_DEVICE 2
+
+/**
+ * This build holds no CUDA kernels, since no nvcc was found when it was made.
+ */
+#define LSW_NO_KERNELS 3
+
+/**
+ * A driver call failed (lsw_last_cuda_result). Outputs of work that was under way are undefined.
+ */
+#define LSW_CUDA_ERROR 4
+
+/**
+ * Memory could not be had. Nothing was done.
+ */
+#define LSW_OUT_OF_MEMORY 5
+
+/**
+ * A bug in this library. It is not passed on to the caller's stack; destroy the objects of the call.
+ */
+#define LSW_PANIC 6
+
+/**
+ * 32-bit IEEE float.
+ */
+#define LSW_F32 0
+
+/**
+ * 16-bit IEEE float.
+ */
+#define LSW_F16 1
+
+/**
+ * bfloat16.
+ */
+#define LSW_BF16 2
+
+/**
+ * 32-bit signed integer.
+ */
+#define LSW_I32 3
+
+/**
+ * Bytes.
+ */
+#define LSW_U8 4
+
+/**
+ * Bits of what a device found odd in values that it was given. lsw_context_take_odd: lsw_route met a NaN or +inf logit, or a row
+ * with nothing finite.
+ */
+#define LSW_ODD_LOGITS 1
+
+/**
+ * lsw_context_take_odd: lsw_permute met an id below -1 or past the last expert.
+ */
+#define LSW_ODD_ID 2
+
+/**
+ * lsw_switch_odd: an id below -1 or past the last slot.
+ */
+#define LSW_ODD_ROUTE_ID 4
+
+/**
+ * lsw_switch_odd: a coefficient that is not finite (in place, also one above 2^126).
+ */
+#define LSW_ODD_COEFFICIENT 8
+
+/**
+ * lsw_switch_odd: a set in place holds the product of an adapter that has been replaced; its targets were left as they are.
+ */
+#define LSW_ODD_STALE_MERGE 16
+
+/**
+ * W = W_base + the sum of the route, with W_base in a second buffer. The result depends on the current route alone, bit for bit,
+ * after any number of switches; the route of nothing copies W_base's bits. Half the arithmetic of the other form, same traffic.
+ */
+#define LSW_FROM_BASE 0
+
+/**
+ * W += new route - old route (LoRA-Switch, arXiv 2405.17741, equation 6). No second buffer; each switch rounds W once, so errors
+ * build up.
+ */
+#define LSW_IN_PLACE 1
+
+/**
+ * A table over (target, slot) of LoRA pairs, by address: it copies no weights, so stacked arrays, paged pools and slices of larger
+ * matrices all fit. May be used by several threads at a time, and destroyed before the sets that use it.
+ */
+typedef struct lsw_bank lsw_bank;
+
+/**
+ * A backend, ready: the CPU with a number of threads, or a CUDA context with the kernels loaded. May be used by several threads at a
+ * time, and destroyed before the objects that were made on it.
+ */
+typedef struct lsw_context lsw_context;
+
+/**
+ * All adapted weights of a model and the adapters that they may carry.
+ *
+ * A route is ids[k] and gates[k], as lsw_route writes them. Canonical form: an id outside the bank's slots is none; duplicates add up
+ * in f32 in order of appearance; entries sort by id, so a permuted route gives the same bits. The coefficient of a slot at a target is
+ * gate * scale, in f32; where it is zero, or the rank is, the adapter is not touched at all.
+ *
+ * A target whose list of (slot, coefficient, content of the slot) equals what it holds costs no weight traffic. What it holds is kept
+ * on the device, so a captured lsw_switch_to serves every route, and a slot that got another adapter is noticed.
+ *
+ * Numbers: A, B, W enter as stored; products and sums in f32, in a fixed order; one rounding at the end. A coefficient that is not
+ * finite propagates from base (and the next route heals it); in place it counts as zero, as does one above 2^126, since it would
+ * destroy W: lsw_switch_odd tells.
+ *
+ * A set is used by one thread at a time and in flight on one stream at a time, replays of graphs included.
+ */
+typedef struct lsw_switch lsw_switch;
+
+/**
+ * The result of a call: one of the LSW_ constants below, from LSW_OK to LSW_PANIC.
+ */
+typedef int32_t lsw_status;
+
+/**
+ * What a bank is made with. NULL, or what a smaller struct_size leaves out: LSW_F32, 0, and memory of its own.
+ */
+typedef struct {
+    /**
+     * sizeof(lsw_bank_options).
+     */
+    uint64_t struct_size;
+    /**
+     * Of W, A and B: LSW_F32, LSW_F16 or LSW_BF16.
+     */
+    int32_t dtype;
+    /**
+     * 0.
+     */
+    int32_t reserved;
+    /**
+     * The number of adapters that each target can hold: 1 to 65536.
+     */
+    uint64_t slots;
+    /**
+     * Device memory for the table, aligned to 16 bytes, for as long as the bank and sets over it live; NULL to have it allocated.
+     */
+    void *memory;
+    /**
+     * Its size, at least lsw_bank_memory_bytes.
+     */
+    uint64_t memory_bytes;
+} lsw_bank_options;
+
+/**
+ * One target's matrix: W is [out_features, in_features].
+ */
+typedef struct {
+    /**
+     * Rows of W and of B.
+     */
+    uint64_t out_features;
+    /**
+     * Columns of W and of A.
+     */
+    uint64_t in_features;
+    /**
+     * The largest rank that a slot may bring: 0 to 256. Captured launches are laid out for it; work follows the real rank.
+     */
+    uint64_t rank_cap;
+} lsw_target_shape;
+
+/**
+ * A matrix to read: row-major, element (i, j) at data + (i * stride + j) elements. A vector of n elements is a matrix of 1 x n.
+ *
+ * stride is at least cols where there is more than one row, and does not matter otherwise. Without rows or columns, nor does data.
+ * data needs the alignment of an element only, unless a function says more.
+ */
+typedef struct {
+    /**
+     * Host memory on a CPU context, device memory on a CUDA context.
+     */
+    const void *data;
+    /**
+     * Number of rows.
+     */
+    uint64_t rows;
+    /**
+     * Number of columns.
+     */
+    uint64_t cols;
+    /**
+     * Elements from one row to the next.
+     */
+    uint64_t stride;
+    /**
+     * LSW_F32 to LSW_U8.
+     */
+    int32_t dtype;
+    /**
+     * 0.
+     */
+    int32_t reserved;
+} lsw_mat;
+
+/**
+ * A LoRA pair as PEFT stores it: the weight's change is scale * B A. The rank is a.rows; where that is 0, the slot leaves the target
+ * alone, and nothing else of the struct is read.
+ */
+typedef struct {
+    /**
+     * A [rank, in_features], PEFT's lora_A.weight.
+     */
+    lsw_mat a;
+    /**
+     * B [out_features, rank], PEFT's lora_B.weight.
+     */
+    lsw_mat b;
+    /**
+     * alpha / rank, or alpha / sqrt(rank) for rsLoRA; finite.
+     */
+    float scale;
+    /**
+     * 0.
+     */
+    int32_t reserved;
+} lsw_factor;
+
+/**
+ * A matrix to write; all else as for lsw_mat. Bytes between its rows are left alone.
+ */
+typedef struct {
+    /**
+     * Host memory on a CPU context, device memory on a CUDA context.
+     */
+    void *data;
+    /**
+     * Number of rows.
+     */
+    uint64_t rows;
+    /**
+     * Number of columns.
+     */
+    uint64_t cols;
+    /**
+     * Elements from one row to the next.
+     */
+    uint64_t stride;
+    /**
+     * LSW_F32 to LSW_U8.
+     */
+    int32_t dtype;
+    /**
+     * 0.
+     */
+    int32_t reserved;
+} lsw_mat_mut;
+
+/**
+ * How scores become gates. NULL, or what a smaller struct_size leaves out: renormalize 1.
+ */
+typedef struct {
+    /**
+     * sizeof(lsw_route_options).
+     */
+    uint64_t struct_size;
+    /**
+     * 1: gates sum to 1 over the chosen k. 0: they are the softmax probabilities over all N.
+     */
+    int32_t renormalize;
+    /**
+     * 0.
+     */
+    int32_t reserved;
+} lsw_route_options;
+
+/**
+ * What a set is made with. NULL, or what a smaller struct_size leaves out: LSW_FROM_BASE, 8, and memory of its own.
+ */
+typedef struct {
+    /**
+     * sizeof(lsw_switch_options).
+     */
+    uint64_t struct_size;
+    /**
+     * LSW_FROM_BASE or LSW_IN_PLACE.
+     */
+    int32_t form;
+    /**
+     * 0.
+     */
+    int32_t reserved;
+    /**
+     * The widest route that the set can be brought to: 1 to 32.
+     */
+    uint64_t k_max;
+    /**
+     * Device memory for the tables, aligned to 16 bytes, for as long as the set lives; NULL to have it allocated.
+     */
+    void *memory;
+    /**
+     * Its size, at least lsw_switch_memory_bytes.
+     */
+    uint64_t memory_bytes;
+} lsw_switch_options;
+
+/**
+ * One adapted matrix: W and W_base, both [out_features, in_features] and of the bank's dtype.
+ */
+typedef struct {
+    /**
+     * Written by the switches. In place it holds the base weight at first; from base its content does not matter.
+     */
+    lsw_mat_mut weight;
+    /**
+     * W_base, from base only, where targets and sets may share it. In place: data NULL, and nothing else of it is read.
+     */
+    lsw_mat base;
+} lsw_target;
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+/**
+ * The version of the library that runs, as LSW_VERSION packs it: that macro is the header's.
+ */
+uint32_t lsw_version(void);
+
+/**
+ * The name of a status, "LSW_OK" say; "unknown status" for a number that is none. The text lives forever.
+ */
+const char *lsw_status_name(lsw_status status);
+
+/**
+ * What the last failure on the calling thread was, in words: the argument's name, its value and its bound, or the driver call.
+ * Empty before the first failure; calls that succeed do not change it. The text is valid until the next failure on this thread.
+ */
+const char *lsw_last_error(void);
+
+/**
+ * The CUresult of the last failure on the calling thread; 0 if that was not LSW_CUDA_ERROR.
+ */
+uint32_t lsw_last_cuda_result(void);
+
+/**
+ * Bytes of memory for the table of a bank: 0 on a CPU context.
+ */
+lsw_status lsw_bank_memory_bytes(const lsw_context *context,
+                                 uint64_t slots,
+                                 uint64_t targets,
+                                 uint64_t *bytes);
+
+/**
+ * An empty bank over `count` targets, at most 2^20. Synchronises the stream.
+ */
+lsw_status lsw_bank_create(const lsw_context *context,
+                           void *stream,
+                           const lsw_bank_options *options,
+                           const lsw_target_shape *targets,
+                           uint64_t count,
+                           lsw_bank **bank);
+
+/**
+ * Gives a slot another adapter: one factor a target, in the order of the targets; count must be their number.
+ *
+ * Enqueued, without synchronisation, and seen by all work that follows on the stream, replays of graphs captured earlier too. (Do not
+ * capture this call itself.) The memory of A and B stays the caller's: it must live, and be written only in stream order with the
+ * work of the sets, until the slot gets another adapter, or the bank and all sets over it are destroyed, and the work enqueued before
+ * that is done. A and B with addresses and rows (stride included) of multiples of 16 bytes take the fast path on CUDA.
+ *
+ * A set from base that holds the slot merged heals at its next lsw_switch_to. A set in place must be unmerged before:
+ * LSW_ODD_STALE_MERGE tells when it was not.
+ */
+lsw_status lsw_bank_set_slot(lsw_bank *bank,
+                             void *stream,
+                             uint64_t slot,
+                             const lsw_factor *factors,
+                             uint64_t count);
+
+/**
+ * The element type of W, A and B.
+ */
+lsw_status lsw_bank_dtype(const lsw_bank *bank, int32_t *dtype);
+
+/**
+ * The number of slots.
+ */
+lsw_status lsw_bank_slots(const lsw_bank *bank, uint64_t *slots);
+
+/**
+ * The number of targets.
+ */
+lsw_status lsw_bank_count(const lsw_bank *bank, uint64_t *count);
+
+/**
+ * A target's shape, as given.
+ */
+lsw_status lsw_bank_target(const lsw_bank *bank, uint64_t target, lsw_target_shape *shape);
+
+/**
+ * Ends a bank; NULL is ignored. Sets over it live on, and the table with them. The last of them frees a table that was allocated,
+ * which synchronises the device; memory of the caller's must outlive the work that uses it.
+ */
+void lsw_bank_destroy(lsw_bank *bank);
+
+/**
+ * The CPU backend with this many threads: 0 = one a core, 1 = the calling thread alone. Calls return when the work is done.
+ */
+lsw_status lsw_context_create_cpu(uint32_t threads,
+                                  lsw_context **context);
+
+/**
+ * The CUDA backend on a device's primary context, which the CUDA runtime and PyTorch use too. Loads the kernels; synchronises the
+ * context.
+ *
+ * LSW_NO_KERNELS in a build without nvcc, LSW_NO_DEVICE without a driver or a device of compute capability 8.0.
+ */
+lsw_status lsw_context_create_cuda(uint32_t ordinal,
+                                   lsw_context **context);
+
+/**
+ * The CUDA backend on the caller's own CUcontext, which must outlive this context and all that is made on it. Else as
+ * lsw_context_create_cuda.
+ */
+lsw_status lsw_context_create_from_cuda(void *cu_context,
+                                        lsw_context **context);
+
+/**
+ * Launches every kernel once with nothing to do, so that no later launch is a first one. Call it before capturing a graph. Enqueued.
+ */
+lsw_status lsw_context_warm(const lsw_context *context,
+                            void *stream);
+
+/**
+ * Reads and clears what lsw_route and lsw_permute found odd on this context: LSW_ODD_ bits, 0 for nothing. Synchronises the stream.
+ */
+lsw_status lsw_context_take_odd(const lsw_context *context,
+                                void *stream,
+                                uint32_t *odd);
+
+/**
+ * Ends a context; NULL is ignored. Objects made on it live on.
+ */
+void lsw_context_destroy(lsw_context *context);
+
+/**
+ * Bytes of workspace that lsw_permute needs for items = T k ids over this many experts: 0 on a CPU context.
+ */
+lsw_status lsw_permute_workspace_bytes(const lsw_context *context,
+                                       uint64_t items,
+                                       uint64_t experts,
+                                       uint64_t *bytes);
+
+/**
+ * Sorts the items (t, j) of ids by expert, stably: items of one expert keep their order t k + j.
+ *
+ * - ids [T, k], k at most 32; -1, or any id outside 0 to experts - 1, drops the item (lsw_context_take_odd reports ids but for -1).
+ * - offsets, experts + 1 elements: expert e has the rows from offsets[e] on, before offsets[e + 1]; the last is the number R of rows.
+ * - row_map, T k elements: row -> item t k + j; -1 from R on.
+ * - inverse [T, k]: item -> row; -1 for one that was dropped.
+ * - workspace, at least lsw_permute_workspace_bytes, aligned to 4 bytes; its content does not matter, and it is free again when the
+ *   work is done. NULL where 0 bytes are needed.
+ *
+ * All matrices are LSW_I32, none shares memory with another. experts from 1 to 1024, T k below 2^31. Exact and deterministic. Two
+ * launches on CUDA; enqueued, and may be captured.
+ */
+lsw_status lsw_permute(const lsw_context *context,
+                       void *stream,
+                       uint64_t experts,
+                       const lsw_mat *ids,
+                       const lsw_mat_mut *offsets,
+                       const lsw_mat_mut *row_map,
+                       const lsw_mat_mut *inverse,
+                       void *workspace,
+                       uint64_t workspace_bytes);
+
+/**
+ * Copies each token's row to the rows of its experts: rows[r] = x[row_map[r] / k].
+ *
+ * - x [T, D], rows [R, D]: any dtype, the same for both; bytes are moved as they are.
+ * - row_map, R elements of LSW_I32, from lsw_permute; R may be anything up to T k. Rows whose entry names no token (-1) are left
+ *   alone.
+ *
+ * Every D, stride and offset works; 16-byte accesses serve where addresses and rows (stride included) are multiples of 16 bytes. rows
+ * shares no memory with the others. Deterministic. One launch; enqueued, and may be captured.
+ */
+lsw_status lsw_gather(const lsw_context *context,
+                      void *stream,
+                      const lsw_mat *x,
+                      const lsw_mat *row_map,
+                      uint64_t k,
+                      const lsw_mat_mut *rows);
+
+/**
+ * Adds up each token's weighted results: y[t] = sum over j of gates[t, j] * rows[inverse[t, j]].
+ *
+ * - rows [R, D] and y [T, D]: LSW_F32, LSW_F16 or LSW_BF16, the same for both. inverse [T, k] LSW_I32, gates [T, k] LSW_F32, k at
+ *   most 32.
+ * - Entries of inverse that name no row (-1) add nothing; a token with none gets zeros.
+ *
+ * Sums in f32, j ascending, one rounding: deterministic, no atomics, and a token's bits do not depend on the other tokens. y shares no
+ * memory with the others. One launch; enqueued, and may be captured.
+ */
+lsw_status lsw_combine(const lsw_context *context,
+                       void *stream,
+                       const lsw_mat *rows,
+                       const lsw_mat *inverse,
+                       const lsw_mat *gates,
+                       const lsw_mat_mut *y);
+
+/**
+ * Routes each token to its k best experts: softmax over N logits, top-k, gates (LoRA-Switch, arXiv 2405.17741, section 4.1).
+ *
+ * - logits [T, N] of LSW_F32, LSW_F16 or LSW_BF16; N from 1 to 1024.
+ * - ids [T, k] LSW_I32 and gates [T, k] LSW_F32, both written; k is their width, at most min(N, 32). Descending by score, ties to the
+ *   lower id.
+ *
+ * Odd values: NaN counts as -inf. If some logits are +inf, those share the softmax equally. In a row with nothing above -inf every
+ * score is 0: ids are 0 to k - 1 and the gates are 0. So ids are always distinct and in range, and gates never NaN;
+ * lsw_context_take_odd tells that such a row was met.
+ *
+ * Deterministic, and a token's bits do not depend on the other tokens. One launch, no workspace; enqueued, and may be captured.
+ */
+lsw_status lsw_route(const lsw_context *context,
+                     void *stream,
+                     const lsw_route_options *options,
+                     const lsw_mat *logits,
+                     const lsw_mat_mut *ids,
+                     const lsw_mat_mut *gates);
+
+/**
+ * Bytes of memory for the tables of a set: 0 on a CPU context.
+ */
+lsw_status lsw_switch_memory_bytes(const lsw_context *context,
+                                   uint64_t targets,
+                                   uint64_t k_max,
+                                   uint64_t *bytes);
+
+/**
+ * A set over `count` targets, which are the bank's, in its order. Synchronises the stream.
+ *
+ * Weights may not share memory with each other or with a base; the test is exact at equal strides, and refuses overlapping spans
+ * otherwise. Weights and bases with addresses and rows (stride included) of multiples of 16 bytes take the fast path on CUDA.
+ *
+ * The memory of weights and bases stays the caller's, until the set is destroyed and its work is done. Others read and write it in
+ * stream order with the set's work, and say so after writing (lsw_switch_invalidate).
+ *
+ * Nothing is written yet: from base, the first lsw_switch_to writes every W; in place, W is taken as it is, with nothing merged.
+ */
+lsw_status lsw_switch_create(const lsw_bank *bank,
+                             void *stream,
+                             const lsw_switch_options *options,
+                             const lsw_target *targets,
+                             uint64_t count,
+                             lsw_switch **set);
+
+/**
+ * Brings all targets to a route: ids [k] and gates [k] in the context's memory, k at most k_max. One launch on CUDA; enqueued, and
+ * may be captured. k = 0 is lsw_switch_unmerge. ids and gates may not lie in a weight.
+ *
+ * Same input, same bits, within one path (fast or not, see lsw_switch_create) on one kind of card.
+ */
+lsw_status lsw_switch_to(lsw_switch *set,
+                         void *stream,
+                         const int32_t *ids,
+                         const float *gates,
+                         uint64_t k);
+
+/**
+ * Like lsw_switch_to for the targets first <= i < last (a pipeline stage, the next layer); the others keep what they hold.
+ */
+lsw_status lsw_switch_to_targets(lsw_switch *set,
+                                 void *stream,
+                                 uint64_t first,
+                                 uint64_t last,
+                                 const int32_t *ids,
+                                 const float *gates,
+                                 uint64_t k);
+
+/**
+ * Brings all targets to the route of nothing: from base, W has W_base's bits. Enqueued; may be captured.
+ */
+lsw_status lsw_switch_unmerge(lsw_switch *set,
+                              void *stream);
+
+/**
+ * Says that W or W_base was written by somebody else. From base, the next lsw_switch_to writes every target; in place, what W holds
+ * now counts as base, with nothing merged. Clears what was odd. Enqueued.
+ */
+lsw_status lsw_switch_invalidate(lsw_switch *set,
+                                 void *stream);
+
+/**
+ * What the set's switches found odd since its creation or the last lsw_switch_invalidate: LSW_ODD_ bits, 0 for nothing. Synchronises
+ * the stream.
+ */
+lsw_status lsw_switch_odd(const lsw_switch *set,
+                          void *stream,
+                          uint32_t *odd);
+
+/**
+ * Copies what a target holds into the context's memory: ids [k_max] ascending and coefficients [k_max], padded with -1 and 0; k_max
+ * must be the set's. Before the first lsw_switch_to, nothing is held. Enqueued; may be captured.
+ */
+lsw_status lsw_switch_current(const lsw_switch *set,
+                              void *stream,
+                              uint64_t target,
+                              int32_t *ids,
+                              float *coefficients,
+                              uint64_t k_max);
+
+/**
+ * A target's weight, as given at creation.
+ */
+lsw_status lsw_switch_weight(const lsw_switch *set, uint64_t target, lsw_mat *weight);
+
+/**
+ * The number of targets.
+ */
+lsw_status lsw_switch_count(const lsw_switch *set, uint64_t *count);
+
+/**
+ * Ends a set; NULL is ignored. W keeps what it holds. Tables that were allocated are freed, which synchronises the device; memory of
+ * the caller's must outlive the work that uses it.
+ */
+void lsw_switch_destroy(lsw_switch *set);
+
+/**
+ * The CPU backend with this many threads: 0 = one a core, 1 = the calling thread alone. Calls return when the work is done.
+ */
+lsw_status lsw_context_create_cpu(uint32_t threads,
+                                  lsw_context **context);
+
+/**
+ * The CUDA backend on a device's primary context, which the CUDA runtime and PyTorch use too. Loads the kernels; synchronises the
+ * context.
+ *
+ * LSW_NO_KERNELS in a build without nvcc, LSW_NO_DEVICE without a driver or a device of compute capability 8.0.
+ */
+lsw_status lsw_context_create_cuda(uint32_t ordinal,
+                                   lsw_context **context);
+
+/**
+ * The CUDA backend on the caller's own CUcontext, which must outlive this context and all that is made on it. Else as
+ * lsw_context_create_cuda.
+ */
+lsw_status lsw_context_create_from_cuda(void *cu_context,
+                                        lsw_context **context);
+
+/**
+ * Launches every kernel once with nothing to do, so that no later launch is a first one. Call it before capturing a graph. Enqueued.
+ */
+lsw_status lsw_context_warm(const lsw_context *context,
+                            void *stream);
+
+/**
+ * Reads and clears what lsw_route and lsw_permute found odd on this context: LSW_ODD_ bits, 0 for nothing. Synchronises the stream.
+ */
+lsw_status lsw_context_take_odd(const lsw_context *context,
+                                void *stream,
+                                uint32_t *odd);
+
+/**
+ * Ends a context; NULL is ignored. Objects made on it live on.
+ */
+void lsw_context_destroy(lsw_context *context);
+
+/**
+ * Bytes of memory for the table of a bank: 0 on a CPU context.
+ */
+lsw_status lsw_bank_memory_bytes(const lsw_context *context,
+                                 uint64_t slots,
+                                 uint64_t targets,
+                                 uint64_t *bytes);
+
+/**
+ * An empty bank over `count` targets, at most 2^20. Synchronises the stream.
+ */
+lsw_status lsw_bank_create(const lsw_context *context,
+                           void *stream,
+                           const lsw_bank_options *options,
+                           const lsw_target_shape *targets,
+                           uint64_t count,
+                           lsw_bank **bank);
+
+/**
+ * Gives a slot another adapter: one factor a target, in the order of the targets; count must be their number.
+ *
+ * Enqueued, without synchronisation, and seen by all work that follows on the stream, replays of graphs captured earlier too. (Do not
+ * capture this call itself.) The memory of A and B stays the caller's: it must live, and be written only in stream order with the
+ * work of the sets, until the slot gets another adapter, or the bank and all sets over it are destroyed, and the work enqueued before
+ * that is done. A and B with addresses and rows (stride included) of multiples of 16 bytes take the fast path on CUDA.
+ *
+ * A set from base that holds the slot merged heals at its next lsw_switch_to. A set in place must be unmerged before:
+ * LSW_ODD_STALE_MERGE tells when it was not.
+ */
+lsw_status lsw_bank_set_slot(lsw_bank *bank,
+                             void *stream,
+                             uint64_t slot,
+                             const lsw_factor *factors,
+                             uint64_t count);
+
+/**
+ * The element type of W, A and B.
+ */
+lsw_status lsw_bank_dtype(const lsw_bank *bank, int32_t *dtype);
+
+/**
+ * The number of slots.
+ */
+lsw_status lsw_bank_slots(const lsw_bank *bank, uint64_t *slots);
+
+/**
+ * The number of targets.
+ */
+lsw_status lsw_bank_count(const lsw_bank *bank, uint64_t *count);
+
+/**
+ * A target's shape, as given.
+ */
+lsw_status lsw_bank_target(const lsw_bank *bank, uint64_t target, lsw_target_shape *shape);
+
+/**
+ * Ends a bank; NULL is ignored. Sets over it live on, and the table with them. The last of them frees a table that was allocated,
+ * which synchronises the device; memory of the caller's must outlive the work that uses it.
+ */
+void lsw_bank_destroy(lsw_bank *bank);
+
+/**
+ * Bytes of memory for the tables of a set: 0 on a CPU context.
+ */
+lsw_status lsw_switch_memory_bytes(const lsw_context *context,
+                                   uint64_t targets,
+                                   uint64_t k_max,
+                                   uint64_t *bytes);
+
+/**
+ * A set over `count` targets, which are the bank's, in its order. Synchronises the stream.
+ *
+ * Weights may not share memory with each other or with a base; the test is exact at equal strides, and refuses overlapping spans
+ * otherwise. Weights and bases with addresses and rows (stride included) of multiples of 16 bytes take the fast path on CUDA.
+ *
+ * The memory of weights and bases stays the caller's, until the set is destroyed and its work is done. Others read and write it in
+ * stream order with the set's work, and say so after writing (lsw_switch_invalidate).
+ *
+ * Nothing is written yet: from base, the first lsw_switch_to writes every W; in place, W is taken as it is, with nothing merged.
+ */
+lsw_status lsw_switch_create(const lsw_bank *bank,
+                             void *stream,
+                             const lsw_switch_options *options,
+                             const lsw_target *targets,
+                             uint64_t count,
+                             lsw_switch **set);
+
+/**
+ * Brings all targets to a route: ids [k] and gates [k] in the context's memory, k at most k_max. One launch on CUDA; enqueued, and
+ * may be captured. k = 0 is lsw_switch_unmerge. ids and gates may not lie in a weight.
+ *
+ * Same input, same bits, within one path (fast or not, see lsw_switch_create) on one kind of card.
+ */
+lsw_status lsw_switch_to(lsw_switch *set,
+                         void *stream,
+                         const int32_t *ids,
+                         const float *gates,
+                         uint64_t k);
+
+/**
+ * Like lsw_switch_to for the targets first <= i < last (a pipeline stage, the next layer); the others keep what they hold.
+ */
+lsw_status lsw_switch_to_targets(lsw_switch *set,
+                                 void *stream,
+                                 uint64_t first,
+                                 uint64_t last,
+                                 const int32_t *ids,
+                                 const float *gates,
+                                 uint64_t k);
+
+/**
+ * Brings all targets to the route of nothing: from base, W has W_base's bits. Enqueued; may be captured.
+ */
+lsw_status lsw_switch_unmerge(lsw_switch *set,
+                              void *stream);
+
+/**
+ * Says that W or W_base was written by somebody else. From base, the next lsw_switch_to writes every target; in place, what W holds
+ * now counts as base, with nothing merged. Clears what was odd. Enqueued.
+ */
+lsw_status lsw_switch_invalidate(lsw_switch *set,
+                                 void *stream);
+
+/**
+ * What the set's switches found odd since its creation or the last lsw_switch_invalidate: LSW_ODD_ bits, 0 for nothing. Synchronises
+ * the stream.
+ */
+lsw_status lsw_switch_odd(const lsw_switch *set,
+                          void *stream,
+                          uint32_t *odd);
+
+/**
+ * Copies what a target holds into the context's memory: ids [k_max] ascending and coefficients [k_max], padded with -1 and 0; k_max
+ * must be the set's. Before the first lsw_switch_to, nothing is held. Enqueued; may be captured.
+ */
+lsw_status lsw_switch_current(const lsw_switch *set,
+                              void *stream,
+                              uint64_t target,
+                              int32_t *ids,
+                              float *coefficients,
+                              uint64_t k_max);
+
+/**
+ * A target's weight, as given at creation.
+ */
+lsw_status lsw_switch_weight(const lsw_switch *set, uint64_t target, lsw_mat *weight);
+
+/**
+ * The number of targets.
+ */
+lsw_status lsw_switch_count(const lsw_switch *set, uint64_t *count);
+
+/**
+ * Ends a set; NULL is ignored. W keeps what it holds. Tables that were allocated are freed, which synchronises the device; memory of
+ * the caller's must outlive the work that uses it.
+ */
+void lsw_switch_destroy(lsw_switch *set);
+
+/**
+ * Routes each token to its k best experts: softmax over N logits, top-k, gates (LoRA-Switch, arXiv 2405.17741, section 4.1).
+ *
+ * - logits [T, N] of LSW_F32, LSW_F16 or LSW_BF16; N from 1 to 1024.
+ * - ids [T, k] LSW_I32 and gates [T, k] LSW_F32, both written; k is their width, at most min(N, 32). Descending by score, ties to the
+ *   lower id.
+ *
+ * Odd values: NaN counts as -inf. If some logits are +inf, those share the softmax equally. In a row with nothing above -inf every
+ * score is 0: ids are 0 to k - 1 and the gates are 0. So ids are always distinct and in range, and gates never NaN;
+ * lsw_context_take_odd tells that such a row was met.
+ *
+ * Deterministic, and a token's bits do not depend on the other tokens. One launch, no workspace; enqueued, and may be captured.
+ */
+lsw_status lsw_route(const lsw_context *context,
+                     void *stream,
+                     const lsw_route_options *options,
+                     const lsw_mat *logits,
+                     const lsw_mat_mut *ids,
+                     const lsw_mat_mut *gates);
+
+/**
+ * Bytes of workspace that lsw_permute needs for items = T k ids over this many experts: 0 on a CPU context.
+ */
+lsw_status lsw_permute_workspace_bytes(const lsw_context *context,
+                                       uint64_t items,
+                                       uint64_t experts,
+                                       uint64_t *bytes);
+
+/**
+ * Sorts the items (t, j) of ids by expert, stably: items of one expert keep their order t k + j.
+ *
+ * - ids [T, k], k at most 32; -1, or any id outside 0 to experts - 1, drops the item (lsw_context_take_odd reports ids but for -1).
+ * - offsets, experts + 1 elements: expert e has the rows from offsets[e] on, before offsets[e + 1]; the last is the number R of rows.
+ * - row_map, T k elements: row -> item t k + j; -1 from R on.
+ * - inverse [T, k]: item -> row; -1 for one that was dropped.
+ * - workspace, at least lsw_permute_workspace_bytes, aligned to 4 bytes; its content does not matter, and it is free again when the
+ *   work is done. NULL where 0 bytes are needed.
+ *
+ * All matrices are LSW_I32, none shares memory with another. experts from 1 to 1024, T k below 2^31. Exact and deterministic. Two
+ * launches on CUDA; enqueued, and may be captured.
+ */
+lsw_status lsw_permute(const lsw_context *context,
+                       void *stream,
+                       uint64_t experts,
+                       const lsw_mat *ids,
+                       const lsw_mat_mut *offsets,
+                       const lsw_mat_mut *row_map,
+                       const lsw_mat_mut *inverse,
+                       void *workspace,
+                       uint64_t workspace_bytes);
+
+/**
+ * Copies each token's row to the rows of its experts: rows[r] = x[row_map[r] / k].
+ *
+ * - x [T, D], rows [R, D]: any dtype, the same for both; bytes are moved as they are.
+ * - row_map, R elements of LSW_I32, from lsw_permute; R may be anything up to T k. Rows whose entry names no token (-1) are left
+ *   alone.
+ *
+ * Every D, stride and offset works; 16-byte accesses serve where addresses and rows (stride included) are multiples of 16 bytes. rows
+ * shares no memory with the others. Deterministic. One launch; enqueued, and may be captured.
+ */
+lsw_status lsw_gather(const lsw_context *context,
+                      void *stream,
+                      const lsw_mat *x,
+                      const lsw_mat *row_map,
+                      uint64_t k,
+                      const lsw_mat_mut *rows);
+
+/**
+ * Adds up each token's weighted results: y[t] = sum over j of gates[t, j] * rows[inverse[t, j]].
+ *
+ * - rows [R, D] and y [T, D]: LSW_F32, LSW_F16 or LSW_BF16, the same for both. inverse [T, k] LSW_I32, gates [T, k] LSW_F32, k at
+ *   most 32.
+ * - Entries of inverse that name no row (-1) add nothing; a token with none gets zeros.
+ *
+ * Sums in f32, j ascending, one rounding: deterministic, no atomics, and a token's bits do not depend on the other tokens. y shares no
+ * memory with the others. One launch; enqueued, and may be captured.
+ */
+lsw_status lsw_combine(const lsw_context *context,
+                       void *stream,
+                       const lsw_mat *rows,
+                       const lsw_mat *inverse,
+                       const lsw_mat *gates,
+                       const lsw_mat_mut *y);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* LORA_SWITCH_H */

@@ -1,0 +1,31 @@
+//! Launches of the floors.
+
+use super::args::{LSW_MEASURE_THREADS, LswMeasureArgs};
+use super::context::{DeviceStream, Function, by_dtype};
+use super::launch::{Grid, launch};
+use crate::error::Result;
+use crate::measure::Plan;
+
+pub(crate) fn scale(stream: &DeviceStream, plan: &Plan) -> Result<()> {
+    let per_block = u64::from(LSW_MEASURE_THREADS) * 16 / plan.y.dtype.size();
+    run(stream, stream.device().kernels.measure_scale[by_dtype(plan.y.dtype)], plan.y.cols.div_ceil(per_block), plan)
+}
+
+pub(crate) fn fill(stream: &DeviceStream, plan: &Plan) -> Result<()> {
+    let blocks = plan.y.cols.div_ceil(u64::from(LSW_MEASURE_THREADS)).min(4096);
+    run(stream, stream.device().kernels.measure_fill[by_dtype(plan.y.dtype)], blocks, plan)
+}
+
+fn run(stream: &DeviceStream, function: Function, blocks: u64, plan: &Plan) -> Result<()> {
+    let args = LswMeasureArgs {
+        x: plan.x.addr,
+        y: plan.y.addr,
+        count: plan.y.cols,
+        seed: plan.seed,
+        factor: plan.factor,
+        padding: 0,
+    };
+    let grid = Grid { blocks: blocks as u32, threads: LSW_MEASURE_THREADS, shared: 0 };
+    // SAFETY: a checked plan: device memory of the stated length, kept by the caller's views.
+    unsafe { launch(stream, function, grid, &args) }
+}

@@ -1,0 +1,78 @@
+//! What the machine allows: the floor that a switch is measured against, and random data made where it is used.
+//!
+//! A switch must read and write every weight once. [`scale`] does just that, as fast as a kernel without an adapter can, so the ratio of
+//! the two on the same bytes in the same run is what the adapters cost.
+
+use crate::check::{Checked, Named};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::stream::{Stream, StreamKind};
+use crate::view::{Mat, MatMut, RawMat};
+
+/// A checked call over one dense run of elements.
+pub(crate) struct Plan {
+    pub x: RawMat,
+    pub y: RawMat,
+    pub factor: f32,
+    pub seed: u64,
+}
+
+/// y = factor * x, for vectors [1, n] of f32, f16 or bf16, the same for both. One launch; addresses must be multiples of 16.
+///
+/// # Errors
+/// On shapes, dtypes, alignment, places and overlaps that break the above.
+pub fn scale(stream: &Stream, factor: f32, x: &Mat<'_>, y: &mut MatMut<'_>) -> Result<()> {
+    let x = vector(stream, x.raw.expect("x"))?;
+    let y = vector(stream, y.raw.expect("y"))?.dtype_in(&[x.mat.dtype])?.cols(x.mat.cols, "n, x.cols")?;
+    y.disjoint_from(&[x])?;
+    run_scale(stream, &Plan { x: x.mat, y: y.mat, factor, seed: 0 })
+}
+
+/// y = factor * y. As [`scale`].
+///
+/// # Errors
+/// As for [`scale`].
+pub fn scale_in_place(stream: &Stream, factor: f32, y: &mut MatMut<'_>) -> Result<()> {
+    let y = vector(stream, y.raw.expect("y"))?;
+    run_scale(stream, &Plan { x: y.mat, y: y.mat, factor, seed: 0 })
+}
+
+/// Fills a vector with `size` * uniform(-1, 1): element i depends on the seed and i alone, and is the same on both backends.
+///
+/// # Errors
+/// As for [`scale`].
+pub fn fill_random(stream: &Stream, seed: u64, size: f32, y: &mut MatMut<'_>) -> Result<()> {
+    let y = vector(stream, y.raw.expect("y"))?;
+    let plan = Plan { x: y.mat, y: y.mat, factor: size, seed };
+    match &stream.0 {
+        _ if plan.y.is_empty() => Ok(()),
+        StreamKind::Cpu(pool) => {
+            crate::cpu::measure::fill(pool, &plan);
+            Ok(())
+        }
+        StreamKind::Cuda(stream) => crate::cuda::measure::fill(stream, &plan),
+    }
+}
+
+fn run_scale(stream: &Stream, plan: &Plan) -> Result<()> {
+    match &stream.0 {
+        _ if plan.y.is_empty() => Ok(()),
+        StreamKind::Cpu(pool) => {
+            crate::cpu::measure::scale(pool, plan);
+            Ok(())
+        }
+        StreamKind::Cuda(stream) => crate::cuda::measure::scale(stream, plan),
+    }
+}
+
+fn vector<'n>(stream: &Stream, mat: Named<'n>) -> Result<Named<'n>> {
+    mat.dtype_in(DType::FLOATS)?.rows(1, "a vector")?.memory()?.on(stream)?;
+    if mat.mat.addr % 16 != 0 {
+        return Err(Error::argument(format!("{}.data", mat.name), format!("{:#x}", mat.mat.addr), "a multiple of 16 bytes"));
+    }
+    // The one-shot grid of the largest vector that fits: under 2^31 blocks of 1024 threads of 4 elements.
+    if mat.mat.cols > 1 << 42 {
+        return Err(Error::argument(format!("{}.cols", mat.name), mat.mat.cols, "at most 2^42"));
+    }
+    Ok(mat)
+}

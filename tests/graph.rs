@@ -1,0 +1,122 @@
+//! CUDA graphs: one capture of route -> switch serves every token, and survives refills.
+
+use crate::common::{Backend, Grid, Layout, Rng};
+use crate::oracle;
+use crate::switch::{Model, Spec};
+use cudarc::driver::CudaGraph;
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use lora_switch::{DType, Form, Mat, MatMut, RouteOptions, permute, permute_workspace_bytes, route};
+
+fn capture(backend: &Backend, work: impl FnOnce()) -> CudaGraph {
+    let stream = backend.cuda.as_ref().unwrap();
+    stream.synchronize().unwrap();
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+    work();
+    stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured")
+}
+
+/// 1,000 tokens through one graph, with refills in between: every tenth result is compared, bit for bit, with a plain call of a second
+/// set over the same base; the first and the last also with the oracle.
+#[test]
+fn route_and_switch_replay() {
+    let Some(backend) = Backend::cuda() else { return };
+    let spec = Spec {
+        dtype: DType::Bf16,
+        form: Form::FromBase,
+        slots: 8,
+        k_max: 2,
+        shapes: vec![(96, 160), (33, 65), (64, 128)],
+        aligned: true,
+        max_rank: 32,
+        seed: 21,
+    };
+    let (mut model, mut plain) = (Model::new(&backend, &spec), Model::new(&backend, &spec));
+    let mut logits = Grid::floats(&backend, &[0.0; 8]);
+    let mut ids = Grid::poisoned(&backend, DType::I32, 1, 2, Layout::dense(2));
+    let mut gates = Grid::poisoned(&backend, DType::F32, 1, 2, Layout::dense(2));
+    backend.context.warm(&backend.stream).unwrap();
+    let graph = capture(&backend, || {
+        route(&backend.stream, &RouteOptions::default(), &logits.mat(), &mut ids.mat_mut(), &mut gates.mat_mut()).unwrap();
+        model.set.to(&backend.stream, &ids.mat(), &gates.mat()).unwrap();
+    });
+    let mut rng = Rng(4);
+    for token in 0..1000 {
+        logits.set_bits(&rng.bits(DType::F32, 8, 3.0));
+        if token % 97 == 50 {
+            let slot = rng.below(8);
+            model.refill(slot);
+            plain.refill(slot);
+        }
+        graph.launch().unwrap();
+        if token % 10 == 0 || token == 999 {
+            let chosen = ids.i32s();
+            let weights: Vec<f32> = gates.bits().into_iter().map(f32::from_bits).collect();
+            plain.to(&chosen, &weights);
+            assert_eq!(model.all_bits(), plain.all_bits(), "token {token}");
+            if token == 0 || token == 999 {
+                for t in 0..spec.shapes.len() {
+                    let (exact, bounds) = model.exact(t, &model.list(t, &chosen, &weights));
+                    oracle::assert_close(spec.dtype, &model.weights[t].values(), &exact.x, &bounds, "replayed");
+                }
+            }
+        }
+    }
+}
+
+/// In place, replayed: routes out and back leave the base within the rounding of the switches.
+#[test]
+fn in_place_replays() {
+    let Some(backend) = Backend::cuda() else { return };
+    let spec = Spec {
+        dtype: DType::F32,
+        form: Form::InPlace,
+        slots: 4,
+        k_max: 2,
+        shapes: vec![(70, 140)],
+        aligned: false,
+        max_rank: 8,
+        seed: 22,
+    };
+    let mut model = Model::new(&backend, &spec);
+    let mut ids = Grid::ids(&backend, &[0, 1]);
+    let mut gates = Grid::floats(&backend, &[0.5, 0.5]);
+    let graph = capture(&backend, || model.set.to(&backend.stream, &ids.mat(), &gates.mat()).unwrap());
+    let mut rng = Rng(6);
+    for _ in 0..50 {
+        ids.set_bits(&[rng.below(4) as u32, rng.below(4) as u32]);
+        gates.set_bits(&rng.bits(DType::F32, 2, 1.0));
+        graph.launch().unwrap();
+    }
+    ids.set_bits(&[u32::MAX, u32::MAX]);
+    graph.launch().unwrap();
+    let (got, base) = (model.weights[0].values(), model.bases[0].values());
+    // Each of 51 switches: one rounding of a sum of at most 32 terms below 2 in magnitude.
+    let bound = 51.0 * (2.0 * 32.0 + 4.0) * 2.0 * 2f64.powi(-24) * 64.0;
+    assert!(got.iter().zip(&base).all(|(g, b)| (g - b).abs() < bound));
+}
+
+/// Maps are captured too, for other ids at each replay.
+#[test]
+fn permute_replays() {
+    let Some(backend) = Backend::cuda() else { return };
+    let (tokens, k, experts) = (100, 2, 8);
+    let mut rng = Rng(8);
+    let random = |rng: &mut Rng| -> Vec<u32> { (0..tokens * k).map(|_| rng.below(experts) as u32).collect() };
+    let mut ids = Grid::new(&backend, DType::I32, tokens, k, Layout::dense(k), &random(&mut rng));
+    let out = |n| Grid::poisoned(&backend, DType::I32, 1, n, Layout::dense(n));
+    let (mut offsets, mut row_map) = (out(experts + 1), out(tokens * k));
+    let mut inverse = Grid::poisoned(&backend, DType::I32, tokens, k, Layout::dense(k));
+    let bytes = permute_workspace_bytes(&backend.stream, (tokens * k) as u64, experts as u64).unwrap() as usize;
+    let mut workspace = Grid::poisoned(&backend, DType::U8, 1, bytes, Layout::dense(bytes));
+    let graph = capture(&backend, || {
+        let (ids, experts): (Mat<'_>, u64) = (ids.mat(), experts as u64);
+        let workspace: &mut MatMut<'_> = &mut workspace.mat_mut();
+        permute(&backend.stream, experts, &ids, &mut offsets.mat_mut(), &mut row_map.mat_mut(), &mut inverse.mat_mut(), workspace).unwrap();
+    });
+    for _ in 0..5 {
+        ids.set_bits(&random(&mut rng));
+        graph.launch().unwrap();
+        let want = oracle::maps(&ids.i32s(), experts);
+        assert_eq!((offsets.i32s(), row_map.i32s(), inverse.i32s()), want);
+    }
+}

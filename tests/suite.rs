@@ -1,0 +1,16 @@
+//! The one test binary. Every property is stamped over both backends (`on_backends!`) and judged by the float64 oracle.
+//!
+//! A test that needs a GPU says so when there is none, and fails instead under LORA_SWITCH_REQUIRE_GPU=1.
+
+#[macro_use]
+mod common;
+mod oracle;
+
+// mod c_examples;
+// mod generated;
+mod graph;
+mod permute;
+mod resources;
+mod route;
+mod safe_api;
+mod switch;

@@ -1,0 +1,610 @@
+//! The switch: both forms on both backends, against the oracle and against its own promises.
+
+use crate::common::{Backend, FLOATS, Grid, Layout, Rng, cases, encode};
+use crate::oracle::{self, Exact, Term};
+use lora_switch::{AdapterBank, DType, Error, Factor, Form, Odd, StateMemory, SwitchOptions, SwitchSet, Target, TargetShape};
+use proptest::prelude::*;
+
+/// The shape of a test model.
+#[derive(Debug, Clone)]
+pub struct Spec {
+    pub dtype: DType,
+    pub form: Form,
+    pub slots: usize,
+    pub k_max: usize,
+    /// (out, in) of each target.
+    pub shapes: Vec<(usize, usize)>,
+    /// Whether leading dimensions and addresses are at multiples of 16 bytes, or anywhere.
+    pub aligned: bool,
+    pub max_rank: usize,
+    pub seed: u64,
+}
+
+/// One adapter of one target, in memory and exactly.
+pub struct Pair {
+    a: Grid,
+    b: Grid,
+    pub exact_a: Exact,
+    pub exact_b: Exact,
+    pub scale: f32,
+}
+
+/// A model with all that it lends to its bank and set, which come first so that they are dropped first.
+pub struct Model {
+    pub set: SwitchSet,
+    pub bank: AdapterBank,
+    pub spec: Spec,
+    pub weights: Vec<Grid>,
+    pub bases: Vec<Grid>,
+    /// [slot][target]
+    pub pairs: Vec<Vec<Option<Pair>>>,
+    pub backend: Backend,
+    rng: Rng,
+}
+
+/// Leading dimension and shift of a matrix with `cols` columns: `gap` is filled with NaNs, which no result may show.
+fn layout(rng: &mut Rng, spec: &Spec, cols: usize) -> Layout {
+    let pack = 16 / spec.dtype.size() as usize;
+    if spec.aligned {
+        Layout { stride: cols.next_multiple_of(pack) + pack * rng.below(2), shift: 0 }
+    } else {
+        Layout { stride: cols + rng.below(4), shift: rng.below(pack) }
+    }
+}
+
+fn grid(backend: &Backend, rng: &mut Rng, spec: &Spec, rows: usize, cols: usize, size: f64) -> Grid {
+    let bits = rng.bits(spec.dtype, rows * cols, size);
+    let layout = layout(rng, spec, cols);
+    Grid::with_gap(backend, spec.dtype, rows, cols, layout, 0xff, &bits)
+}
+
+impl Model {
+    pub fn new(backend: &Backend, spec: &Spec) -> Self {
+        let mut rng = Rng(spec.seed);
+        let bases: Vec<Grid> = spec.shapes.iter().map(|&(o, i)| grid(backend, &mut rng, spec, o, i, 1.0)).collect();
+        let weights: Vec<Grid> = bases.iter().map(|base| initial_weight(backend, &mut rng, spec, base)).collect();
+        let cap = spec.max_rank as u64;
+        let shapes: Vec<TargetShape> =
+            spec.shapes.iter().map(|&(o, i)| TargetShape { out_features: o as u64, in_features: i as u64, rank_cap: cap }).collect();
+        let bank = AdapterBank::new(&backend.stream, spec.dtype, spec.slots as u64, &shapes, StateMemory::allocate()).unwrap();
+        let targets = weights.iter().zip(&bases).map(|(w, b)| Target {
+            weight: w.weight(),
+            base: (spec.form == Form::FromBase).then(|| b.tensor()),
+        });
+        let options = SwitchOptions { form: spec.form, k_max: spec.k_max as u64, memory: StateMemory::allocate() };
+        let set = SwitchSet::new(&backend.stream, &bank, targets.collect(), options).unwrap();
+        let pairs = (0..spec.slots).map(|_| Vec::new()).collect();
+        let mut model = Self { set, bank, spec: spec.clone(), weights, bases, pairs, backend: backend.clone(), rng };
+        for slot in 0..spec.slots {
+            model.refill(slot);
+        }
+        model
+    }
+
+    /// Gives a slot new random adapters; some targets get none, ranks run from 0 to the largest.
+    pub fn refill(&mut self, slot: usize) {
+        let pairs: Vec<Option<Pair>> = (0..self.spec.shapes.len()).map(|t| self.random_pair(t)).collect();
+        self.set_slot(slot, pairs);
+    }
+
+    pub fn set_slot(&mut self, slot: usize, pairs: Vec<Option<Pair>>) {
+        let factor = |p: &Pair| Factor { a: p.a.tensor(), b: p.b.tensor(), scale: p.scale };
+        let factors: Vec<Option<Factor>> = pairs.iter().map(|p| p.as_ref().map(factor)).collect();
+        self.bank.set_slot(&self.backend.stream, slot as u64, &factors).unwrap();
+        self.backend.synchronize(); // the former pairs' memory is freed here
+        self.pairs[slot] = pairs;
+    }
+
+    fn random_pair(&mut self, target: usize) -> Option<Pair> {
+        let (o, i) = self.spec.shapes[target];
+        let rank = match self.rng.below(6) {
+            0 => return None,
+            1 => 0,
+            2 => 1,
+            _ => 1 + self.rng.below(self.spec.max_rank),
+        };
+        let scale = self.rng.pick(&[1.0f32, 0.5, 2.0, -0.3, 16.0 / 7.0]);
+        Some(self.pair(o, i, rank.min(self.spec.max_rank), scale, 1.0))
+    }
+
+    fn pair(&mut self, o: usize, i: usize, rank: usize, scale: f32, size: f64) -> Pair {
+        let (backend, spec) = (self.backend.clone(), self.spec.clone());
+        let a = grid(&backend, &mut self.rng, &spec, rank, i, size);
+        let b = grid(&backend, &mut self.rng, &spec, o, rank, size);
+        let exact_a = Exact::new(spec.dtype, rank, i, &a.bits());
+        let exact_b = Exact::new(spec.dtype, o, rank, &b.bits());
+        Pair { a, b, exact_a, exact_b, scale }
+    }
+
+    pub fn to(&mut self, ids: &[i32], gates: &[f32]) {
+        let (ids, gates) = (Grid::ids(&self.backend, ids), Grid::floats(&self.backend, gates));
+        self.set.to(&self.backend.stream, &ids.mat(), &gates.mat()).unwrap();
+        self.backend.synchronize();
+    }
+
+    /// (slot, coefficient) of a target under a route, as the set should hold it.
+    pub fn list(&self, target: usize, ids: &[i32], gates: &[f32]) -> Vec<(usize, f32)> {
+        let route = oracle::canonical(ids, gates, self.spec.slots);
+        let entry = |(slot, gate): (usize, f32)| {
+            let pair = self.pairs[slot][target].as_ref()?;
+            let c = gate * pair.scale;
+            let usable = self.spec.form == Form::FromBase || c.abs() < 2f32.powi(126);
+            (pair.exact_a.rows > 0 && c != 0.0 && usable).then_some((slot, c))
+        };
+        route.into_iter().filter_map(entry).collect()
+    }
+
+    /// The exact sum and its bound.
+    pub fn exact(&self, target: usize, list: &[(usize, f32)]) -> (Exact, Vec<f64>) {
+        let (o, i) = self.spec.shapes[target];
+        let base = Exact::new(self.spec.dtype, o, i, &self.bases[target].bits());
+        let term = |&(slot, c): &(usize, f32)| {
+            let pair = self.pairs[slot][target].as_ref().unwrap();
+            Term { a: &pair.exact_a, b: &pair.exact_b, coefficient: f64::from(c) }
+        };
+        oracle::merge(&base, &list.iter().map(term).collect::<Vec<_>>())
+    }
+
+    pub fn all_bits(&self) -> Vec<Vec<u32>> {
+        self.weights.iter().map(Grid::bits).collect()
+    }
+
+    pub fn base_bits(&self) -> Vec<Vec<u32>> {
+        self.bases.iter().map(Grid::bits).collect()
+    }
+
+    fn current(&self, target: usize) -> Vec<(i32, f32)> {
+        let k = self.spec.k_max;
+        let mut ids = Grid::poisoned(&self.backend, DType::I32, 1, k, Layout::dense(k));
+        let mut coefficients = Grid::poisoned(&self.backend, DType::F32, 1, k, Layout::dense(k));
+        self.set.current(&self.backend.stream, target as u64, &mut ids.mat_mut(), &mut coefficients.mat_mut()).unwrap();
+        ids.i32s().into_iter().zip(coefficients.bits().into_iter().map(f32::from_bits)).collect()
+    }
+}
+
+/// From base, anything; in place, the base.
+fn initial_weight(backend: &Backend, rng: &mut Rng, spec: &Spec, base: &Grid) -> Grid {
+    let layout = layout(rng, spec, base.cols);
+    match spec.form {
+        Form::FromBase => Grid::poisoned(backend, spec.dtype, base.rows, base.cols, layout),
+        Form::InPlace => Grid::new(backend, spec.dtype, base.rows, base.cols, layout, &base.bits()),
+    }
+}
+
+/// A random route: ids in and out of range, duplicates, zero and negative gates; any k up to k_max, often 2 and k = N.
+fn random_route(rng: &mut Rng, spec: &Spec) -> (Vec<i32>, Vec<f32>) {
+    let k = rng.pick(&[0, 1, 2.min(spec.k_max), spec.slots.min(spec.k_max), spec.k_max]);
+    let id = |rng: &mut Rng| match rng.below(8) {
+        0 => rng.pick(&[-1, -1, spec.slots as i32, i32::MIN]),
+        _ => rng.below(spec.slots) as i32,
+    };
+    let ids = (0..k).map(|_| id(rng)).collect();
+    let gates = (0..k).map(|_| rng.pick(&[0.0, 1.0, 0.25, -0.75, rng.clone().uniform() as f32])).collect();
+    (ids, gates)
+}
+
+/// Sizes around each edge: of a pack (8), of mma (16), of a panel (32), of a tile (64, 128); primes; 1; 0.
+const SIZES: [usize; 17] = [0, 1, 2, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 130, 300];
+const RANKS: [usize; 9] = [1, 3, 8, 16, 17, 32, 33, 64, 100];
+
+fn spec() -> impl Strategy<Value = Spec> {
+    let size = || (0..SIZES.len()).prop_map(|i| SIZES[i]);
+    let shapes = prop::collection::vec((size(), size()), 0..5);
+    let rank = (0..RANKS.len()).prop_map(|i| RANKS[i]);
+    (0usize..3, shapes, 1usize..9, 1usize..9, any::<bool>(), rank, any::<u64>()).prop_map(|(d, shapes, slots, k_max, aligned, max_rank, seed)| {
+        Spec { dtype: FLOATS[d], form: Form::FromBase, slots, k_max, shapes, aligned, max_rank, seed }
+    })
+}
+
+fn small(dtype: DType, form: Form) -> Spec {
+    Spec { dtype, form, slots: 4, k_max: 4, shapes: vec![(48, 80), (33, 65)], aligned: true, max_rank: 20, seed: 11 }
+}
+
+fn from_base_matches_oracle(backend: &Backend) {
+    proptest!(cases(50), |(spec in spec())| {
+        let mut model = Model::new(backend, &spec);
+        let mut rng = Rng(spec.seed ^ 1);
+        for step in 0..4 {
+            let (ids, gates) = random_route(&mut rng, &spec);
+            if step == 2 {
+                model.refill(rng.below(spec.slots));
+            }
+            model.to(&ids, &gates);
+            for t in 0..spec.shapes.len() {
+                let list = model.list(t, &ids, &gates);
+                let (exact, bounds) = model.exact(t, &list);
+                if list.is_empty() {
+                    prop_assert_eq!(model.weights[t].bits(), model.bases[t].bits(), "an empty sum copies bits");
+                } else {
+                    oracle::assert_close(spec.dtype, &model.weights[t].values(), &exact.x, &bounds, "from base");
+                }
+                let held: Vec<(usize, f32)> =
+                    model.current(t).iter().filter(|(id, _)| *id >= 0).map(|&(id, c)| (id as usize, c)).collect();
+                prop_assert_eq!(held, list, "what the set says it holds");
+            }
+        }
+    });
+}
+
+/// Each switch may round W once and err by its own sum: the bounds of all switches add up.
+fn in_place_matches_oracle(backend: &Backend) {
+    proptest!(cases(50), |(mut spec in spec())| {
+        spec.form = Form::InPlace;
+        let mut model = Model::new(backend, &spec);
+        let mut rng = Rng(spec.seed ^ 2);
+        let mut bounds: Vec<Vec<f64>> = spec.shapes.iter().map(|&(o, i)| vec![0.0; o * i]).collect();
+        let mut held: Vec<Vec<(usize, f32)>> = vec![Vec::new(); spec.shapes.len()];
+        for step in 0..5 {
+            let (ids, gates) = if step == 4 { (vec![], vec![]) } else { random_route(&mut rng, &spec) };
+            model.to(&ids, &gates);
+            for t in 0..spec.shapes.len() {
+                let list = model.list(t, &ids, &gates);
+                let (exact, own) = model.exact(t, &list);
+                let (_, former) = model.exact(t, &held[t]);
+                for (i, bound) in bounds[t].iter_mut().enumerate() {
+                    // The difference of two coefficients is itself rounded: one more of each term, within twice the terms' bounds.
+                    *bound += 2.0 * (own[i] + former[i]);
+                    *bound += oracle::half_ulp(spec.dtype, exact.x[i].abs() + *bound);
+                }
+                oracle::assert_close(spec.dtype, &model.weights[t].values(), &exact.x, &bounds[t], "in place");
+                held[t] = list;
+            }
+        }
+        prop_assert!(!model.set.odd(&backend.stream).unwrap().contains(Odd::STALE_MERGE));
+    });
+}
+
+/// From base, the result depends on the current route alone, bit for bit; unmerge gives the base back.
+fn from_base_forgets_the_past(backend: &Backend) {
+    for dtype in FLOATS {
+        let spec = small(dtype, Form::FromBase);
+        let mut model = Model::new(backend, &spec);
+        let mut rng = Rng(5);
+        for _ in 0..20 {
+            let (ids, gates) = random_route(&mut rng, &spec);
+            model.to(&ids, &gates);
+        }
+        model.to(&[1, 3], &[0.7, 0.3]);
+        let after_many = model.all_bits();
+        model.set.unmerge(&backend.stream).unwrap();
+        assert_eq!(model.all_bits(), model.base_bits());
+        model.to(&[1, 3], &[0.7, 0.3]);
+        assert_eq!(model.all_bits(), after_many);
+        let mut fresh = Model::new(backend, &spec);
+        fresh.to(&[1, 3], &[0.7, 0.3]);
+        assert_eq!(fresh.all_bits(), after_many);
+        // A route in another order, with ids that name nothing and a duplicate that adds up to the same gate.
+        fresh.set.invalidate(&backend.stream).unwrap();
+        fresh.to(&[3, -1, 1, 3], &[0.0, 9.0, 0.7, 0.3]);
+        assert_eq!(fresh.all_bits(), after_many);
+    }
+}
+
+/// -0.0, NaN payloads and infinities of the base survive an empty route bit by bit, on the fast path and off it.
+fn an_empty_route_copies_bits(backend: &Backend) {
+    for (dtype, odd) in [
+        (DType::F32, [0x8000_0000u32, 0x7fc1_2345, 0xffa0_0001, 0x7f80_0000, 1]),
+        (DType::F16, [0x8000, 0x7e55, 0xfd01, 0x7c00, 1]),
+        (DType::Bf16, [0x8000, 0x7fd5, 0xff81, 0x7f80, 1]),
+    ] {
+        for aligned in [true, false] {
+            let spec = Spec { aligned, ..small(dtype, Form::FromBase) };
+            let mut model = Model::new(backend, &spec);
+            for base in &mut model.bases {
+                let bits: Vec<u32> = (0..base.rows * base.cols).map(|i| odd[i % odd.len()]).collect();
+                base.set_bits(&bits);
+            }
+            model.to(&[0], &[0.0]);
+            assert_eq!(model.all_bits(), model.base_bits(), "{dtype}");
+        }
+    }
+}
+
+/// An unchanged route writes nothing; a changed one, `invalidate` and a refill do.
+fn an_unchanged_route_costs_nothing(backend: &Backend) {
+    for form in [Form::FromBase, Form::InPlace] {
+        let mut model = Model::new(backend, &small(DType::Bf16, form));
+        model.to(&[0, 1], &[0.5, 0.5]);
+        let marked: Vec<u32> = vec![encode(DType::Bf16, 3.0); 48 * 80];
+        model.weights[0].set_bits(&marked);
+        model.to(&[1, 0], &[0.5, 0.5]);
+        assert_eq!(model.weights[0].bits(), marked, "the same route in another order");
+        model.to(&[1, 0, 2], &[0.5, 0.5, 0.0]);
+        assert_eq!(model.weights[0].bits(), marked, "a gate of zero");
+        model.set.invalidate(&backend.stream).unwrap();
+        model.to(&[0, 1], &[0.5, 0.5]);
+        assert_ne!(model.weights[0].bits(), marked, "after invalidate");
+    }
+}
+
+/// A zero coefficient does not touch its adapter, even one full of NaN.
+fn a_zero_coefficient_skips_the_adapter(backend: &Backend) {
+    for form in [Form::FromBase, Form::InPlace] {
+        let mut model = Model::new(backend, &small(DType::F16, form));
+        let nan = |model: &mut Model, o, i| {
+            let mut pair = model.pair(o, i, 5, 1.0, 1.0);
+            pair.a.set_bits(&vec![0x7e00; 5 * i]);
+            Some(pair)
+        };
+        let pairs = vec![nan(&mut model, 48, 80), nan(&mut model, 33, 65)];
+        model.set_slot(2, pairs);
+        model.to(&[2, 0], &[0.0, 1.0]);
+        assert!(model.weights.iter().all(|w| w.values().iter().all(|x| x.is_finite())));
+    }
+}
+
+/// From base a coefficient that is not finite shows in W, and the next route heals it; in place it counts as zero.
+fn coefficients_that_are_not_finite(backend: &Backend) {
+    for bad in [f32::NAN, f32::INFINITY] {
+        let mut model = Model::new(backend, &small(DType::F32, Form::FromBase));
+        let pairs = vec![Some(model.pair(48, 80, 4, 1.0, 1.0)), None];
+        model.set_slot(0, pairs);
+        model.to(&[0], &[bad]);
+        assert!(model.weights[0].values().iter().all(|x| !x.is_finite()));
+        assert_eq!(model.weights[1].bits(), model.bases[1].bits(), "a target without the adapter is not touched by it");
+        assert!(model.set.odd(&backend.stream).unwrap().contains(Odd::COEFFICIENT));
+        model.to(&[1], &[1.0]);
+        assert!(model.weights[0].values().iter().all(|x| x.is_finite()));
+
+        let mut model = Model::new(backend, &small(DType::F32, Form::InPlace));
+        model.to(&[0, 1], &[bad, 0.5]);
+        let with_bad = model.all_bits();
+        assert!(model.set.odd(&backend.stream).unwrap().contains(Odd::COEFFICIENT));
+        let mut without = Model::new(backend, &small(DType::F32, Form::InPlace));
+        without.to(&[1], &[0.5]);
+        assert_eq!(without.all_bits(), with_bad);
+    }
+}
+
+fn ids_out_of_range_are_reported(backend: &Backend) {
+    let mut model = Model::new(backend, &small(DType::F32, Form::FromBase));
+    model.to(&[-1, 1], &[1.0, 1.0]);
+    assert!(model.set.odd(&backend.stream).unwrap().is_none(), "-1 is the way to say none");
+    model.to(&[4, 1], &[1.0, 1.0]);
+    assert_eq!(model.set.odd(&backend.stream).unwrap(), Odd::ROUTE_ID);
+    model.set.invalidate(&backend.stream).unwrap();
+    assert!(model.set.odd(&backend.stream).unwrap().is_none());
+}
+
+/// A merged slot gets another adapter. From base the next `to` heals, though the route is the same. In place the old product cannot be
+/// taken out: W stays as it is, the set says so, and `invalidate` starts over from what W holds.
+fn refilling_a_merged_slot(backend: &Backend) {
+    let spec = small(DType::Bf16, Form::FromBase);
+    let mut model = Model::new(backend, &spec);
+    model.to(&[1, 2], &[0.5, 0.5]);
+    model.refill(2);
+    model.to(&[1, 2], &[0.5, 0.5]);
+    for t in 0..2 {
+        let (exact, bounds) = model.exact(t, &model.list(t, &[1, 2], &[0.5, 0.5]));
+        oracle::assert_close(spec.dtype, &model.weights[t].values(), &exact.x, &bounds, "healed");
+    }
+
+    let mut model = Model::new(backend, &small(DType::Bf16, Form::InPlace));
+    let pairs = vec![Some(model.pair(48, 80, 4, 1.0, 1.0)), None];
+    model.set_slot(2, pairs);
+    model.to(&[1, 2], &[0.5, 0.5]);
+    let merged = model.all_bits();
+    model.refill(2);
+    model.to(&[1], &[0.5]);
+    assert_eq!(model.weights[0].bits(), merged[0], "the stale target is left alone");
+    assert!(model.set.odd(&backend.stream).unwrap().contains(Odd::STALE_MERGE));
+    model.set.invalidate(&backend.stream).unwrap();
+    assert!(model.set.odd(&backend.stream).unwrap().is_none());
+    assert!(model.current(0).iter().all(|(id, _)| *id == -1));
+
+    // Unmerged first, as the documentation asks: nothing is odd.
+    model.to(&[1], &[1.0]);
+    model.set.unmerge(&backend.stream).unwrap();
+    model.refill(1);
+    model.to(&[1], &[1.0]);
+    assert!(model.set.odd(&backend.stream).unwrap().is_none());
+}
+
+fn a_range_of_targets(backend: &Backend) {
+    let spec = Spec { shapes: vec![(20, 20); 5], ..small(DType::F32, Form::FromBase) };
+    let mut model = Model::new(backend, &spec);
+    model.to(&[0], &[1.0]);
+    let before = model.all_bits();
+    let (ids, gates) = (Grid::ids(backend, &[1, 2]), Grid::floats(backend, &[0.5, 0.5]));
+    model.set.to_targets(&backend.stream, 1..3, &ids.mat(), &gates.mat()).unwrap();
+    model.set.to_targets(&backend.stream, 2..2, &ids.mat(), &gates.mat()).unwrap();
+    let part = model.all_bits();
+    model.to(&[1, 2], &[0.5, 0.5]);
+    let all = model.all_bits();
+    for t in 0..5 {
+        assert_eq!(part[t], if (1..3).contains(&t) { all[t].clone() } else { before[t].clone() }, "target {t}");
+    }
+}
+
+/// More targets than a block plans at a time (256), with tiles of changed and unchanged ones in between.
+fn many_targets(backend: &Backend) {
+    let shapes = (0..600).map(|i| (1 + i % 70, 1 + i % 131)).collect();
+    let spec = Spec { shapes, max_rank: 3, slots: 2, k_max: 2, ..small(DType::Bf16, Form::FromBase) };
+    let mut model = Model::new(backend, &spec);
+    for (ids, gates) in [([0, 1], [0.5f32, 0.5]), ([0, -1], [0.5, 0.5]), ([1, 0], [1.0, 0.5])] {
+        model.to(&ids, &gates);
+        for t in 0..spec.shapes.len() {
+            let (exact, bounds) = model.exact(t, &model.list(t, &ids, &gates));
+            oracle::assert_close(spec.dtype, &model.weights[t].values(), &exact.x, &bounds, &format!("target {t}"));
+        }
+    }
+}
+
+/// The largest rank and the widest route, in the smallest sum that has them.
+fn largest_rank_and_k(backend: &Backend) {
+    for dtype in FLOATS {
+        let spec = Spec { slots: 32, k_max: 32, shapes: vec![(70, 140)], max_rank: 256, ..small(dtype, Form::FromBase) };
+        let mut model = Model::new(backend, &spec);
+        for slot in 0..32 {
+            let pair = model.pair(70, 140, if slot == 31 { 256 } else { 9 }, 1.0, 0.1);
+            model.set_slot(slot, vec![Some(pair)]);
+        }
+        let ids: Vec<i32> = (0..32).rev().collect();
+        let gates = vec![1.0 / 32.0; 32];
+        model.to(&ids, &gates);
+        let (exact, bounds) = model.exact(0, &model.list(0, &ids, &gates));
+        oracle::assert_close(dtype, &model.weights[0].values(), &exact.x, &bounds, "k = 32, rank 256");
+    }
+}
+
+/// A switch is one rounding of the exact sum plus the f32 bound; most elements are within a half ulp. Judged over all elements, so that
+/// a fold of the coefficient into a 16-bit operand (up to 2 ulp) would show.
+fn one_rounding(backend: &Backend) {
+    for dtype in [DType::Bf16, DType::F16] {
+        let spec = Spec { shapes: vec![(128, 256)], max_rank: 64, ..small(dtype, Form::FromBase) };
+        let mut model = Model::new(backend, &spec);
+        for slot in 0..2 {
+            let pair = model.pair(128, 256, 64, 0.37, 0.5);
+            model.set_slot(slot, vec![Some(pair)]);
+        }
+        model.to(&[0, 1], &[0.61, 0.39]);
+        let (exact, _) = model.exact(0, &model.list(0, &[0, 1], &[0.61, 0.39]));
+        let got = model.weights[0].values();
+        // The f32 sums cost at most 133 * 2^-23 of magnitudes below 9, so 0.15 ulp of an f16 of 1 or more.
+        let ulp = |(got, exact): (&f64, &f64)| (got - exact).abs() / (2.0 * oracle::half_ulp(dtype, *exact));
+        let worst = got.iter().zip(&exact.x).filter(|(_, e)| e.abs() >= 1.0).map(ulp).fold(0.0, f64::max);
+        assert!(worst < 0.75, "{dtype}: {worst} ulp");
+    }
+}
+
+/// Weights that are rows of one fused buffer, each its own target; the fused buffer's other columns stay untouched.
+fn fused_weights(backend: &Backend) {
+    let (rows, cols, stride) = (96, 40, 64);
+    let mut rng = Rng(9);
+    let base = Grid::new(backend, DType::Bf16, rows, cols, Layout { stride, shift: 0 }, &rng.bits(DType::Bf16, rows * cols, 1.0));
+    let fused = Grid::poisoned(backend, DType::Bf16, rows, cols, Layout { stride, shift: 0 });
+    let heights = [48u64, 16, 32];
+    let shape = |&h: &u64| TargetShape { out_features: h, in_features: cols as u64, rank_cap: 4 };
+    let shapes: Vec<TargetShape> = heights.iter().map(shape).collect();
+    let bank = AdapterBank::new(&backend.stream, DType::Bf16, 1, &shapes, StateMemory::allocate()).unwrap();
+    let mut start = 0;
+    let mut targets = Vec::new();
+    for (weight, h) in fused.weight().split_rows(&heights).unwrap().into_iter().zip(heights) {
+        targets.push(Target { weight, base: Some(base.tensor().slice(start..start + h, 0..cols as u64).unwrap()) });
+        start += h;
+    }
+    let mut set = SwitchSet::new(&backend.stream, &bank, targets, SwitchOptions::default()).unwrap();
+    set.unmerge(&backend.stream).unwrap();
+    backend.synchronize();
+    assert_eq!(fused.bits(), base.bits());
+}
+
+fn memory_from_the_caller(backend: &Backend) {
+    let spec = small(DType::F32, Form::FromBase);
+    let model = Model::new(backend, &spec);
+    let bytes = SwitchSet::memory_bytes(&backend.stream, 2, 4).unwrap();
+    let memory = Grid::poisoned(backend, DType::U8, 1, bytes as usize, Layout::dense(bytes as usize));
+    let targets = || {
+        let target = |(w, b): (&Grid, &Grid)| Target { weight: w.weight(), base: Some(b.tensor()) };
+        model.weights.iter().zip(&model.bases).map(target).collect::<Vec<_>>()
+    };
+    // SAFETY: the grid outlives the set.
+    let options = |bytes| SwitchOptions { k_max: 4, memory: unsafe { StateMemory::at(memory.addr(), bytes) }, ..Default::default() };
+    let mut set = SwitchSet::new(&backend.stream, &model.bank, targets(), options(bytes)).unwrap();
+    let (ids, gates) = (Grid::ids(backend, &[0, 1]), Grid::floats(backend, &[0.5, 0.5]));
+    set.to(&backend.stream, &ids.mat(), &gates.mat()).unwrap();
+    set.unmerge(&backend.stream).unwrap();
+    backend.synchronize();
+    assert_eq!(model.all_bits(), model.base_bits());
+    memory.bits(); // its canaries
+    if backend.cuda.is_some() {
+        let error = SwitchSet::new(&backend.stream, &model.bank, targets(), options(bytes - 1)).unwrap_err();
+        assert!(matches!(&error, Error::Argument { name, .. } if name == "memory.bytes"), "{error}");
+    }
+}
+
+fn named<T>(result: Result<T, Error>, name: &str) {
+    let error = result.err().unwrap_or_else(|| panic!("{name} should be refused"));
+    assert!(matches!(&error, Error::Argument { name: n, .. } if n == name), "{error} should name {name}");
+}
+
+fn bad_sets_are_refused(backend: &Backend) {
+    let f32 = DType::F32;
+    let shape = |o, i, r| TargetShape { out_features: o, in_features: i, rank_cap: r };
+    let bank_of = |dtype, slots, shapes: &[TargetShape]| AdapterBank::new(&backend.stream, dtype, slots, shapes, StateMemory::allocate());
+    named(bank_of(DType::I32, 1, &[]), "dtype");
+    named(bank_of(f32, 0, &[]), "slots");
+    named(bank_of(f32, 65_537, &[]), "slots");
+    named(bank_of(f32, 1, &[shape(4, 4, 257)]), "targets[0].rank_cap");
+    named(bank_of(f32, 1, &[shape(4, 4, 4), shape(1 << 40, 4, 4)]), "targets[1].out_features");
+
+    let bank = bank_of(f32, 2, &[shape(4, 8, 2), shape(4, 8, 2)]).unwrap();
+    let big = Grid::poisoned(backend, f32, 16, 8, Layout { stride: 16, shift: 0 });
+    // SAFETY: inside the grid, which outlives everything here.
+    let weight = |row: u64, col: u64, stride| unsafe {
+        lora_switch::Weight::from_raw(&backend.context, big.addr() + 4 * (row * 16 + col), f32, 4, 8, stride)
+    };
+    let set = |targets, form, k_max| {
+        SwitchSet::new(&backend.stream, &bank, targets, SwitchOptions { form, k_max, memory: StateMemory::allocate() })
+    };
+    let in_place = |weight| Target { weight, base: None };
+    let pair = |a, b| vec![in_place(a), in_place(b)];
+    named(set(vec![in_place(weight(0, 0, 16))], Form::InPlace, 2), "targets");
+    named(set(pair(weight(0, 0, 16), weight(4, 0, 16)), Form::InPlace, 0), "k_max");
+    named(set(pair(weight(0, 0, 16), weight(4, 0, 16)), Form::InPlace, 33), "k_max");
+    named(set(pair(weight(0, 0, 16), weight(3, 0, 16)), Form::InPlace, 2), "targets[0].weight");
+    named(set(pair(weight(4, 0, 7), weight(8, 0, 16)), Form::InPlace, 2), "targets[0].weight.stride");
+    named(set(pair(weight(0, 0, 16), weight(4, 0, 16)), Form::FromBase, 2), "targets[0].base");
+    let with_base = |w, b: &Grid| Target { weight: w, base: Some(b.tensor()) };
+    let base = Grid::poisoned(backend, f32, 4, 8, Layout::dense(8));
+    named(set(vec![with_base(weight(0, 0, 16), &base), with_base(weight(4, 0, 16), &base)], Form::InPlace, 2), "targets[0].base");
+    let wrong = Grid::poisoned(backend, f32, 4, 7, Layout::dense(7));
+    named(set(vec![with_base(weight(0, 0, 16), &base), with_base(weight(4, 0, 16), &wrong)], Form::FromBase, 2), "targets[1].base.cols");
+    let half = Grid::poisoned(backend, DType::F16, 4, 8, Layout::dense(8));
+    named(set(pair(weight(0, 0, 16), half.weight()), Form::InPlace, 2), "targets[1].weight.dtype");
+    // Side by side in the same rows is no overlap.
+    set(pair(weight(0, 0, 16), weight(0, 8, 16)), Form::InPlace, 2).unwrap();
+}
+
+fn bad_refills_and_routes_are_refused(backend: &Backend) {
+    let mut model = Model::new(backend, &small(DType::F32, Form::FromBase));
+    let grid = |dtype, rows, cols| Grid::poisoned(backend, dtype, rows, cols, Layout::dense(cols));
+    let (a, b) = (grid(DType::F32, 3, 80), grid(DType::F32, 48, 3));
+    let factor = |a: &Grid, b: &Grid, scale| Some(Factor { a: a.tensor(), b: b.tensor(), scale });
+    let bank = model.bank.clone();
+    let refill = |slot, factors: &[Option<Factor>]| bank.set_slot(&backend.stream, slot, factors);
+    named(refill(4, &[None, None]), "slot");
+    named(refill(0, &[None]), "factors");
+    named(refill(0, &[factor(&grid(DType::F32, 3, 79), &b, 1.0), None]), "factors[0].a.cols");
+    named(refill(0, &[factor(&grid(DType::F32, 21, 80), &b, 1.0), None]), "factors[0].a.rows");
+    named(refill(0, &[factor(&a, &grid(DType::F32, 48, 4), 1.0), None]), "factors[0].b.cols");
+    named(refill(0, &[None, factor(&grid(DType::F32, 3, 65), &b, 1.0)]), "factors[1].b.rows");
+    named(refill(0, &[factor(&a, &grid(DType::Bf16, 48, 3), 1.0), None]), "factors[0].b.dtype");
+    named(refill(0, &[factor(&a, &b, f32::NAN), None]), "factors[0].scale");
+
+    model.to(&[0, 1], &[0.5, 0.5]);
+    let before = model.all_bits();
+    let (ids, gates) = (Grid::ids(backend, &[1, 2]), Grid::floats(backend, &[0.5, 0.5]));
+    let stream = &backend.stream;
+    let set = &mut model.set;
+    named(set.to(stream, &Grid::ids(backend, &[0; 5]).mat(), &Grid::floats(backend, &[0.2; 5]).mat()), "ids.cols");
+    named(set.to(stream, &gates.mat(), &gates.mat()), "ids.dtype");
+    named(set.to(stream, &ids.mat(), &ids.mat()), "gates.dtype");
+    named(set.to(stream, &ids.mat(), &Grid::floats(backend, &[0.5; 3]).mat()), "gates.cols");
+    named(set.to_targets(stream, 0..3, &ids.mat(), &gates.mat()), "targets");
+    named(set.weight(2), "target");
+    let mut out = (grid(DType::I32, 1, 4), grid(DType::F32, 1, 3));
+    named(set.current(stream, 0, &mut out.0.mat_mut(), &mut out.1.mat_mut()), "coefficients.cols");
+    named(set.current(stream, 2, &mut out.0.mat_mut(), &mut out.1.mat_mut()), "target");
+    assert_eq!(model.all_bits(), before);
+}
+
+on_backends!(
+    from_base_matches_oracle,
+    in_place_matches_oracle,
+    from_base_forgets_the_past,
+    an_empty_route_copies_bits,
+    an_unchanged_route_costs_nothing,
+    a_zero_coefficient_skips_the_adapter,
+    coefficients_that_are_not_finite,
+    ids_out_of_range_are_reported,
+    refilling_a_merged_slot,
+    a_range_of_targets,
+    many_targets,
+    largest_rank_and_k,
+    one_rounding,
+    fused_weights,
+    memory_from_the_caller,
+    bad_sets_are_refused,
+    bad_refills_and_routes_are_refused,
+);
