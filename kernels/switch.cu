@@ -329,9 +329,10 @@ template <class T> __device__ void switch_tile(const LswSwitchArgs& args, Shared
         const int m = i / kChunks, n = i % kChunks * kPack<T>;
         load_chunk(&s.weight[m][n], base + m * target.base_stride + n, m < tile.valid_rows() ? tile.valid_cols(n) : 0, aligned);
     }
+    copy_commit();
 
     if (s.term_count > 0) {
-        // Two stages of panels: the next step's loads run under this step's product. W's load belongs to the first group.
+        // Two stages of panels: the next step's loads run under this step's product.
         Product<T> product;
         Step step{0, 0};
         load_panels(s, 0, tile, step);

@@ -88,19 +88,13 @@ impl Modules {
         Ok(modules)
     }
 
-    /// `switch_f32` is `lsw_switch_f32`; the module is the one that has it.
-    fn function(&self, name: &str) -> Result<Function> {
+    /// The kernel `lsw_<name>` of kernels/<file>.cu.
+    fn function(&self, file: &str, name: &str) -> Result<Function> {
+        let (_, module) = self.0.iter().find(|(stem, _)| *stem == file).ok_or(Error::NoKernels { why: BUILT_WITH })?;
         let symbol = CString::new(format!("lsw_{name}")).expect("names have no nul");
         let mut function = ptr::null_mut();
-        let mut last = Err(Error::NoKernels { why: BUILT_WITH });
-        for (_, module) in &self.0 {
-            // SAFETY: a loaded module and a nul-terminated name.
-            last = unsafe { driver!(cuModuleGetFunction(&mut function, *module, symbol.as_ptr())) };
-            if last.is_ok() {
-                break;
-            }
-        }
-        last?;
+        // SAFETY: a loaded module and a nul-terminated name.
+        unsafe { driver!(cuModuleGetFunction(&mut function, *module, symbol.as_ptr())) }?;
         // Under lazy loading, asking for an attribute loads the kernel's code now instead of at the first launch.
         let mut registers = 0;
         let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_NUM_REGS;
@@ -109,10 +103,10 @@ impl Modules {
         Ok(function)
     }
 
-    fn functions<const N: usize>(&self, stem: &str, suffixes: [&str; N]) -> Result<[Function; N]> {
+    fn functions<const N: usize>(&self, file: &str, stem: &str, suffixes: [&str; N]) -> Result<[Function; N]> {
         let mut found = [ptr::null_mut(); N];
         for (slot, suffix) in found.iter_mut().zip(suffixes) {
-            *slot = self.function(&format!("{stem}_{suffix}"))?;
+            *slot = self.function(file, &format!("{stem}_{suffix}"))?;
         }
         Ok(found)
     }
@@ -120,16 +114,16 @@ impl Modules {
     fn kernels(&self) -> Result<Kernels> {
         let floats = ["f32", "f16", "bf16"];
         Ok(Kernels {
-            route: self.functions("route", floats)?,
-            bank_set: self.function("bank_set")?,
-            switch: self.functions("switch", floats)?,
-            switch_current: self.function("switch_current")?,
-            permute_count: self.function("permute_count")?,
-            permute_scatter: self.function("permute_scatter")?,
-            gather: self.functions("gather", ["16", "4", "2", "1"])?,
-            combine: self.functions("combine", floats)?,
-            measure_scale: self.functions("measure_scale", floats)?,
-            measure_fill: self.functions("measure_fill", floats)?,
+            route: self.functions("route", "route", floats)?,
+            bank_set: self.function("bank", "bank_set")?,
+            switch: self.functions("switch", "switch", floats)?,
+            switch_current: self.function("switch", "switch_current")?,
+            permute_count: self.function("permute", "permute_count")?,
+            permute_scatter: self.function("permute", "permute_scatter")?,
+            gather: self.functions("permute", "gather", ["16", "4", "2", "1"])?,
+            combine: self.functions("permute", "combine", floats)?,
+            measure_scale: self.functions("measure", "measure_scale", floats)?,
+            measure_fill: self.functions("measure", "measure_fill", floats)?,
         })
     }
 }
