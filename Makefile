@@ -41,8 +41,10 @@ test: setup ## format, lints, all tests; those of the GPU run if there is one
 gpu-test: setup ## all tests, and a missing GPU is an error
 	LORA_SWITCH_REQUIRE_NVCC=1 LORA_SWITCH_REQUIRE_GPU=1 cargo test --release
 
+# What the figures are of, and whether the tree differs from it (records apart).
+COMMIT = $(shell git rev-parse --short=12 HEAD)$(shell test -z "$$(git status --porcelain -- . ':!benches/record')" || echo -dirty)
 bench: setup ## measure (BENCH_ARGS go to the bench)
-	cargo bench -- $(BENCH_ARGS)
+	LORA_SWITCH_COMMIT=$(COMMIT) cargo bench -- $(BENCH_ARGS)
 
 gen: setup ## write the committed generated files anew
 	LORA_SWITCH_REGENERATE=1 cargo test --test suite generated

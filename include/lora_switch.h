@@ -53,7 +53,7 @@
 
 #include <stdint.h>
 
-/* The version of this header; see lsw_version. */
+/* The version of this header; lsw_version says the library's. */
 #define LSW_VERSION_MAJOR 0
 #define LSW_VERSION_MINOR 1
 #define LSW_VERSION_PATCH 0
@@ -91,7 +91,8 @@
 #define LSW_OUT_OF_MEMORY 5
 
 /**
- * A bug in this library. It is not passed on to the caller's stack; destroy the objects of the call.
+ * A bug in this library. It is not passed on to the caller's stack; destroy the objects of the
+ * call.
  */
 #define LSW_PANIC 6
 
@@ -121,8 +122,8 @@
 #define LSW_U8 4
 
 /**
- * Bits of what a device found odd in values that it was given. lsw_context_take_odd: lsw_route met a NaN or +inf logit, or a row
- * with nothing finite.
+ * Bits of what a device found odd in values that it was given. lsw_context_take_odd: lsw_route met
+ * a NaN or +inf logit, or a row with nothing finite.
  */
 #define LSW_ODD_LOGITS 1
 
@@ -142,61 +143,69 @@
 #define LSW_ODD_COEFFICIENT 8
 
 /**
- * lsw_switch_odd: a set in place holds the product of an adapter that has been replaced; its targets were left as they are.
+ * lsw_switch_odd: a set in place holds the product of an adapter that has been replaced; its
+ * targets were left as they are.
  */
 #define LSW_ODD_STALE_MERGE 16
 
 /**
- * W = W_base + the sum of the route, with W_base in a second buffer. The result depends on the current route alone, bit for bit,
- * after any number of switches; the route of nothing copies W_base's bits. Half the arithmetic of the other form, same traffic.
+ * W = W_base + the sum of the route, with W_base in a second buffer. The result depends on the
+ * current route alone, bit for bit, after any number of switches; the route of nothing copies
+ * W_base's bits. Half the arithmetic of the other form, same traffic.
  */
 #define LSW_FROM_BASE 0
 
 /**
- * W += new route - old route (LoRA-Switch, arXiv 2405.17741, equation 6). No second buffer; each switch rounds W once, so errors
- * build up.
+ * W += new route - old route (LoRA-Switch, arXiv 2405.17741, equation 6). No second buffer; each
+ * switch rounds W once, so errors build up.
  */
 #define LSW_IN_PLACE 1
 
 /**
- * A table over (target, slot) of LoRA pairs, by address: it copies no weights, so stacked arrays, paged pools and slices of larger
- * matrices all fit. May be used by several threads at a time, and destroyed before the sets that use it.
+ * A table over (target, slot) of LoRA pairs, by address: it copies no weights, so stacked arrays,
+ * paged pools and slices of larger matrices all fit. May be used by several threads at a time, and
+ * destroyed before the sets that use it.
  */
 typedef struct lsw_bank lsw_bank;
 
 /**
- * A backend, ready: the CPU with a number of threads, or a CUDA context with the kernels loaded. May be used by several threads at a
- * time, and destroyed before the objects that were made on it.
+ * A backend, ready: the CPU with a number of threads, or a CUDA context with the kernels loaded.
+ * May be used by several threads at a time, and destroyed before the objects that were made on it.
  */
 typedef struct lsw_context lsw_context;
 
 /**
  * All adapted weights of a model and the adapters that they may carry.
  *
- * A route is ids[k] and gates[k], as lsw_route writes them. Canonical form: an id outside the bank's slots is none; duplicates add up
- * in f32 in order of appearance; entries sort by id, so a permuted route gives the same bits. The coefficient of a slot at a target is
- * gate * scale, in f32; where it is zero, or the rank is, the adapter is not touched at all.
+ * A route is ids[k] and gates[k], as lsw_route writes them. Canonical form: an id outside the
+ * bank's slots is none; duplicates add up in f32 in order of appearance; entries sort by id, so a
+ * permuted route gives the same bits. The coefficient of a slot at a target is gate * scale, in
+ * f32; where it is zero, or the rank is, the adapter is not touched at all.
  *
- * A target whose list of (slot, coefficient, content of the slot) equals what it holds costs no weight traffic. What it holds is kept
- * on the device, so a captured lsw_switch_to serves every route, and a slot that got another adapter is noticed.
+ * A target whose list of (slot, coefficient, content of the slot) equals what it holds costs no
+ * weight traffic. What it holds is kept on the device, so a captured lsw_switch_to serves every
+ * route, and a slot that got another adapter is noticed.
  *
- * Numbers: A, B, W enter as stored; products and sums in f32, in a fixed order; one rounding at the end. A coefficient that is not
- * finite propagates from base (and the next route heals it); in place it counts as zero, as does one above 2^126, since it would
- * destroy W: lsw_switch_odd tells.
+ * Numbers: A, B, W enter as stored; products and sums in f32, in a fixed order; one rounding at
+ * the end. A coefficient that is not finite propagates from base (and the next route heals it); in
+ * place it counts as zero, as does one above 2^126, since it would destroy W: lsw_switch_odd
+ * tells.
  *
- * A set is used by one thread at a time and in flight on one stream at a time, replays of graphs included.
+ * A set is used by one thread at a time and in flight on one stream at a time, replays of graphs
+ * included.
  */
 typedef struct lsw_switch lsw_switch;
 
 /**
- * The result of a call: one of the LSW_ constants below, from LSW_OK to LSW_PANIC.
+ * The result of a call: LSW_OK to LSW_PANIC.
  */
 typedef int32_t lsw_status;
 
 /**
- * What a bank is made with. NULL, or what a smaller struct_size leaves out: LSW_F32, 0, and memory of its own.
+ * What a bank is made with. NULL, or what a smaller struct_size leaves out: LSW_F32, 0, and memory
+ * of its own.
  */
-typedef struct {
+typedef struct lsw_bank_options {
     /**
      * sizeof(lsw_bank_options).
      */
@@ -214,7 +223,8 @@ typedef struct {
      */
     uint64_t slots;
     /**
-     * Device memory for the table, aligned to 16 bytes, for as long as the bank and sets over it live; NULL to have it allocated.
+     * Device memory for the table, aligned to 128 bytes, for as long as the bank and sets over it
+     * live; NULL to have it allocated.
      */
     void *memory;
     /**
@@ -226,7 +236,7 @@ typedef struct {
 /**
  * One target's matrix: W is [out_features, in_features].
  */
-typedef struct {
+typedef struct lsw_target_shape {
     /**
      * Rows of W and of B.
      */
@@ -236,18 +246,21 @@ typedef struct {
      */
     uint64_t in_features;
     /**
-     * The largest rank that a slot may bring: 0 to 256. Captured launches are laid out for it; work follows the real rank.
+     * The largest rank that a slot may bring: 0 to 256. Captured launches are laid out for it;
+     * work follows the real rank.
      */
     uint64_t rank_cap;
 } lsw_target_shape;
 
 /**
- * A matrix to read: row-major, element (i, j) at data + (i * stride + j) elements. A vector of n elements is a matrix of 1 x n.
+ * A matrix to read: row-major, element (i, j) at data + (i * stride + j) elements. A vector of n
+ * elements is a matrix of 1 x n.
  *
- * stride is at least cols where there is more than one row, and does not matter otherwise. Without rows or columns, nor does data.
- * data needs the alignment of an element only, unless a function says more.
+ * stride is at least cols where there is more than one row, and does not matter otherwise. Without
+ * rows or columns, nor does data. data needs the alignment of an element only, unless a function
+ * says more.
  */
-typedef struct {
+typedef struct lsw_mat {
     /**
      * Host memory on a CPU context, device memory on a CUDA context.
      */
@@ -275,18 +288,18 @@ typedef struct {
 } lsw_mat;
 
 /**
- * A LoRA pair as PEFT stores it: the weight's change is scale * B A. The rank is a.rows; where that is 0, the slot leaves the target
- * alone, and nothing else of the struct is read.
+ * A LoRA pair as PEFT stores it: the weight's change is scale * B A. The rank is a.rows; where
+ * that is 0, the slot leaves the target alone, and nothing else of the struct is read.
  */
-typedef struct {
+typedef struct lsw_factor {
     /**
      * A [rank, in_features], PEFT's lora_A.weight.
      */
-    lsw_mat a;
+    struct lsw_mat a;
     /**
      * B [out_features, rank], PEFT's lora_B.weight.
      */
-    lsw_mat b;
+    struct lsw_mat b;
     /**
      * alpha / rank, or alpha / sqrt(rank) for rsLoRA; finite.
      */
@@ -298,9 +311,42 @@ typedef struct {
 } lsw_factor;
 
 /**
+ * What a set is made with. NULL, or what a smaller struct_size leaves out: LSW_FROM_BASE, 8, and
+ * memory of its own.
+ */
+typedef struct lsw_switch_options {
+    /**
+     * sizeof(lsw_switch_options).
+     */
+    uint64_t struct_size;
+    /**
+     * LSW_FROM_BASE or LSW_IN_PLACE.
+     */
+    int32_t form;
+    /**
+     * 1: use the portable kernel even where the card has a faster one, for tests and comparisons.
+     * Its sums are grouped otherwise, so its bits may differ within the same bound. Else 0.
+     */
+    int32_t portable;
+    /**
+     * The widest route that the set can be brought to: 1 to 32.
+     */
+    uint64_t k_max;
+    /**
+     * Device memory for the tables, aligned to 128 bytes, for as long as the set lives; NULL to
+     * have it allocated.
+     */
+    void *memory;
+    /**
+     * Its size, at least lsw_switch_memory_bytes.
+     */
+    uint64_t memory_bytes;
+} lsw_switch_options;
+
+/**
  * A matrix to write; all else as for lsw_mat. Bytes between its rows are left alone.
  */
-typedef struct {
+typedef struct lsw_mat_mut {
     /**
      * Host memory on a CPU context, device memory on a CUDA context.
      */
@@ -328,9 +374,25 @@ typedef struct {
 } lsw_mat_mut;
 
 /**
+ * One adapted matrix: W and W_base, both [out_features, in_features] and of the bank's dtype.
+ */
+typedef struct lsw_target {
+    /**
+     * Written by the switches. In place it holds the base weight at first; from base its content
+     * does not matter.
+     */
+    struct lsw_mat_mut weight;
+    /**
+     * W_base, from base only, where targets and sets may share it. In place: data NULL, and
+     * nothing else of it is read.
+     */
+    struct lsw_mat base;
+} lsw_target;
+
+/**
  * How scores become gates. NULL, or what a smaller struct_size leaves out: renormalize 1.
  */
-typedef struct {
+typedef struct lsw_route_options {
     /**
      * sizeof(lsw_route_options).
      */
@@ -345,50 +407,6 @@ typedef struct {
     int32_t reserved;
 } lsw_route_options;
 
-/**
- * What a set is made with. NULL, or what a smaller struct_size leaves out: LSW_FROM_BASE, 8, and memory of its own.
- */
-typedef struct {
-    /**
-     * sizeof(lsw_switch_options).
-     */
-    uint64_t struct_size;
-    /**
-     * LSW_FROM_BASE or LSW_IN_PLACE.
-     */
-    int32_t form;
-    /**
-     * 0.
-     */
-    int32_t reserved;
-    /**
-     * The widest route that the set can be brought to: 1 to 32.
-     */
-    uint64_t k_max;
-    /**
-     * Device memory for the tables, aligned to 16 bytes, for as long as the set lives; NULL to have it allocated.
-     */
-    void *memory;
-    /**
-     * Its size, at least lsw_switch_memory_bytes.
-     */
-    uint64_t memory_bytes;
-} lsw_switch_options;
-
-/**
- * One adapted matrix: W and W_base, both [out_features, in_features] and of the bank's dtype.
- */
-typedef struct {
-    /**
-     * Written by the switches. In place it holds the base weight at first; from base its content does not matter.
-     */
-    lsw_mat_mut weight;
-    /**
-     * W_base, from base only, where targets and sets may share it. In place: data NULL, and nothing else of it is read.
-     */
-    lsw_mat base;
-} lsw_target;
-
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -399,13 +417,15 @@ extern "C" {
 uint32_t lsw_version(void);
 
 /**
- * The name of a status, "LSW_OK" say; "unknown status" for a number that is none. The text lives forever.
+ * The name of a status, "LSW_OK" say; "unknown status" for a number that is none. The text lives
+ * forever.
  */
 const char *lsw_status_name(lsw_status status);
 
 /**
- * What the last failure on the calling thread was, in words: the argument's name, its value and its bound, or the driver call.
- * Empty before the first failure; calls that succeed do not change it. The text is valid until the next failure on this thread.
+ * What the last failure on the calling thread was, in words: the argument's name, its value and
+ * its bound, or the driver call. Empty before the first failure; calls that succeed do not change
+ * it. The text is valid until the next failure on this thread.
  */
 const char *lsw_last_error(void);
 
@@ -415,9 +435,48 @@ const char *lsw_last_error(void);
 uint32_t lsw_last_cuda_result(void);
 
 /**
- * Bytes of memory for the table of a bank: 0 on a CPU context.
+ * The CPU backend with this many threads: 0 = one a core, 1 = the calling thread alone. Calls
+ * return when the work is done.
  */
-lsw_status lsw_bank_memory_bytes(const lsw_context *context,
+lsw_status lsw_context_create_cpu(uint32_t threads, struct lsw_context **context);
+
+/**
+ * The CUDA backend on a device's primary context, which the CUDA runtime and PyTorch use too.
+ * Loads the kernels; synchronises the context.
+ *
+ * LSW_NO_KERNELS in a build without nvcc, LSW_NO_DEVICE without a driver or a device of compute
+ * capability 8.0.
+ */
+lsw_status lsw_context_create_cuda(uint32_t ordinal, struct lsw_context **context);
+
+/**
+ * The CUDA backend on the caller's own CUcontext, which must outlive this context and all that is
+ * made on it. Else as lsw_context_create_cuda.
+ */
+lsw_status lsw_context_create_from_cuda(void *cu_context, struct lsw_context **context);
+
+/**
+ * Launches every kernel once with nothing to do, so that no later launch is a first one. Call it
+ * before capturing a graph. Enqueued.
+ */
+lsw_status lsw_context_warm(const struct lsw_context *context, void *stream);
+
+/**
+ * Reads and clears what lsw_route and lsw_permute found odd on this context: LSW_ODD_ bits, 0 for
+ * nothing. Synchronises the stream.
+ */
+lsw_status lsw_context_take_odd(const struct lsw_context *context, void *stream, uint32_t *odd);
+
+/**
+ * Ends a context; NULL is ignored. Objects made on it live on.
+ */
+void lsw_context_destroy(struct lsw_context *context);
+
+/**
+ * Bytes of memory for the table of a bank of this dtype: 0 on a CPU context.
+ */
+lsw_status lsw_bank_memory_bytes(const struct lsw_context *context,
+                                 int32_t dtype,
                                  uint64_t slots,
                                  uint64_t targets,
                                  uint64_t *bytes);
@@ -425,185 +484,66 @@ lsw_status lsw_bank_memory_bytes(const lsw_context *context,
 /**
  * An empty bank over `count` targets, at most 2^20. Synchronises the stream.
  */
-lsw_status lsw_bank_create(const lsw_context *context,
+lsw_status lsw_bank_create(const struct lsw_context *context,
                            void *stream,
-                           const lsw_bank_options *options,
-                           const lsw_target_shape *targets,
+                           const struct lsw_bank_options *options,
+                           const struct lsw_target_shape *targets,
                            uint64_t count,
-                           lsw_bank **bank);
+                           struct lsw_bank **bank);
 
 /**
- * Gives a slot another adapter: one factor a target, in the order of the targets; count must be their number.
+ * Gives a slot another adapter: one factor a target, in the order of the targets; count must be
+ * their number.
  *
- * Enqueued, without synchronisation, and seen by all work that follows on the stream, replays of graphs captured earlier too. (Do not
- * capture this call itself.) The memory of A and B stays the caller's: it must live, and be written only in stream order with the
- * work of the sets, until the slot gets another adapter, or the bank and all sets over it are destroyed, and the work enqueued before
- * that is done. A and B with addresses and rows (stride included) of multiples of 16 bytes take the fast path on CUDA.
+ * Enqueued, without synchronisation, and seen by all work that follows on the stream, replays of
+ * graphs captured earlier too. (Do not capture this call itself.) The memory of A and B stays the
+ * caller's: it must live, and be written only in stream order with the work of the sets, until the
+ * slot gets another adapter, or the bank and all sets over it are destroyed, and the work enqueued
+ * before that is done. A and B with addresses and rows (stride included) of multiples of 16 bytes
+ * take the fast path on CUDA.
  *
- * A set from base that holds the slot merged heals at its next lsw_switch_to. A set in place must be unmerged before:
- * LSW_ODD_STALE_MERGE tells when it was not.
+ * A set from base that holds the slot merged heals at its next lsw_switch_to. A set in place must
+ * be unmerged before: LSW_ODD_STALE_MERGE tells when it was not.
  */
-lsw_status lsw_bank_set_slot(lsw_bank *bank,
+lsw_status lsw_bank_set_slot(struct lsw_bank *bank,
                              void *stream,
                              uint64_t slot,
-                             const lsw_factor *factors,
+                             const struct lsw_factor *factors,
                              uint64_t count);
 
 /**
  * The element type of W, A and B.
  */
-lsw_status lsw_bank_dtype(const lsw_bank *bank, int32_t *dtype);
+lsw_status lsw_bank_dtype(const struct lsw_bank *bank, int32_t *dtype);
 
 /**
  * The number of slots.
  */
-lsw_status lsw_bank_slots(const lsw_bank *bank, uint64_t *slots);
+lsw_status lsw_bank_slots(const struct lsw_bank *bank, uint64_t *slots);
 
 /**
  * The number of targets.
  */
-lsw_status lsw_bank_count(const lsw_bank *bank, uint64_t *count);
+lsw_status lsw_bank_count(const struct lsw_bank *bank, uint64_t *count);
 
 /**
  * A target's shape, as given.
  */
-lsw_status lsw_bank_target(const lsw_bank *bank, uint64_t target, lsw_target_shape *shape);
+lsw_status lsw_bank_target(const struct lsw_bank *bank,
+                           uint64_t target,
+                           struct lsw_target_shape *shape);
 
 /**
- * Ends a bank; NULL is ignored. Sets over it live on, and the table with them. The last of them frees a table that was allocated,
- * which synchronises the device; memory of the caller's must outlive the work that uses it.
+ * Ends a bank; NULL is ignored. Sets over it live on, and the table with them. The last of them
+ * frees a table that was allocated, which synchronises the device; memory of the caller's must
+ * outlive the work that uses it.
  */
-void lsw_bank_destroy(lsw_bank *bank);
-
-/**
- * The CPU backend with this many threads: 0 = one a core, 1 = the calling thread alone. Calls return when the work is done.
- */
-lsw_status lsw_context_create_cpu(uint32_t threads,
-                                  lsw_context **context);
-
-/**
- * The CUDA backend on a device's primary context, which the CUDA runtime and PyTorch use too. Loads the kernels; synchronises the
- * context.
- *
- * LSW_NO_KERNELS in a build without nvcc, LSW_NO_DEVICE without a driver or a device of compute capability 8.0.
- */
-lsw_status lsw_context_create_cuda(uint32_t ordinal,
-                                   lsw_context **context);
-
-/**
- * The CUDA backend on the caller's own CUcontext, which must outlive this context and all that is made on it. Else as
- * lsw_context_create_cuda.
- */
-lsw_status lsw_context_create_from_cuda(void *cu_context,
-                                        lsw_context **context);
-
-/**
- * Launches every kernel once with nothing to do, so that no later launch is a first one. Call it before capturing a graph. Enqueued.
- */
-lsw_status lsw_context_warm(const lsw_context *context,
-                            void *stream);
-
-/**
- * Reads and clears what lsw_route and lsw_permute found odd on this context: LSW_ODD_ bits, 0 for nothing. Synchronises the stream.
- */
-lsw_status lsw_context_take_odd(const lsw_context *context,
-                                void *stream,
-                                uint32_t *odd);
-
-/**
- * Ends a context; NULL is ignored. Objects made on it live on.
- */
-void lsw_context_destroy(lsw_context *context);
-
-/**
- * Bytes of workspace that lsw_permute needs for items = T k ids over this many experts: 0 on a CPU context.
- */
-lsw_status lsw_permute_workspace_bytes(const lsw_context *context,
-                                       uint64_t items,
-                                       uint64_t experts,
-                                       uint64_t *bytes);
-
-/**
- * Sorts the items (t, j) of ids by expert, stably: items of one expert keep their order t k + j.
- *
- * - ids [T, k], k at most 32; -1, or any id outside 0 to experts - 1, drops the item (lsw_context_take_odd reports ids but for -1).
- * - offsets, experts + 1 elements: expert e has the rows from offsets[e] on, before offsets[e + 1]; the last is the number R of rows.
- * - row_map, T k elements: row -> item t k + j; -1 from R on.
- * - inverse [T, k]: item -> row; -1 for one that was dropped.
- * - workspace, at least lsw_permute_workspace_bytes, aligned to 4 bytes; its content does not matter, and it is free again when the
- *   work is done. NULL where 0 bytes are needed.
- *
- * All matrices are LSW_I32, none shares memory with another. experts from 1 to 1024, T k below 2^31. Exact and deterministic. Two
- * launches on CUDA; enqueued, and may be captured.
- */
-lsw_status lsw_permute(const lsw_context *context,
-                       void *stream,
-                       uint64_t experts,
-                       const lsw_mat *ids,
-                       const lsw_mat_mut *offsets,
-                       const lsw_mat_mut *row_map,
-                       const lsw_mat_mut *inverse,
-                       void *workspace,
-                       uint64_t workspace_bytes);
-
-/**
- * Copies each token's row to the rows of its experts: rows[r] = x[row_map[r] / k].
- *
- * - x [T, D], rows [R, D]: any dtype, the same for both; bytes are moved as they are.
- * - row_map, R elements of LSW_I32, from lsw_permute; R may be anything up to T k. Rows whose entry names no token (-1) are left
- *   alone.
- *
- * Every D, stride and offset works; 16-byte accesses serve where addresses and rows (stride included) are multiples of 16 bytes. rows
- * shares no memory with the others. Deterministic. One launch; enqueued, and may be captured.
- */
-lsw_status lsw_gather(const lsw_context *context,
-                      void *stream,
-                      const lsw_mat *x,
-                      const lsw_mat *row_map,
-                      uint64_t k,
-                      const lsw_mat_mut *rows);
-
-/**
- * Adds up each token's weighted results: y[t] = sum over j of gates[t, j] * rows[inverse[t, j]].
- *
- * - rows [R, D] and y [T, D]: LSW_F32, LSW_F16 or LSW_BF16, the same for both. inverse [T, k] LSW_I32, gates [T, k] LSW_F32, k at
- *   most 32.
- * - Entries of inverse that name no row (-1) add nothing; a token with none gets zeros.
- *
- * Sums in f32, j ascending, one rounding: deterministic, no atomics, and a token's bits do not depend on the other tokens. y shares no
- * memory with the others. One launch; enqueued, and may be captured.
- */
-lsw_status lsw_combine(const lsw_context *context,
-                       void *stream,
-                       const lsw_mat *rows,
-                       const lsw_mat *inverse,
-                       const lsw_mat *gates,
-                       const lsw_mat_mut *y);
-
-/**
- * Routes each token to its k best experts: softmax over N logits, top-k, gates (LoRA-Switch, arXiv 2405.17741, section 4.1).
- *
- * - logits [T, N] of LSW_F32, LSW_F16 or LSW_BF16; N from 1 to 1024.
- * - ids [T, k] LSW_I32 and gates [T, k] LSW_F32, both written; k is their width, at most min(N, 32). Descending by score, ties to the
- *   lower id.
- *
- * Odd values: NaN counts as -inf. If some logits are +inf, those share the softmax equally. In a row with nothing above -inf every
- * score is 0: ids are 0 to k - 1 and the gates are 0. So ids are always distinct and in range, and gates never NaN;
- * lsw_context_take_odd tells that such a row was met.
- *
- * Deterministic, and a token's bits do not depend on the other tokens. One launch, no workspace; enqueued, and may be captured.
- */
-lsw_status lsw_route(const lsw_context *context,
-                     void *stream,
-                     const lsw_route_options *options,
-                     const lsw_mat *logits,
-                     const lsw_mat_mut *ids,
-                     const lsw_mat_mut *gates);
+void lsw_bank_destroy(struct lsw_bank *bank);
 
 /**
  * Bytes of memory for the tables of a set: 0 on a CPU context.
  */
-lsw_status lsw_switch_memory_bytes(const lsw_context *context,
+lsw_status lsw_switch_memory_bytes(const struct lsw_context *context,
                                    uint64_t targets,
                                    uint64_t k_max,
                                    uint64_t *bytes);
@@ -611,37 +551,42 @@ lsw_status lsw_switch_memory_bytes(const lsw_context *context,
 /**
  * A set over `count` targets, which are the bank's, in its order. Synchronises the stream.
  *
- * Weights may not share memory with each other or with a base; the test is exact at equal strides, and refuses overlapping spans
- * otherwise. Weights and bases with addresses and rows (stride included) of multiples of 16 bytes take the fast path on CUDA.
+ * Weights may not share memory with each other or with a base; the test is exact at equal strides,
+ * and refuses overlapping spans otherwise. Weights and bases with addresses and rows (stride
+ * included) of multiples of 16 bytes take the fast path on CUDA.
  *
- * The memory of weights and bases stays the caller's, until the set is destroyed and its work is done. Others read and write it in
- * stream order with the set's work, and say so after writing (lsw_switch_invalidate).
+ * The memory of weights and bases stays the caller's, until the set is destroyed and its work is
+ * done. Others read and write it in stream order with the set's work, and say so after writing
+ * (lsw_switch_invalidate).
  *
- * Nothing is written yet: from base, the first lsw_switch_to writes every W; in place, W is taken as it is, with nothing merged.
+ * Nothing is written yet: from base, the first lsw_switch_to writes every W; in place, W is taken
+ * as it is, with nothing merged.
  */
-lsw_status lsw_switch_create(const lsw_bank *bank,
+lsw_status lsw_switch_create(const struct lsw_bank *bank,
                              void *stream,
-                             const lsw_switch_options *options,
-                             const lsw_target *targets,
+                             const struct lsw_switch_options *options,
+                             const struct lsw_target *targets,
                              uint64_t count,
-                             lsw_switch **set);
+                             struct lsw_switch **set);
 
 /**
- * Brings all targets to a route: ids [k] and gates [k] in the context's memory, k at most k_max. One launch on CUDA; enqueued, and
- * may be captured. k = 0 is lsw_switch_unmerge. ids and gates may not lie in a weight.
+ * Brings all targets to a route: ids [k] and gates [k] in the context's memory, k at most k_max.
+ * One launch on CUDA; enqueued, and may be captured. k = 0 is lsw_switch_unmerge. ids and gates
+ * may not lie in a weight.
  *
  * Same input, same bits, within one path (fast or not, see lsw_switch_create) on one kind of card.
  */
-lsw_status lsw_switch_to(lsw_switch *set,
+lsw_status lsw_switch_to(struct lsw_switch *set,
                          void *stream,
                          const int32_t *ids,
                          const float *gates,
                          uint64_t k);
 
 /**
- * Like lsw_switch_to for the targets first <= i < last (a pipeline stage, the next layer); the others keep what they hold.
+ * Like lsw_switch_to for the targets first <= i < last (a pipeline stage, the next layer); the
+ * others keep what they hold.
  */
-lsw_status lsw_switch_to_targets(lsw_switch *set,
+lsw_status lsw_switch_to_targets(struct lsw_switch *set,
                                  void *stream,
                                  uint64_t first,
                                  uint64_t last,
@@ -650,31 +595,30 @@ lsw_status lsw_switch_to_targets(lsw_switch *set,
                                  uint64_t k);
 
 /**
- * Brings all targets to the route of nothing: from base, W has W_base's bits. Enqueued; may be captured.
+ * Brings all targets to the route of nothing: from base, W has W_base's bits. Enqueued; may be
+ * captured.
  */
-lsw_status lsw_switch_unmerge(lsw_switch *set,
-                              void *stream);
+lsw_status lsw_switch_unmerge(struct lsw_switch *set, void *stream);
 
 /**
- * Says that W or W_base was written by somebody else. From base, the next lsw_switch_to writes every target; in place, what W holds
- * now counts as base, with nothing merged. Clears what was odd. Enqueued.
+ * Says that W or W_base was written by somebody else. From base, the next lsw_switch_to writes
+ * every target; in place, what W holds now counts as base, with nothing merged. Clears what was
+ * odd. Enqueued.
  */
-lsw_status lsw_switch_invalidate(lsw_switch *set,
-                                 void *stream);
+lsw_status lsw_switch_invalidate(struct lsw_switch *set, void *stream);
 
 /**
- * What the set's switches found odd since its creation or the last lsw_switch_invalidate: LSW_ODD_ bits, 0 for nothing. Synchronises
- * the stream.
+ * What the set's switches found odd since its creation or the last lsw_switch_invalidate: LSW_ODD_
+ * bits, 0 for nothing. Synchronises the stream.
  */
-lsw_status lsw_switch_odd(const lsw_switch *set,
-                          void *stream,
-                          uint32_t *odd);
+lsw_status lsw_switch_odd(const struct lsw_switch *set, void *stream, uint32_t *odd);
 
 /**
- * Copies what a target holds into the context's memory: ids [k_max] ascending and coefficients [k_max], padded with -1 and 0; k_max
- * must be the set's. Before the first lsw_switch_to, nothing is held. Enqueued; may be captured.
+ * Copies what a target holds into the context's memory: ids [k_max] ascending and coefficients
+ * [k_max], padded with -1 and 0; k_max must be the set's. Before the first lsw_switch_to, nothing
+ * is held. Enqueued; may be captured.
  */
-lsw_status lsw_switch_current(const lsw_switch *set,
+lsw_status lsw_switch_current(const struct lsw_switch *set,
                               void *stream,
                               uint64_t target,
                               int32_t *ids,
@@ -684,241 +628,47 @@ lsw_status lsw_switch_current(const lsw_switch *set,
 /**
  * A target's weight, as given at creation.
  */
-lsw_status lsw_switch_weight(const lsw_switch *set, uint64_t target, lsw_mat *weight);
+lsw_status lsw_switch_weight(const struct lsw_switch *set, uint64_t target, struct lsw_mat *weight);
 
 /**
  * The number of targets.
  */
-lsw_status lsw_switch_count(const lsw_switch *set, uint64_t *count);
+lsw_status lsw_switch_count(const struct lsw_switch *set, uint64_t *count);
 
 /**
- * Ends a set; NULL is ignored. W keeps what it holds. Tables that were allocated are freed, which synchronises the device; memory of
- * the caller's must outlive the work that uses it.
+ * Ends a set; NULL is ignored. W keeps what it holds. Tables that were allocated are freed, which
+ * synchronises the device; memory of the caller's must outlive the work that uses it.
  */
-void lsw_switch_destroy(lsw_switch *set);
+void lsw_switch_destroy(struct lsw_switch *set);
 
 /**
- * The CPU backend with this many threads: 0 = one a core, 1 = the calling thread alone. Calls return when the work is done.
- */
-lsw_status lsw_context_create_cpu(uint32_t threads,
-                                  lsw_context **context);
-
-/**
- * The CUDA backend on a device's primary context, which the CUDA runtime and PyTorch use too. Loads the kernels; synchronises the
- * context.
- *
- * LSW_NO_KERNELS in a build without nvcc, LSW_NO_DEVICE without a driver or a device of compute capability 8.0.
- */
-lsw_status lsw_context_create_cuda(uint32_t ordinal,
-                                   lsw_context **context);
-
-/**
- * The CUDA backend on the caller's own CUcontext, which must outlive this context and all that is made on it. Else as
- * lsw_context_create_cuda.
- */
-lsw_status lsw_context_create_from_cuda(void *cu_context,
-                                        lsw_context **context);
-
-/**
- * Launches every kernel once with nothing to do, so that no later launch is a first one. Call it before capturing a graph. Enqueued.
- */
-lsw_status lsw_context_warm(const lsw_context *context,
-                            void *stream);
-
-/**
- * Reads and clears what lsw_route and lsw_permute found odd on this context: LSW_ODD_ bits, 0 for nothing. Synchronises the stream.
- */
-lsw_status lsw_context_take_odd(const lsw_context *context,
-                                void *stream,
-                                uint32_t *odd);
-
-/**
- * Ends a context; NULL is ignored. Objects made on it live on.
- */
-void lsw_context_destroy(lsw_context *context);
-
-/**
- * Bytes of memory for the table of a bank: 0 on a CPU context.
- */
-lsw_status lsw_bank_memory_bytes(const lsw_context *context,
-                                 uint64_t slots,
-                                 uint64_t targets,
-                                 uint64_t *bytes);
-
-/**
- * An empty bank over `count` targets, at most 2^20. Synchronises the stream.
- */
-lsw_status lsw_bank_create(const lsw_context *context,
-                           void *stream,
-                           const lsw_bank_options *options,
-                           const lsw_target_shape *targets,
-                           uint64_t count,
-                           lsw_bank **bank);
-
-/**
- * Gives a slot another adapter: one factor a target, in the order of the targets; count must be their number.
- *
- * Enqueued, without synchronisation, and seen by all work that follows on the stream, replays of graphs captured earlier too. (Do not
- * capture this call itself.) The memory of A and B stays the caller's: it must live, and be written only in stream order with the
- * work of the sets, until the slot gets another adapter, or the bank and all sets over it are destroyed, and the work enqueued before
- * that is done. A and B with addresses and rows (stride included) of multiples of 16 bytes take the fast path on CUDA.
- *
- * A set from base that holds the slot merged heals at its next lsw_switch_to. A set in place must be unmerged before:
- * LSW_ODD_STALE_MERGE tells when it was not.
- */
-lsw_status lsw_bank_set_slot(lsw_bank *bank,
-                             void *stream,
-                             uint64_t slot,
-                             const lsw_factor *factors,
-                             uint64_t count);
-
-/**
- * The element type of W, A and B.
- */
-lsw_status lsw_bank_dtype(const lsw_bank *bank, int32_t *dtype);
-
-/**
- * The number of slots.
- */
-lsw_status lsw_bank_slots(const lsw_bank *bank, uint64_t *slots);
-
-/**
- * The number of targets.
- */
-lsw_status lsw_bank_count(const lsw_bank *bank, uint64_t *count);
-
-/**
- * A target's shape, as given.
- */
-lsw_status lsw_bank_target(const lsw_bank *bank, uint64_t target, lsw_target_shape *shape);
-
-/**
- * Ends a bank; NULL is ignored. Sets over it live on, and the table with them. The last of them frees a table that was allocated,
- * which synchronises the device; memory of the caller's must outlive the work that uses it.
- */
-void lsw_bank_destroy(lsw_bank *bank);
-
-/**
- * Bytes of memory for the tables of a set: 0 on a CPU context.
- */
-lsw_status lsw_switch_memory_bytes(const lsw_context *context,
-                                   uint64_t targets,
-                                   uint64_t k_max,
-                                   uint64_t *bytes);
-
-/**
- * A set over `count` targets, which are the bank's, in its order. Synchronises the stream.
- *
- * Weights may not share memory with each other or with a base; the test is exact at equal strides, and refuses overlapping spans
- * otherwise. Weights and bases with addresses and rows (stride included) of multiples of 16 bytes take the fast path on CUDA.
- *
- * The memory of weights and bases stays the caller's, until the set is destroyed and its work is done. Others read and write it in
- * stream order with the set's work, and say so after writing (lsw_switch_invalidate).
- *
- * Nothing is written yet: from base, the first lsw_switch_to writes every W; in place, W is taken as it is, with nothing merged.
- */
-lsw_status lsw_switch_create(const lsw_bank *bank,
-                             void *stream,
-                             const lsw_switch_options *options,
-                             const lsw_target *targets,
-                             uint64_t count,
-                             lsw_switch **set);
-
-/**
- * Brings all targets to a route: ids [k] and gates [k] in the context's memory, k at most k_max. One launch on CUDA; enqueued, and
- * may be captured. k = 0 is lsw_switch_unmerge. ids and gates may not lie in a weight.
- *
- * Same input, same bits, within one path (fast or not, see lsw_switch_create) on one kind of card.
- */
-lsw_status lsw_switch_to(lsw_switch *set,
-                         void *stream,
-                         const int32_t *ids,
-                         const float *gates,
-                         uint64_t k);
-
-/**
- * Like lsw_switch_to for the targets first <= i < last (a pipeline stage, the next layer); the others keep what they hold.
- */
-lsw_status lsw_switch_to_targets(lsw_switch *set,
-                                 void *stream,
-                                 uint64_t first,
-                                 uint64_t last,
-                                 const int32_t *ids,
-                                 const float *gates,
-                                 uint64_t k);
-
-/**
- * Brings all targets to the route of nothing: from base, W has W_base's bits. Enqueued; may be captured.
- */
-lsw_status lsw_switch_unmerge(lsw_switch *set,
-                              void *stream);
-
-/**
- * Says that W or W_base was written by somebody else. From base, the next lsw_switch_to writes every target; in place, what W holds
- * now counts as base, with nothing merged. Clears what was odd. Enqueued.
- */
-lsw_status lsw_switch_invalidate(lsw_switch *set,
-                                 void *stream);
-
-/**
- * What the set's switches found odd since its creation or the last lsw_switch_invalidate: LSW_ODD_ bits, 0 for nothing. Synchronises
- * the stream.
- */
-lsw_status lsw_switch_odd(const lsw_switch *set,
-                          void *stream,
-                          uint32_t *odd);
-
-/**
- * Copies what a target holds into the context's memory: ids [k_max] ascending and coefficients [k_max], padded with -1 and 0; k_max
- * must be the set's. Before the first lsw_switch_to, nothing is held. Enqueued; may be captured.
- */
-lsw_status lsw_switch_current(const lsw_switch *set,
-                              void *stream,
-                              uint64_t target,
-                              int32_t *ids,
-                              float *coefficients,
-                              uint64_t k_max);
-
-/**
- * A target's weight, as given at creation.
- */
-lsw_status lsw_switch_weight(const lsw_switch *set, uint64_t target, lsw_mat *weight);
-
-/**
- * The number of targets.
- */
-lsw_status lsw_switch_count(const lsw_switch *set, uint64_t *count);
-
-/**
- * Ends a set; NULL is ignored. W keeps what it holds. Tables that were allocated are freed, which synchronises the device; memory of
- * the caller's must outlive the work that uses it.
- */
-void lsw_switch_destroy(lsw_switch *set);
-
-/**
- * Routes each token to its k best experts: softmax over N logits, top-k, gates (LoRA-Switch, arXiv 2405.17741, section 4.1).
+ * Routes each token to its k best experts: softmax over N logits, top-k, gates (LoRA-Switch, arXiv
+ * 2405.17741, section 4.1).
  *
  * - logits [T, N] of LSW_F32, LSW_F16 or LSW_BF16; N from 1 to 1024.
- * - ids [T, k] LSW_I32 and gates [T, k] LSW_F32, both written; k is their width, at most min(N, 32). Descending by score, ties to the
- *   lower id.
+ * - ids [T, k] LSW_I32 and gates [T, k] LSW_F32, both written; k is their width, at most min(N,
+ *   32). Descending by score, ties to the lower id.
  *
- * Odd values: NaN counts as -inf. If some logits are +inf, those share the softmax equally. In a row with nothing above -inf every
- * score is 0: ids are 0 to k - 1 and the gates are 0. So ids are always distinct and in range, and gates never NaN;
- * lsw_context_take_odd tells that such a row was met.
+ * Odd values: NaN counts as -inf. If some logits are +inf, those share the softmax equally. In a
+ * row with nothing above -inf every score is 0: ids are 0 to k - 1 and the gates are 0. So ids are
+ * always distinct and in range, and gates never NaN; lsw_context_take_odd tells that such a row
+ * was met.
  *
- * Deterministic, and a token's bits do not depend on the other tokens. One launch, no workspace; enqueued, and may be captured.
+ * Deterministic, and a token's bits do not depend on the other tokens. One launch, no workspace;
+ * enqueued, and may be captured.
  */
-lsw_status lsw_route(const lsw_context *context,
+lsw_status lsw_route(const struct lsw_context *context,
                      void *stream,
-                     const lsw_route_options *options,
-                     const lsw_mat *logits,
-                     const lsw_mat_mut *ids,
-                     const lsw_mat_mut *gates);
+                     const struct lsw_route_options *options,
+                     const struct lsw_mat *logits,
+                     const struct lsw_mat_mut *ids,
+                     const struct lsw_mat_mut *gates);
 
 /**
- * Bytes of workspace that lsw_permute needs for items = T k ids over this many experts: 0 on a CPU context.
+ * Bytes of workspace that lsw_permute needs for items = T k ids over this many experts: 0 on a CPU
+ * context.
  */
-lsw_status lsw_permute_workspace_bytes(const lsw_context *context,
+lsw_status lsw_permute_workspace_bytes(const struct lsw_context *context,
                                        uint64_t items,
                                        uint64_t experts,
                                        uint64_t *bytes);
@@ -926,23 +676,25 @@ lsw_status lsw_permute_workspace_bytes(const lsw_context *context,
 /**
  * Sorts the items (t, j) of ids by expert, stably: items of one expert keep their order t k + j.
  *
- * - ids [T, k], k at most 32; -1, or any id outside 0 to experts - 1, drops the item (lsw_context_take_odd reports ids but for -1).
- * - offsets, experts + 1 elements: expert e has the rows from offsets[e] on, before offsets[e + 1]; the last is the number R of rows.
+ * - ids [T, k], k at most 32; -1, or any id outside 0 to experts - 1, drops the item
+ *   (lsw_context_take_odd reports ids but for -1).
+ * - offsets, experts + 1 elements: expert e has the rows from offsets[e] on, before offsets[e +
+ *   1]; the last is the number R of rows.
  * - row_map, T k elements: row -> item t k + j; -1 from R on.
  * - inverse [T, k]: item -> row; -1 for one that was dropped.
- * - workspace, at least lsw_permute_workspace_bytes, aligned to 4 bytes; its content does not matter, and it is free again when the
- *   work is done. NULL where 0 bytes are needed.
+ * - workspace, at least lsw_permute_workspace_bytes, aligned to 4 bytes; its content does not
+ *   matter, and it is free again when the work is done. NULL where 0 bytes are needed.
  *
- * All matrices are LSW_I32, none shares memory with another. experts from 1 to 1024, T k below 2^31. Exact and deterministic. Two
- * launches on CUDA; enqueued, and may be captured.
+ * All matrices are LSW_I32, none shares memory with another. experts from 1 to 1024, T k below
+ * 2^31. Exact and deterministic. Two launches on CUDA; enqueued, and may be captured.
  */
-lsw_status lsw_permute(const lsw_context *context,
+lsw_status lsw_permute(const struct lsw_context *context,
                        void *stream,
                        uint64_t experts,
-                       const lsw_mat *ids,
-                       const lsw_mat_mut *offsets,
-                       const lsw_mat_mut *row_map,
-                       const lsw_mat_mut *inverse,
+                       const struct lsw_mat *ids,
+                       const struct lsw_mat_mut *offsets,
+                       const struct lsw_mat_mut *row_map,
+                       const struct lsw_mat_mut *inverse,
                        void *workspace,
                        uint64_t workspace_bytes);
 
@@ -950,35 +702,37 @@ lsw_status lsw_permute(const lsw_context *context,
  * Copies each token's row to the rows of its experts: rows[r] = x[row_map[r] / k].
  *
  * - x [T, D], rows [R, D]: any dtype, the same for both; bytes are moved as they are.
- * - row_map, R elements of LSW_I32, from lsw_permute; R may be anything up to T k. Rows whose entry names no token (-1) are left
- *   alone.
+ * - row_map, R elements of LSW_I32, from lsw_permute; R may be anything up to T k. Rows whose
+ *   entry names no token (-1) are left alone.
  *
- * Every D, stride and offset works; 16-byte accesses serve where addresses and rows (stride included) are multiples of 16 bytes. rows
- * shares no memory with the others. Deterministic. One launch; enqueued, and may be captured.
+ * Every D, stride and offset works; 16-byte accesses serve where addresses and rows (stride
+ * included) are multiples of 16 bytes. rows shares no memory with the others. Deterministic. One
+ * launch; enqueued, and may be captured.
  */
-lsw_status lsw_gather(const lsw_context *context,
+lsw_status lsw_gather(const struct lsw_context *context,
                       void *stream,
-                      const lsw_mat *x,
-                      const lsw_mat *row_map,
+                      const struct lsw_mat *x,
+                      const struct lsw_mat *row_map,
                       uint64_t k,
-                      const lsw_mat_mut *rows);
+                      const struct lsw_mat_mut *rows);
 
 /**
  * Adds up each token's weighted results: y[t] = sum over j of gates[t, j] * rows[inverse[t, j]].
  *
- * - rows [R, D] and y [T, D]: LSW_F32, LSW_F16 or LSW_BF16, the same for both. inverse [T, k] LSW_I32, gates [T, k] LSW_F32, k at
- *   most 32.
+ * - rows [R, D] and y [T, D]: LSW_F32, LSW_F16 or LSW_BF16, the same for both. inverse [T, k]
+ *   LSW_I32, gates [T, k] LSW_F32, k at most 32.
  * - Entries of inverse that name no row (-1) add nothing; a token with none gets zeros.
  *
- * Sums in f32, j ascending, one rounding: deterministic, no atomics, and a token's bits do not depend on the other tokens. y shares no
- * memory with the others. One launch; enqueued, and may be captured.
+ * Sums in f32, j ascending, one rounding: deterministic, no atomics, and a token's bits do not
+ * depend on the other tokens. y shares no memory with the others. One launch; enqueued, and may be
+ * captured.
  */
-lsw_status lsw_combine(const lsw_context *context,
+lsw_status lsw_combine(const struct lsw_context *context,
                        void *stream,
-                       const lsw_mat *rows,
-                       const lsw_mat *inverse,
-                       const lsw_mat *gates,
-                       const lsw_mat_mut *y);
+                       const struct lsw_mat *rows,
+                       const struct lsw_mat *inverse,
+                       const struct lsw_mat *gates,
+                       const struct lsw_mat_mut *y);
 
 #ifdef __cplusplus
 }  // extern "C"

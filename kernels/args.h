@@ -15,7 +15,7 @@ enum {
     LSW_ROUTE_THREADS = 128, /* one warp a token */
 
     LSW_BANK_THREADS = 64,
-    LSW_BANK_BATCH = 64, /* factors that one launch writes: they travel as kernel arguments (2.6 KB) */
+    LSW_BANK_BATCH = 64, /* factors that one launch writes: they travel as kernel arguments (19 KB) */
 
     LSW_SWITCH_THREADS = 256, /* also the targets that are planned at a time */
     LSW_SWITCH_TILE_ROWS = 64,
@@ -23,12 +23,21 @@ enum {
     LSW_SWITCH_SHARED_16BIT = 48 * 1024, /* bytes a block; asserted by the kernel */
     LSW_SWITCH_SHARED_32BIT = 88 * 1024,
 
+    /* The Hopper path. */
+    LSW_SWITCH90_THREADS = 384, /* a warpgroup that moves data, two that compute */
+    LSW_SWITCH90_TILE = 128,
+    LSW_SWITCH90_GROUPS = 1024, /* of 32 targets: what one launch can plan */
+    LSW_SWITCH90_SHARED = 224 * 1024,
+
     LSW_PERMUTE_THREADS = 256,
     LSW_PERMUTE_WARP_ITEMS = 512,  /* contiguous items that one warp ranks */
     LSW_PERMUTE_MAX_BLOCKS = 1024, /* above it a warp ranks more items */
     LSW_MOVE_THREADS = 256,
 
-    LSW_MEASURE_THREADS = 1024
+    LSW_MEASURE_THREADS = 1024,
+    LSW_READ_THREADS = 512,
+    LSW_READ_BLOCKS = 4, /* a multiprocessor */
+    LSW_READ_PACKS = 4   /* of 16 bytes, in flight a thread */
 };
 
 /* Bits of a status word: what was odd in device memory. Sticky; never an error. */
@@ -58,14 +67,23 @@ typedef struct LswFactor {
     uint32_t flags;
 } LswFactor;
 
-/* Writes table[target * slots + slot] for `count` targets. */
+/* A CUtensorMap. */
+typedef struct LswMap {
+    uint64_t opaque[16];
+} LswMap;
+
+/* Writes table[target * slots + slot] for `count` targets, and the maps of A and B beside it where maps != 0. */
 typedef struct LswBankArgs {
-    uint64_t table;
+    uint64_t table, maps;
     uint32_t slots, slot, first_target, count;
     LswFactor factors[LSW_BANK_BATCH];
+    LswMap factor_maps[LSW_BANK_BATCH][2];
 } LswBankArgs;
 
-enum { LSW_WEIGHT_ALIGNED = 1 }; /* W and base: address and row bytes are multiples of 16 */
+enum {
+    LSW_WEIGHT_ALIGNED = 1, /* W and base: address and row stride are multiples of 16 bytes */
+    LSW_WEIGHT_BOXES = 2    /* so are the bytes of a row: the copy engine stores whole 16 bytes */
+};
 
 typedef struct LswTarget {
     uint64_t weight, base; /* base == weight: in place */
@@ -91,6 +109,9 @@ typedef struct LswSwitchState {
     uint32_t padding;
 } LswSwitchState;
 
+/* Which targets a launch serves. */
+enum { LSW_PATH_ALL = 0, LSW_PATH_BOXES = 1, LSW_PATH_OTHERS = 2 };
+
 typedef struct LswSwitchArgs {
     uint64_t targets;      /* LswTarget [all targets] */
     uint64_t factors;      /* LswFactor [all targets, slots] */
@@ -101,6 +122,10 @@ typedef struct LswSwitchArgs {
     uint32_t first, last;  /* the targets of this call */
     uint32_t slots, k, k_max;
     uint32_t in_place;
+    uint64_t factor_maps; /* LswMap [all targets, slots, 2], of A and B; Hopper path */
+    uint64_t target_maps; /* LswMap [all targets, 2], of W and W_base */
+    uint32_t path;
+    uint32_t grab; /* consecutive tiles that a block takes at a time */
 } LswSwitchArgs;
 
 /* Copies what a target holds merged: ids and coefficients [k_max], padded with -1 and 0. */
@@ -132,7 +157,7 @@ typedef struct LswCombineArgs {
     uint32_t tokens, k, row_count, aligned;
 } LswCombineArgs;
 
-/* Over `count` elements: y = factor * x, or y = factor * uniform(-1, 1). */
+/* Over `count` elements: y = factor * x, or y = factor * uniform(-1, 1). Over `count` bytes: y[0] ^= the words of x. */
 typedef struct LswMeasureArgs {
     uint64_t x, y, count, seed;
     float factor;

@@ -2,9 +2,12 @@
 //
 //   scale   y = factor * x, 16 bytes a thread, one-shot grid: reads and writes every byte once, as a switch must
 //   fill    y[i] = size * uniform(-1, 1) from splitmix64(seed + i)
+//   read    y[0] ^= the xor of all 32-bit words of x: reads every byte once, as a pass over a model's weights must
 //
 // A one-shot grid of 1024 threads keeps the blocks that run at a time close together in memory, which is what the DRAM likes best:
-// persistent loops with a static schedule are 4-5% slower.
+// persistent loops with a static schedule are 4-5% slower. Without stores a persistent loop is best: all blocks together walk over
+// memory in steps of gridDim x 32 KB. The xor makes the result depend on every load, so that none can be left out, and does not depend
+// on the order; one atomic a block is its whole cost.
 #include "args.h"
 #include "common/num.cuh"
 #include "common/pack.cuh"
@@ -41,6 +44,41 @@ template <class T> __device__ __forceinline__ void fill(const LswMeasureArgs& ar
     }
 }
 
+__device__ __forceinline__ uint32_t fold(const uint4& v) { return v.x ^ v.y ^ v.z ^ v.w; }
+
+// What lies behind the last whole step: packs, and the last few bytes, as words that zeros fill up.
+__device__ __forceinline__ uint32_t read_rest(const LswMeasureArgs& args, uint64_t first_pack) {
+    const uint64_t packs = args.count / 16;
+    uint32_t sum = 0;
+    for (uint64_t i = first_pack + threadIdx.x; i < packs; i += LSW_READ_THREADS) sum ^= fold(reinterpret_cast<const uint4*>(args.x)[i]);
+    const uint64_t byte = packs * 16 + threadIdx.x;
+    if (byte < args.count) sum ^= static_cast<uint32_t>(reinterpret_cast<const uint8_t*>(args.x)[byte]) << (8 * (byte % 4));
+    return sum;
+}
+
+__device__ __forceinline__ void read(const LswMeasureArgs& args) {
+    constexpr uint64_t kStep = LSW_READ_THREADS * LSW_READ_PACKS;  // packs
+    const uint4* x = reinterpret_cast<const uint4*>(args.x);
+    const uint64_t steps = args.count / (16 * kStep);
+    __shared__ uint32_t total;
+    if (threadIdx.x == 0) total = 0;
+    uint32_t sum = 0;
+    for (uint64_t step = blockIdx.x; step < steps; step += gridDim.x) {
+        uint4 pack[LSW_READ_PACKS];
+#pragma unroll
+        for (int i = 0; i < LSW_READ_PACKS; ++i) pack[i] = x[step * kStep + i * LSW_READ_THREADS + threadIdx.x];
+#pragma unroll
+        for (int i = 0; i < LSW_READ_PACKS; ++i) sum ^= fold(pack[i]);
+    }
+    if (blockIdx.x == 0) sum ^= read_rest(args, steps * kStep);
+    for (int lane = 16; lane > 0; lane /= 2) sum ^= __shfl_xor_sync(~0u, sum, lane);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) atomicXor(&total, sum);
+    __syncthreads();
+    // Zero changes nothing: a call over nothing touches no address.
+    if (threadIdx.x == 0 && total != 0) atomicXor(reinterpret_cast<uint32_t*>(args.y), total);
+}
+
 }  // namespace
 
 #define LSW_MEASURE(suffix, T)                                                                                        \
@@ -51,3 +89,7 @@ template <class T> __device__ __forceinline__ void fill(const LswMeasureArgs& ar
 LSW_MEASURE(f32, float)
 LSW_MEASURE(f16, __half)
 LSW_MEASURE(bf16, __nv_bfloat16)
+
+extern "C" __global__ void __launch_bounds__(LSW_READ_THREADS) lsw_measure_read(const __grid_constant__ LswMeasureArgs args) {
+    read(args);
+}

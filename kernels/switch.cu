@@ -25,6 +25,7 @@
 #include "common/num.cuh"
 #include "common/pack.cuh"
 #include "common/ptx.cuh"
+#include "common/switch_plan.cuh"
 
 namespace {
 
@@ -32,15 +33,6 @@ constexpr int kThreads = LSW_SWITCH_THREADS;
 constexpr int kRows = LSW_SWITCH_TILE_ROWS;
 constexpr int kCols = LSW_SWITCH_TILE_COLS;
 constexpr int kDepth = 32;  // of a panel: the part of the rank that is in shared memory at a time
-constexpr uint32_t kFullWarp = 0xffffffffu;
-
-static_assert(LSW_MAX_K <= 32, "one lane an entry of the route");
-
-struct Route {
-    uint32_t count;
-    int slot[LSW_MAX_K];
-    float gate[LSW_MAX_K];
-};
 
 struct Term {
     const void* a;
@@ -63,85 +55,12 @@ template <class T> struct Shared {
     uint32_t is_last;
 };
 
-__device__ __forceinline__ LswSwitchState* state(const LswSwitchArgs& args) { return reinterpret_cast<LswSwitchState*>(args.state); }
-__device__ __forceinline__ const LswFactor& factor(const LswSwitchArgs& args, uint64_t target, int slot) {
-    return reinterpret_cast<const LswFactor*>(args.factors)[target * args.slots + slot];
-}
-__device__ __forceinline__ LswMerged* merged(const LswSwitchArgs& args, uint64_t target) {
-    return reinterpret_cast<LswMerged*>(args.merged) + target * args.k_max;
-}
-__device__ __forceinline__ uint32_t& merged_count(const LswSwitchArgs& args, uint64_t target) {
-    return reinterpret_cast<uint32_t*>(args.merged_count)[target];
-}
-
-// In place a coefficient must leave W able to come back: not finite, or so large that the difference of two could overflow, is zero.
-__device__ __forceinline__ bool usable(const LswSwitchArgs& args, float c) { return !args.in_place || fabsf(c) < 0x1p126f; }
-
-// Whether entry e of the route concerns a target, and with which coefficient.
-__device__ __forceinline__ bool applies(const LswSwitchArgs& args, const LswFactor& f, float gate, float& c) {
-    c = gate * f.scale;
-    return f.rank > 0 && c != 0.0f && usable(args, c);
-}
-
-// One warp. Lane e owns the e-th entry; the first of several equal ids collects their gates in order of appearance.
-__device__ void canonical_route(const LswSwitchArgs& args, Route& route) {
-    const uint32_t lane = threadIdx.x;
-    int id = -1;
-    float gate = 0.0f;
-    if (lane < args.k) {
-        const int given = reinterpret_cast<const int32_t*>(args.ids)[lane];
-        id = known_id(given, args.slots);
-        gate = reinterpret_cast<const float*>(args.gates)[lane];
-        if (id != given && blockIdx.x == 0) atomicOr(&state(args)->status, LSW_ODD_ROUTE_ID);
-    }
-    bool is_first = id >= 0;
-    float sum = gate;
-    for (uint32_t e = 0; e < args.k; ++e) {
-        const int other = __shfl_sync(kFullWarp, id, e);
-        const float other_gate = __shfl_sync(kFullWarp, gate, e);
-        if (other == id && e < lane) is_first = false;
-        if (other == id && e > lane) sum += other_gate;
-    }
-    const uint32_t firsts = __ballot_sync(kFullWarp, is_first);
-    uint32_t position = 0;
-    for (uint32_t e = 0; e < args.k; ++e) {
-        const int other = __shfl_sync(kFullWarp, id, e);
-        if ((firsts >> e & 1) && other < id) ++position;
-    }
-    if (is_first) route.slot[position] = id, route.gate[position] = sum;
-    if (lane == 0) route.count = __popc(firsts);
-}
-
-enum class Verdict { kSame, kChanged, kStale };
-
-// Compares a target's new list of (slot, coefficient, generation) with the one it holds.
-__device__ Verdict judge(const LswSwitchArgs& args, const Route& route, uint32_t target) {
-    const LswMerged* held = merged(args, target);
-    const uint32_t held_count = merged_count(args, target);
-    uint32_t count = 0;
-    bool same = true;
-    for (uint32_t e = 0; e < route.count; ++e) {
-        const LswFactor& f = factor(args, target, route.slot[e]);
-        float c;
-        if (!applies(args, f, route.gate[e], c)) continue;
-        same = same && count < held_count && held[count].slot == route.slot[e] && held[count].generation == f.generation &&
-               __float_as_uint(held[count].coefficient) == __float_as_uint(c);
-        ++count;
-    }
-    if (same && count == held_count) return Verdict::kSame;
-    // In place, the product of an adapter that has left the bank cannot be taken out again.
-    for (uint32_t e = 0; args.in_place && e < held_count; ++e) {
-        if (factor(args, target, held[e].slot).generation != held[e].generation) return Verdict::kStale;
-    }
-    return Verdict::kChanged;
-}
-
 // Exclusive prefix sum of the tiles of the changed targets among 256, from `first` on.
 template <class T> __device__ void plan(const LswSwitchArgs& args, Shared<T>& s, uint32_t first) {
     const uint32_t target = first + threadIdx.x;
     uint32_t tiles = 0;
-    if (target < args.last && judge(args, s.route, target) == Verdict::kChanged) {
-        tiles = reinterpret_cast<const LswTarget*>(args.targets)[target].tiles;
+    if (target < args.last && serves(args, target) && judge(args, s.route, target) == Verdict::kChanged) {
+        tiles = target_of(args, target).tiles;
     }
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     uint32_t sum = tiles;
@@ -161,29 +80,12 @@ __device__ __forceinline__ Term make_term(const LswFactor& f, float coefficient)
     return {reinterpret_cast<const void*>(f.a), reinterpret_cast<const void*>(f.b), f.a_stride, f.b_stride, f.rank, f.flags, coefficient};
 }
 
-// One warp. The terms of a target's sum: the new route's entries and, in place, what leaves; an adapter in both enters once.
+// One warp.
 template <class T> __device__ void build_terms(const LswSwitchArgs& args, Shared<T>& s, uint32_t target) {
-    const uint32_t lane = threadIdx.x;
-    int slot = -1;
-    float c = 0.0f;
-    if (lane < s.route.count && applies(args, factor(args, target, s.route.slot[lane]), s.route.gate[lane], c)) slot = s.route.slot[lane];
-
-    const uint32_t held_count = args.in_place ? merged_count(args, target) : 0;
-    LswMerged held{-1, 0.0f, 0};
-    if (lane < held_count) held = merged(args, target)[lane];
-    bool leaves = held.slot >= 0;
-    for (uint32_t e = 0; e < LSW_MAX_K; ++e) {
-        const int held_slot = __shfl_sync(kFullWarp, held.slot, e), new_slot = __shfl_sync(kFullWarp, slot, e);
-        const float held_coefficient = __shfl_sync(kFullWarp, held.coefficient, e);
-        if (slot >= 0 && held_slot == slot) c -= held_coefficient;
-        if (new_slot >= 0 && new_slot == held.slot) leaves = false;
-    }
-    const bool enters = slot >= 0 && c != 0.0f;
-    const uint32_t before = (1u << lane) - 1;
-    const uint32_t entering = __ballot_sync(kFullWarp, enters), leaving = __ballot_sync(kFullWarp, leaves);
-    if (enters) s.terms[__popc(entering & before)] = make_term(factor(args, target, slot), c);
-    if (leaves) s.terms[__popc(entering) + __popc(leaving & before)] = make_term(factor(args, target, held.slot), -held.coefficient);
-    if (lane == 0) s.term_count = __popc(entering) + __popc(leaving);
+    const LaneTerms t = lane_terms(args, s.route, target);
+    if (t.enter_slot >= 0) s.terms[t.enter_at] = make_term(factor(args, target, t.enter_slot), t.enter);
+    if (t.leave_slot >= 0) s.terms[t.leave_at] = make_term(factor(args, target, t.leave_slot), t.leave);
+    if (threadIdx.x == 0) s.term_count = t.count;
 }
 
 // One pack from global to shared memory, of which `valid` elements exist; the rest becomes zero.
@@ -361,25 +263,6 @@ template <class T> __device__ void switch_tile(const LswSwitchArgs& args, Shared
     }
 }
 
-// The last block writes down what each target of the call holds now.
-__device__ void record(const LswSwitchArgs& args, const Route& route, uint32_t target) {
-    for (uint32_t e = 0; e < route.count; ++e) {
-        const LswFactor& f = factor(args, target, route.slot[e]);
-        if (f.rank > 0 && !is_finite(route.gate[e] * f.scale)) atomicOr(&state(args)->status, LSW_ODD_COEFFICIENT);
-        if (f.rank > 0 && !usable(args, route.gate[e] * f.scale)) atomicOr(&state(args)->status, LSW_ODD_COEFFICIENT);
-    }
-    const Verdict verdict = judge(args, route, target);
-    if (verdict == Verdict::kStale) atomicOr(&state(args)->status, LSW_STALE_MERGE);
-    if (verdict != Verdict::kChanged) return;
-    uint32_t count = 0;
-    for (uint32_t e = 0; e < route.count; ++e) {
-        const LswFactor& f = factor(args, target, route.slot[e]);
-        float c;
-        if (applies(args, f, route.gate[e], c)) merged(args, target)[count++] = {route.slot[e], c, f.generation};
-    }
-    merged_count(args, target) = count;
-}
-
 template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
     if (args.first >= args.last) return;
     extern __shared__ __align__(16) unsigned char raw[];
@@ -387,7 +270,6 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
     if (threadIdx.x < 32) canonical_route(args, s.route);
     __syncthreads();
 
-    const LswTarget* targets = reinterpret_cast<const LswTarget*>(args.targets);
     uint32_t tile = blockIdx.x, planned = 0;  // tiles of the targets that were planned before
     for (uint32_t first = args.first; first < args.last; first += kThreads) {
         plan(args, s, first);
@@ -404,7 +286,7 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
                 current = i;
             }
             __syncthreads();
-            if (s.term_count > 0 || !args.in_place) switch_tile(args, s, targets[first + i], tile - planned - s.prefix[i]);
+            if (s.term_count > 0 || !args.in_place) switch_tile(args, s, target_of(args, first + i), tile - planned - s.prefix[i]);
             tile = s.next_tile;
             __syncthreads();
         }

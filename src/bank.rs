@@ -90,7 +90,7 @@ impl AdapterBank {
         }
         let device = match &stream.0 {
             StreamKind::Cpu(_) => None,
-            StreamKind::Cuda(cuda) => Some(crate::cuda::bank::Table::new(cuda, entries, &memory)?),
+            StreamKind::Cuda(cuda) => Some(crate::cuda::bank::Table::new(cuda, dtype, entries, &memory)?),
         };
         let mut table = Vec::new();
         let bytes = entries * size_of::<Entry>() as u64;
@@ -110,11 +110,11 @@ impl AdapterBank {
     ///
     /// # Errors
     /// On slots or targets out of range.
-    pub fn memory_bytes(stream: &Stream, slots: u64, targets: u64) -> Result<u64> {
+    pub fn memory_bytes(stream: &Stream, dtype: DType, slots: u64, targets: u64) -> Result<u64> {
         let entries = Self::table_len(slots, targets)?;
         Ok(match &stream.0 {
             StreamKind::Cpu(_) => 0,
-            StreamKind::Cuda(_) => crate::cuda::bank::Table::bytes(entries),
+            StreamKind::Cuda(cuda) => crate::cuda::bank::Table::bytes(cuda.device(), dtype, entries),
         })
     }
 
@@ -208,7 +208,7 @@ impl AdapterBank {
     pub(crate) fn table(&self) -> RwLockReadGuard<'_, Vec<Entry>> {
         self.0.table.read().expect("no panic while the table is locked")
     }
-    pub(crate) fn device_table(&self) -> u64 {
-        self.0.device.as_ref().expect("a bank on CUDA").addr()
+    pub(crate) fn device_table(&self) -> &crate::cuda::bank::Table {
+        self.0.device.as_ref().expect("a bank on CUDA")
     }
 }

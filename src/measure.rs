@@ -17,6 +17,13 @@ pub(crate) struct Plan {
     pub seed: u64,
 }
 
+/// A checked read.
+pub(crate) struct ReadPlan {
+    pub x: RawMat,
+    pub bytes: u64,
+    pub sink: RawMat,
+}
+
 /// y = factor * x, for vectors [1, n] of f32, f16 or bf16, the same for both. One launch; addresses must be multiples of 16.
 ///
 /// # Errors
@@ -54,6 +61,26 @@ pub fn fill_random(stream: &Stream, seed: u64, size: f32, y: &mut MatMut<'_>) ->
     }
 }
 
+/// Reads a vector [1, n] of f32, f16 or bf16 once, as a pass over a model's weights does: sink ^= the xor of its bytes taken as
+/// little-endian 32-bit words, the last one filled up with zeros. The sink, [1, 1] i32, is there so that no load can be left out.
+///
+/// # Errors
+/// As for [`scale`].
+pub fn read(stream: &Stream, x: &Mat<'_>, sink: &mut MatMut<'_>) -> Result<()> {
+    let x = vector(stream, x.raw.expect("x"))?;
+    let sink = sink.raw.expect("sink").dtype_in(&[DType::I32])?.rows(1, "one word")?.cols(1, "one word")?.memory()?.on(stream)?;
+    sink.disjoint_from(&[x])?;
+    let plan = ReadPlan { x: x.mat, bytes: x.mat.cols * x.mat.dtype.size(), sink: sink.mat };
+    match &stream.0 {
+        _ if plan.bytes == 0 => Ok(()),
+        StreamKind::Cpu(pool) => {
+            crate::cpu::measure::read(pool, &plan);
+            Ok(())
+        }
+        StreamKind::Cuda(stream) => crate::cuda::measure::read(stream, &plan),
+    }
+}
+
 fn run_scale(stream: &Stream, plan: &Plan) -> Result<()> {
     match &stream.0 {
         _ if plan.y.is_empty() => Ok(()),
@@ -67,7 +94,7 @@ fn run_scale(stream: &Stream, plan: &Plan) -> Result<()> {
 
 fn vector<'n>(stream: &Stream, mat: Named<'n>) -> Result<Named<'n>> {
     mat.dtype_in(DType::FLOATS)?.rows(1, "a vector")?.memory()?.on(stream)?;
-    if mat.mat.addr % 16 != 0 {
+    if !mat.mat.addr.is_multiple_of(16) {
         return Err(Error::argument(format!("{}.data", mat.name), format!("{:#x}", mat.mat.addr), "a multiple of 16 bytes"));
     }
     // The one-shot grid of the largest vector that fits: under 2^31 blocks of 1024 threads of 4 elements.
@@ -75,4 +102,30 @@ fn vector<'n>(stream: &Stream, mat: Named<'n>) -> Result<Named<'n>> {
         return Err(Error::argument(format!("{}.cols", mat.name), mat.mat.cols, "at most 2^42"));
     }
     Ok(mat)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Context;
+    use half::f16;
+
+    /// Several tasks' worth, and a last word of which only half exists.
+    #[test]
+    fn read_folds_every_word() {
+        let x: Vec<f16> = (0..150_001).map(|i| f16::from_bits((i * 7) as u16)).collect();
+        let words = x.chunks(2).map(|w| u32::from(w[0].to_bits()) | u32::from(w.get(1).map_or(0, |x| x.to_bits())) << 16);
+        let expected = words.fold(0, |sum, word| sum ^ word);
+        // The address must be a multiple of 16.
+        let mut memory = vec![f16::ZERO; x.len() + 8];
+        let start = memory.as_ptr().align_offset(16);
+        memory[start..start + x.len()].copy_from_slice(&x);
+        for threads in [1, 2] {
+            let stream = Context::cpu(threads).unwrap().cpu_stream().unwrap();
+            let mut sink = [5i32];
+            let x = Mat::host(&memory[start..start + x.len()], 1, x.len()).unwrap();
+            read(&stream, &x, &mut MatMut::host(&mut sink, 1, 1).unwrap()).unwrap();
+            assert_eq!(sink[0] as u32, expected ^ 5);
+        }
+    }
 }

@@ -10,7 +10,7 @@ impl StateMemory {
         Self(None)
     }
 
-    /// The caller's: `bytes` of device memory at `addr`, a multiple of 16. The object initialises it.
+    /// The caller's: `bytes` of device memory at `addr`, a multiple of 128. The object initialises it.
     ///
     /// # Safety
     /// Nobody else touches the memory until the object is gone and its work has finished.

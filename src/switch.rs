@@ -39,13 +39,16 @@ pub struct SwitchOptions {
     pub form: Form,
     /// The widest route that `to` may get: 1 to 32.
     pub k_max: u64,
+    /// Use the portable kernel even where the card has a faster one: for tests and comparisons. Its sums are grouped otherwise, so
+    /// its bits may differ within the same bound.
+    pub portable: bool,
     /// Whose memory holds the set's tables.
     pub memory: StateMemory,
 }
 
 impl Default for SwitchOptions {
     fn default() -> Self {
-        Self { form: Form::FromBase, k_max: 8, memory: StateMemory::allocate() }
+        Self { form: Form::FromBase, k_max: 8, portable: false, memory: StateMemory::allocate() }
     }
 }
 
@@ -58,9 +61,13 @@ pub(crate) struct RawTarget {
 }
 
 impl RawTarget {
+    pub fn tiles_of(&self, rows: u32, cols: u32) -> u64 {
+        self.weight.rows.div_ceil(u64::from(rows)) * self.weight.cols.div_ceil(u64::from(cols))
+    }
+
+    /// Of the portable kernel.
     pub fn tiles(&self) -> u64 {
-        let tiles = |size: u64, tile: u32| size.div_ceil(u64::from(tile));
-        tiles(self.weight.rows, LSW_SWITCH_TILE_ROWS) * tiles(self.weight.cols, LSW_SWITCH_TILE_COLS)
+        self.tiles_of(LSW_SWITCH_TILE_ROWS, LSW_SWITCH_TILE_COLS)
     }
 }
 
@@ -70,6 +77,7 @@ pub(crate) struct SetPlan {
     pub bank: AdapterBank,
     pub targets: Vec<RawTarget>,
     pub in_place: bool,
+    pub portable: bool,
     pub k_max: u32,
 }
 
@@ -309,7 +317,7 @@ fn check_set(stream: &Stream, bank: &AdapterBank, targets: &[Target], options: &
     check_disjoint(&raw, options.form)?;
     let tiles = raw.iter().fold(0u64, |sum, t| sum.saturating_add(t.tiles()));
     narrow("targets' elements, in tiles of 64 x 128", tiles, 1 << 30)?;
-    Ok(SetPlan { bank: bank.clone(), targets: raw, in_place: options.form == Form::InPlace, k_max })
+    Ok(SetPlan { bank: bank.clone(), targets: raw, in_place: options.form == Form::InPlace, portable: options.portable, k_max })
 }
 
 fn check_target(stream: &Stream, bank: &AdapterBank, i: usize, target: &Target, form: Form) -> Result<RawTarget> {

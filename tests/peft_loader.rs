@@ -11,7 +11,7 @@ use safetensors::{Dtype as FileDtype, SafeTensors};
 use serde_json::{Value, json};
 
 #[path = "../examples/decode/peft.rs"]
-mod peft;
+pub mod peft;
 
 use peft::{Adapter, BaseModel, Dtype, Matrix, PeftError, load_adapter, load_adapters};
 

@@ -8,7 +8,10 @@ mod oracle;
 
 // mod c_examples;
 // mod generated;
+mod demo;
 mod graph;
+mod peft;
+mod peft_loader;
 mod permute;
 mod resources;
 mod route;

@@ -71,7 +71,7 @@ impl Model {
             weight: w.weight(),
             base: (spec.form == Form::FromBase).then(|| b.tensor()),
         });
-        let options = SwitchOptions { form: spec.form, k_max: spec.k_max as u64, memory: StateMemory::allocate() };
+        let options = SwitchOptions { form: spec.form, k_max: spec.k_max as u64, portable: backend.portable, memory: StateMemory::allocate() };
         let set = SwitchSet::new(&backend.stream, &bank, targets.collect(), options).unwrap();
         let pairs = (0..spec.slots).map(|_| Vec::new()).collect();
         let mut model = Self { set, bank, spec: spec.clone(), weights, bases, pairs, backend: backend.clone(), rng };
@@ -483,7 +483,7 @@ fn fused_weights(backend: &Backend) {
         targets.push(Target { weight, base: Some(base.tensor().slice(start..start + h, 0..cols as u64).unwrap()) });
         start += h;
     }
-    let mut set = SwitchSet::new(&backend.stream, &bank, targets, SwitchOptions::default()).unwrap();
+    let mut set = SwitchSet::new(&backend.stream, &bank, targets, SwitchOptions { portable: backend.portable, ..Default::default() }).unwrap();
     set.unmerge(&backend.stream).unwrap();
     backend.synchronize();
     assert_eq!(fused.bits(), base.bits());
@@ -499,7 +499,7 @@ fn memory_from_the_caller(backend: &Backend) {
         model.weights.iter().zip(&model.bases).map(target).collect::<Vec<_>>()
     };
     // SAFETY: the grid outlives the set.
-    let options = |bytes| SwitchOptions { k_max: 4, memory: unsafe { StateMemory::at(memory.addr(), bytes) }, ..Default::default() };
+    let options = |bytes| SwitchOptions { k_max: 4, portable: backend.portable, memory: unsafe { StateMemory::at(memory.addr(), bytes) }, ..Default::default() };
     let mut set = SwitchSet::new(&backend.stream, &model.bank, targets(), options(bytes)).unwrap();
     let (ids, gates) = (Grid::ids(backend, &[0, 1]), Grid::floats(backend, &[0.5, 0.5]));
     set.to(&backend.stream, &ids.mat(), &gates.mat()).unwrap();
@@ -535,7 +535,7 @@ fn bad_sets_are_refused(backend: &Backend) {
         lora_switch::Weight::from_raw(&backend.context, big.addr() + 4 * (row * 16 + col), f32, 4, 8, stride)
     };
     let set = |targets, form, k_max| {
-        SwitchSet::new(&backend.stream, &bank, targets, SwitchOptions { form, k_max, memory: StateMemory::allocate() })
+        SwitchSet::new(&backend.stream, &bank, targets, SwitchOptions { form, k_max, ..Default::default() })
     };
     let in_place = |weight| Target { weight, base: None };
     let pair = |a, b| vec![in_place(a), in_place(b)];
@@ -589,7 +589,7 @@ fn bad_refills_and_routes_are_refused(backend: &Backend) {
     assert_eq!(model.all_bits(), before);
 }
 
-on_backends!(
+on_paths!(
     from_base_matches_oracle,
     in_place_matches_oracle,
     from_base_forgets_the_past,

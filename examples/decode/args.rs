@@ -117,8 +117,20 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Option<Args>, St
 }
 
 const TAKE_VALUE: &[&str] = &[
-    "--model", "--adapters", "--shape", "--layers", "--rank", "--experts", "--dtype", "--form", "--k", "--tokens",
-    "--seed", "--gate", "--backend", "--threads",
+    "--model",
+    "--adapters",
+    "--shape",
+    "--layers",
+    "--rank",
+    "--experts",
+    "--dtype",
+    "--form",
+    "--k",
+    "--tokens",
+    "--seed",
+    "--gate",
+    "--backend",
+    "--threads",
 ];
 
 fn set(args: &mut Args, given: &mut Given, flag: &str, value: &str) -> Result<(), String> {
@@ -185,7 +197,11 @@ where
 {
     match value.parse() {
         Ok(number) if range.contains(&number) => Ok(number),
-        _ => Err(format!("{flag} is {value}; it must be a whole number from {} to {}", range.start(), range.end())),
+        _ => Err(format!(
+            "{flag} is {value}; it must be a whole number from {} to {}",
+            range.start(),
+            range.end()
+        )),
     }
 }
 

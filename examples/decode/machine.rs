@@ -5,15 +5,15 @@ use crate::args::Choice;
 use cudarc::driver::{
     CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, ValidAsZeroBits, sys,
 };
-use lora_switch::{Context, Element, Mat, MatMut, Stream, Tensor};
+use lora_switch::{Context, Element, Error, Mat, MatMut, Stream, Tensor};
 use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
 /// An element that both the crate and cudarc know.
-pub trait Scalar: Element + DeviceRepr + ValidAsZeroBits {}
-impl<T: Element + DeviceRepr + ValidAsZeroBits> Scalar for T {}
+pub trait Scalar: Element + DeviceRepr + ValidAsZeroBits + Default {}
+impl<T: Element + DeviceRepr + ValidAsZeroBits + Default> Scalar for T {}
 
 pub struct Machine {
     pub context: Context,
@@ -24,18 +24,24 @@ pub struct Machine {
     pub backend: &'static str,
     /// The device, in words.
     pub name: String,
+    /// Why it is not the GPU that would have been preferred.
+    pub no_gpu: Option<String>,
 }
 
 impl Machine {
     /// The backend asked for; with `auto` and no GPU, the CPU and why.
-    pub fn open(choice: Choice, threads: usize) -> Result<(Self, Option<String>), Failure> {
+    pub fn open(choice: Choice, threads: usize) -> Result<Self, Failure> {
         if choice == Choice::Cpu {
-            return Ok((Self::cpu(threads)?, None));
+            return Self::cpu(threads);
         }
-        match Self::cuda() {
-            Ok(machine) => Ok((machine, None)),
-            Err(why) if choice == Choice::Auto => Ok((Self::cpu(threads)?, Some(why.to_string()))),
-            Err(why) => Err(why),
+        // First this, which tells what is missing where cudarc would panic. Kept until cudarc holds the
+        // device too.
+        match Context::cuda(0) {
+            Ok(_open) => Self::cuda(),
+            Err(why @ (Error::NoDevice { .. } | Error::NoKernels { .. })) if choice == Choice::Auto => {
+                Ok(Self { no_gpu: Some(why.to_string()), ..Self::cpu(threads)? })
+            }
+            Err(why) => Err(why.into()),
         }
     }
 
@@ -47,32 +53,30 @@ impl Machine {
             1 => "1 thread".into(),
             n => format!("{n} threads"),
         };
-        Ok(Self { context, stream, cuda: None, backend: "cpu", name })
+        Ok(Self { context, stream, cuda: None, backend: "cpu", name, no_gpu: None })
     }
 
     fn cuda() -> Result<Self, Failure> {
-        // cudarc panics where there is no driver; this says so instead, and holds the device's context open meanwhile.
-        let probe = Context::cuda(0)?;
         let cuda = CudaContext::new(0)?;
-        // Off before anything is allocated: its waits on events recorded outside a capture would break the capture.
+        // Before anything is allocated: a wait on an event from outside would break the capture of a graph.
         // SAFETY: all work goes to one stream.
         unsafe { cuda.disable_event_tracking() };
         let context = Context::from_cudarc(&cuda)?;
-        drop(probe);
         let owner = cuda.new_stream()?;
         let stream = context.cuda_stream(&owner)?;
         context.warm(&stream)?;
-        Ok(Self { context, stream, cuda: Some(owner), backend: "cuda", name: cuda.name()? })
+        Ok(Self { context, stream, cuda: Some(owner), backend: "cuda", name: cuda.name()?, no_gpu: None })
     }
 
     /// Elements of zeros.
     pub fn zeros<T: Scalar>(&self, len: usize) -> Result<Buffer<T>, Failure> {
         let Some(stream) = &self.cuda else {
-            // SAFETY: `ValidAsZeroBits` says that zeros are a value.
-            return Ok(Buffer::Host(vec![unsafe { std::mem::zeroed() }; len]));
+            // Aligned to 16 bytes, as malloc's memory is, which the floor asks for.
+            return Ok(Buffer::Host(vec![T::default(); len]));
         };
         let gigabytes = (len * size_of::<T>()) as f64 / 1e9;
-        let failed = |e: DriverError| Failure::Run(format!("no {gigabytes:.2} GB of device memory could be had: {e}"));
+        let failed =
+            |e: DriverError| Failure::Run(format!("no {gigabytes:.2} GB of device memory could be had: {e}"));
         Ok(Buffer::Cuda(stream.alloc_zeros(len).map_err(failed)?))
     }
 
@@ -156,19 +160,20 @@ impl<T: Scalar> Buffer<T> {
     }
 }
 
-/// Marks on a stream's timeline. Calls on the CPU return when the work is done, so there the time of day will do.
+/// Marks on a stream's timeline. Calls on the CPU return when the work is done, so there the time of day will
+/// do.
 pub enum Clock {
-    Host([Instant; 4]),
+    Host([Instant; 3]),
     Cuda(Arc<CudaStream>, Vec<CudaEvent>),
 }
 
 impl Clock {
     pub fn new(machine: &Machine) -> Result<Self, Failure> {
-        let Some(stream) = &machine.cuda else { return Ok(Self::Host([Instant::now(); 4])) };
+        let Some(stream) = &machine.cuda else { return Ok(Self::Host([Instant::now(); 3])) };
         // Without flags, cudarc makes events that keep no time.
         let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
         let event = |_| stream.context().new_event(flags);
-        Ok(Self::Cuda(stream.clone(), (0..4).map(event).collect::<Result<_, _>>()?))
+        Ok(Self::Cuda(stream.clone(), (0..3).map(event).collect::<Result<_, _>>()?))
     }
 
     pub fn mark(&mut self, which: usize) -> Result<(), Failure> {
@@ -179,11 +184,12 @@ impl Clock {
         Ok(())
     }
 
-    /// Microseconds from one mark to another. Waits for both.
+    /// Microseconds from one mark to another, to the nanosecond. Waits for both.
     pub fn us(&self, from: usize, to: usize) -> Result<f64, Failure> {
-        Ok(match self {
-            Self::Host(times) => times[to].duration_since(times[from]).as_secs_f64() * 1e6,
-            Self::Cuda(_, events) => f64::from(events[from].elapsed_ms(&events[to])?) * 1e3,
-        })
+        let ns = match self {
+            Self::Host(times) => times[to].duration_since(times[from]).as_secs_f64() * 1e9,
+            Self::Cuda(_, events) => f64::from(events[from].elapsed_ms(&events[to])?) * 1e6,
+        };
+        Ok(ns.round() / 1e3)
     }
 }

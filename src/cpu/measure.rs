@@ -1,9 +1,10 @@
 //! Floors and random data on the CPU.
 
 use super::Pool;
-use crate::dtype::{Float, with_float};
-use crate::measure::Plan;
+use crate::dtype::{DType, Float, with_float};
+use crate::measure::{Plan, ReadPlan};
 use crate::view::RawMat;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Elements that one task takes.
 const CHUNK: u64 = 1 << 16;
@@ -53,4 +54,18 @@ fn fill_as<T: Float>(pool: &Pool, plan: &Plan) {
             *y = T::from_f32(plan.factor * unit);
         }
     });
+}
+
+pub(crate) fn read(pool: &Pool, plan: &ReadPlan) {
+    let bytes = RawMat { dtype: DType::U8, cols: plan.bytes, stride: plan.bytes, ..plan.x };
+    let sum = AtomicU32::new(0);
+    pool.for_each(plan.bytes.div_ceil(CHUNK), |index| {
+        // SAFETY: checked host memory, borrowed by the call for reading.
+        let bytes = unsafe { chunk(&bytes, index).row::<u8>(0) };
+        let word = |part: &[u8]| part.iter().rev().fold(0, |word, &byte| word << 8 | u32::from(byte));
+        sum.fetch_xor(bytes.chunks(4).fold(0, |sum, part| sum ^ word(part)), Ordering::Relaxed);
+    });
+    // SAFETY: checked host memory, borrowed by the call for writing.
+    let sink: &mut i32 = unsafe { &mut plan.sink.row_mut(0)[0] };
+    *sink ^= sum.into_inner() as i32;
 }

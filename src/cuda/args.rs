@@ -11,11 +11,18 @@ pub const LSW_SWITCH_TILE_ROWS: _bindgen_ty_1 = 64;
 pub const LSW_SWITCH_TILE_COLS: _bindgen_ty_1 = 128;
 pub const LSW_SWITCH_SHARED_16BIT: _bindgen_ty_1 = 49152;
 pub const LSW_SWITCH_SHARED_32BIT: _bindgen_ty_1 = 90112;
+pub const LSW_SWITCH90_THREADS: _bindgen_ty_1 = 384;
+pub const LSW_SWITCH90_TILE: _bindgen_ty_1 = 128;
+pub const LSW_SWITCH90_GROUPS: _bindgen_ty_1 = 1024;
+pub const LSW_SWITCH90_SHARED: _bindgen_ty_1 = 229376;
 pub const LSW_PERMUTE_THREADS: _bindgen_ty_1 = 256;
 pub const LSW_PERMUTE_WARP_ITEMS: _bindgen_ty_1 = 512;
 pub const LSW_PERMUTE_MAX_BLOCKS: _bindgen_ty_1 = 1024;
 pub const LSW_MOVE_THREADS: _bindgen_ty_1 = 256;
 pub const LSW_MEASURE_THREADS: _bindgen_ty_1 = 1024;
+pub const LSW_READ_THREADS: _bindgen_ty_1 = 512;
+pub const LSW_READ_BLOCKS: _bindgen_ty_1 = 4;
+pub const LSW_READ_PACKS: _bindgen_ty_1 = 4;
 pub type _bindgen_ty_1 = ::core::ffi::c_uint;
 pub const LSW_ODD_LOGITS: _bindgen_ty_2 = 1;
 pub const LSW_ODD_ID: _bindgen_ty_2 = 2;
@@ -95,27 +102,43 @@ const _: () = {
     ["Offset of field: LswFactor::flags"][::core::mem::offset_of!(LswFactor, flags) - 36usize];
 };
 #[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct LswMap {
+    pub opaque: [u64; 16usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LswMap"][::core::mem::size_of::<LswMap>() - 128usize];
+    ["Alignment of LswMap"][::core::mem::align_of::<LswMap>() - 8usize];
+    ["Offset of field: LswMap::opaque"][::core::mem::offset_of!(LswMap, opaque) - 0usize];
+};
+#[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct LswBankArgs {
     pub table: u64,
+    pub maps: u64,
     pub slots: u32,
     pub slot: u32,
     pub first_target: u32,
     pub count: u32,
     pub factors: [LswFactor; 64usize],
+    pub factor_maps: [[LswMap; 2usize]; 64usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of LswBankArgs"][::core::mem::size_of::<LswBankArgs>() - 2584usize];
+    ["Size of LswBankArgs"][::core::mem::size_of::<LswBankArgs>() - 18976usize];
     ["Alignment of LswBankArgs"][::core::mem::align_of::<LswBankArgs>() - 8usize];
     ["Offset of field: LswBankArgs::table"][::core::mem::offset_of!(LswBankArgs, table) - 0usize];
-    ["Offset of field: LswBankArgs::slots"][::core::mem::offset_of!(LswBankArgs, slots) - 8usize];
-    ["Offset of field: LswBankArgs::slot"][::core::mem::offset_of!(LswBankArgs, slot) - 12usize];
+    ["Offset of field: LswBankArgs::maps"][::core::mem::offset_of!(LswBankArgs, maps) - 8usize];
+    ["Offset of field: LswBankArgs::slots"][::core::mem::offset_of!(LswBankArgs, slots) - 16usize];
+    ["Offset of field: LswBankArgs::slot"][::core::mem::offset_of!(LswBankArgs, slot) - 20usize];
     ["Offset of field: LswBankArgs::first_target"]
-        [::core::mem::offset_of!(LswBankArgs, first_target) - 16usize];
-    ["Offset of field: LswBankArgs::count"][::core::mem::offset_of!(LswBankArgs, count) - 20usize];
+        [::core::mem::offset_of!(LswBankArgs, first_target) - 24usize];
+    ["Offset of field: LswBankArgs::count"][::core::mem::offset_of!(LswBankArgs, count) - 28usize];
     ["Offset of field: LswBankArgs::factors"]
-        [::core::mem::offset_of!(LswBankArgs, factors) - 24usize];
+        [::core::mem::offset_of!(LswBankArgs, factors) - 32usize];
+    ["Offset of field: LswBankArgs::factor_maps"]
+        [::core::mem::offset_of!(LswBankArgs, factor_maps) - 2592usize];
 };
 impl Default for LswBankArgs {
     fn default() -> Self {
@@ -127,6 +150,7 @@ impl Default for LswBankArgs {
     }
 }
 pub const LSW_WEIGHT_ALIGNED: _bindgen_ty_4 = 1;
+pub const LSW_WEIGHT_BOXES: _bindgen_ty_4 = 2;
 pub type _bindgen_ty_4 = ::core::ffi::c_uint;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
@@ -195,6 +219,10 @@ const _: () = {
     ["Offset of field: LswSwitchState::padding"]
         [::core::mem::offset_of!(LswSwitchState, padding) - 12usize];
 };
+pub const LSW_PATH_ALL: _bindgen_ty_6 = 0;
+pub const LSW_PATH_BOXES: _bindgen_ty_6 = 1;
+pub const LSW_PATH_OTHERS: _bindgen_ty_6 = 2;
+pub type _bindgen_ty_6 = ::core::ffi::c_uint;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
 pub struct LswSwitchArgs {
@@ -211,10 +239,14 @@ pub struct LswSwitchArgs {
     pub k: u32,
     pub k_max: u32,
     pub in_place: u32,
+    pub factor_maps: u64,
+    pub target_maps: u64,
+    pub path: u32,
+    pub grab: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of LswSwitchArgs"][::core::mem::size_of::<LswSwitchArgs>() - 80usize];
+    ["Size of LswSwitchArgs"][::core::mem::size_of::<LswSwitchArgs>() - 104usize];
     ["Alignment of LswSwitchArgs"][::core::mem::align_of::<LswSwitchArgs>() - 8usize];
     ["Offset of field: LswSwitchArgs::targets"]
         [::core::mem::offset_of!(LswSwitchArgs, targets) - 0usize];
@@ -240,6 +272,14 @@ const _: () = {
         [::core::mem::offset_of!(LswSwitchArgs, k_max) - 72usize];
     ["Offset of field: LswSwitchArgs::in_place"]
         [::core::mem::offset_of!(LswSwitchArgs, in_place) - 76usize];
+    ["Offset of field: LswSwitchArgs::factor_maps"]
+        [::core::mem::offset_of!(LswSwitchArgs, factor_maps) - 80usize];
+    ["Offset of field: LswSwitchArgs::target_maps"]
+        [::core::mem::offset_of!(LswSwitchArgs, target_maps) - 88usize];
+    ["Offset of field: LswSwitchArgs::path"]
+        [::core::mem::offset_of!(LswSwitchArgs, path) - 96usize];
+    ["Offset of field: LswSwitchArgs::grab"]
+        [::core::mem::offset_of!(LswSwitchArgs, grab) - 100usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]

@@ -1,55 +1,85 @@
 //! The bank's device table: LswFactor [targets, slots].
 
-use super::args::{LSW_A_ALIGNED, LSW_B_ALIGNED, LSW_BANK_BATCH, LSW_BANK_THREADS, LswBankArgs, LswFactor};
+use super::Device;
+use super::args::{LSW_A_ALIGNED, LSW_B_ALIGNED, LSW_BANK_BATCH, LSW_BANK_THREADS, LswBankArgs, LswFactor, LswMap};
 use super::context::DeviceStream;
 use super::launch::{Grid, launch};
 use super::memory::DeviceMemory;
 use crate::bank::{Entry, Refill};
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::memory::StateMemory;
 use std::sync::Arc;
 
+/// Bytes before the maps, which stand at a multiple of 128.
+fn maps_offset(entries: u64) -> u64 {
+    (entries * size_of::<LswFactor>() as u64).next_multiple_of(128)
+}
+
 #[derive(Debug)]
 pub(crate) struct Table {
     memory: DeviceMemory,
+    entries: u64,
+    /// Tensor maps of A and B [targets, slots, 2] behind the table: on Hopper, for the types that its kernels take.
+    has_maps: bool,
     /// Keeps the context alive. After the memory, which is freed in it.
-    _device: Arc<super::Device>,
+    _device: Arc<Device>,
 }
 
 impl Table {
-    pub fn bytes(entries: u64) -> u64 {
-        entries * size_of::<LswFactor>() as u64
+    fn needs_maps(device: &Device, dtype: DType) -> bool {
+        device.hopper.is_some_and(|hopper| hopper.switch_for(dtype).is_some())
+    }
+
+    pub fn bytes(device: &Device, dtype: DType, entries: u64) -> u64 {
+        let maps = if Self::needs_maps(device, dtype) { 2 * entries * size_of::<LswMap>() as u64 } else { 0 };
+        maps_offset(entries) + maps
     }
 
     /// Zeroed: rank 0 everywhere. Synchronises.
-    pub fn new(stream: &DeviceStream, entries: u64, memory: &StateMemory) -> Result<Self> {
+    pub fn new(stream: &DeviceStream, dtype: DType, entries: u64, memory: &StateMemory) -> Result<Self> {
         let device = stream.device();
         let _entered = device.enter()?;
-        let memory = DeviceMemory::new(device, Self::bytes(entries), memory)?;
-        stream.fill_u32(memory.addr(), 0, Self::bytes(entries) / 4)?;
+        let memory = DeviceMemory::new(device, Self::bytes(device, dtype, entries), memory)?;
+        stream.fill_u32(memory.addr(), 0, maps_offset(entries) / 4)?;
         stream.synchronize()?;
-        Ok(Self { memory, _device: device.clone() })
+        Ok(Self { memory, entries, has_maps: Self::needs_maps(device, dtype), _device: device.clone() })
+    }
+
+    /// Address of the maps; 0: there are none.
+    pub fn maps(&self) -> u64 {
+        if self.has_maps { self.addr() + maps_offset(self.entries) } else { 0 }
     }
 
     pub fn addr(&self) -> u64 {
         self.memory.addr()
     }
 
+    fn factor_maps(&self, entry: &Entry, factor: &LswFactor) -> Result<[LswMap; 2]> {
+        match &entry.factor {
+            Some(f) if self.has_maps && factor.flags == ALIGNED && !f.a.raw.is_empty() && !f.b.raw.is_empty() => {
+                super::maps::factor(&f.a.raw, &f.b.raw)
+            }
+            _ => Ok(Default::default()),
+        }
+    }
+
     /// Enqueues a slot's new content.
     pub fn write(&self, stream: &DeviceStream, slots: u32, generation: u32, refill: &Refill) -> Result<()> {
         for (batch, entries) in refill.entries.chunks(LSW_BANK_BATCH as usize).enumerate() {
-            let mut factors = [LswFactor::default(); LSW_BANK_BATCH as usize];
-            for (factor, entry) in factors.iter_mut().zip(entries) {
-                *factor = device_factor(entry, generation);
-            }
-            let args = LswBankArgs {
+            let mut args = LswBankArgs {
                 table: self.addr(),
+                maps: self.maps(),
                 slots,
                 slot: refill.slot,
                 first_target: batch as u32 * LSW_BANK_BATCH,
                 count: entries.len() as u32,
-                factors,
+                ..Default::default()
             };
+            for (i, entry) in entries.iter().enumerate() {
+                args.factors[i] = device_factor(entry, generation);
+                args.factor_maps[i] = self.factor_maps(entry, &args.factors[i])?;
+            }
             let grid = Grid { blocks: 1, threads: LSW_BANK_THREADS, shared: 0 };
             // SAFETY: the table has an entry for every target and slot; the slot was checked.
             unsafe { launch(stream, stream.device().kernels.bank_set, grid, &args) }?;
@@ -57,6 +87,8 @@ impl Table {
         Ok(())
     }
 }
+
+const ALIGNED: u32 = LSW_A_ALIGNED | LSW_B_ALIGNED;
 
 fn device_factor(entry: &Entry, generation: u32) -> LswFactor {
     let Some(f) = entry.factor.as_ref().filter(|_| entry.rank() > 0) else {

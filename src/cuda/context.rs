@@ -1,6 +1,6 @@
 //! The driver, probed; a device with its kernels; its streams.
 
-use super::args::{LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS};
+use super::args::{LSW_SWITCH90_SHARED, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS};
 use super::images::{BUILT_WITH, IMAGES};
 use super::memory::DeviceMemory;
 use crate::dtype::DType;
@@ -55,6 +55,26 @@ pub(super) struct Kernels {
     pub combine: [Function; 3],
     pub measure_scale: [Function; 3],
     pub measure_fill: [Function; 3],
+    pub measure_read: Function,
+}
+
+/// What only a Hopper card has. Whoever holds one may launch these kernels; only a device makes it.
+#[derive(Clone, Copy)]
+pub(super) struct Hopper {
+    /// f16, bf16.
+    pub switch: [Function; 2],
+    pub processors: u32,
+}
+
+impl Hopper {
+    /// None: no Hopper kernel of this type.
+    pub fn switch_for(&self, dtype: DType) -> Option<Function> {
+        match dtype {
+            DType::F16 => Some(self.switch[0]),
+            DType::Bf16 => Some(self.switch[1]),
+            _ => None,
+        }
+    }
 }
 
 /// Which of a kernel's three symbols serves a float type.
@@ -74,12 +94,12 @@ struct Modules(Vec<(&'static str, sys::CUmodule)>);
 
 impl Modules {
     /// Loads all images into the current context.
-    fn load() -> Result<Self> {
+    fn load(is_hopper: bool) -> Result<Self> {
         if IMAGES.is_empty() {
             return Err(Error::NoKernels { why: BUILT_WITH });
         }
         let mut modules = Self(Vec::new());
-        for (name, image) in IMAGES {
+        for (name, image) in IMAGES.iter().filter(|(name, _)| is_hopper || !name.ends_with("_sm90")) {
             let mut module = ptr::null_mut();
             // SAFETY: the image is a whole fatbin that nvcc wrote; the driver copies what it needs.
             unsafe { driver!(cuModuleLoadData(&mut module, image.as_ptr().cast())) }?;
@@ -103,6 +123,15 @@ impl Modules {
         Ok(function)
     }
 
+    fn hopper(&self) -> Result<Hopper> {
+        let switch = [self.function("switch_sm90", "switch_f16_sm90")?, self.function("switch_sm90", "switch_bf16_sm90")?];
+        for function in switch {
+            allow_shared(function, LSW_SWITCH90_SHARED)?;
+        }
+        let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
+        Ok(Hopper { switch, processors })
+    }
+
     fn functions<const N: usize>(&self, file: &str, stem: &str, suffixes: [&str; N]) -> Result<[Function; N]> {
         let mut found = [ptr::null_mut(); N];
         for (slot, suffix) in found.iter_mut().zip(suffixes) {
@@ -124,6 +153,7 @@ impl Modules {
             combine: self.functions("permute", "combine", floats)?,
             measure_scale: self.functions("measure", "measure_scale", floats)?,
             measure_fill: self.functions("measure", "measure_fill", floats)?,
+            measure_read: self.function("measure", "measure_read")?,
         })
     }
 }
@@ -132,8 +162,11 @@ impl Modules {
 pub(crate) struct Device {
     raw: sys::CUcontext,
     pub(super) kernels: Kernels,
-    /// Blocks of the switch that fill the card, by dtype.
+    pub(super) hopper: Option<Hopper>,
+    /// Blocks of the portable switch that fill the card, by dtype.
     pub(super) switch_blocks: [u32; 3],
+    /// Multiprocessors of the card.
+    pub(super) processors: u32,
     modules: Modules,
     /// The word that collects what `route` and `permute` find odd. None only while it is being dropped.
     odd: Option<DeviceMemory>,
@@ -204,11 +237,13 @@ impl Device {
         }
         probe()?;
         let _entered = Entered::new(raw)?;
-        check_capability()?;
-        let modules = Modules::load()?;
+        let is_hopper = capability()? == (9, 0);
+        let modules = Modules::load(is_hopper)?;
         let kernels = modules.kernels()?;
+        let hopper = if is_hopper { Some(modules.hopper()?) } else { None };
         let switch_blocks = switch_blocks(&kernels)?;
-        let mut device = Self { raw, kernels, switch_blocks, modules, odd: None, _owner: owner };
+        let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
+        let mut device = Self { raw, kernels, hopper, switch_blocks, processors, modules, odd: None, _owner: owner };
         let odd = DeviceMemory::new(&device, 16, &StateMemory::allocate())?;
         // SAFETY: 16 bytes were just allocated; synchronous with the host for device memory, on no caller's stream.
         unsafe { driver!(cuMemsetD32_v2(odd.addr(), 0, 4)) }?;
@@ -262,14 +297,22 @@ fn attribute(attribute: sys::CUdevice_attribute) -> Result<i32> {
     Ok(value)
 }
 
-fn check_capability() -> Result<()> {
+/// At least 8.0.
+fn capability() -> Result<(i32, i32)> {
     use sys::CUdevice_attribute as A;
     let major = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
     let minor = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
     if major < 8 {
         return Err(Error::NoDevice { why: format!("compute capability {major}.{minor} is below 8.0, the first that is supported") });
     }
-    Ok(())
+    Ok((major, minor))
+}
+
+/// Raises a kernel's limit of dynamic shared memory.
+fn allow_shared(function: Function, bytes: u32) -> Result<()> {
+    let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    // SAFETY: a function of a loaded module.
+    unsafe { driver!(cuFuncSetAttribute(function, attribute, bytes as i32)) }
 }
 
 /// Allows the switch its shared memory and asks how many of its blocks the card holds at once.
@@ -277,11 +320,9 @@ fn switch_blocks(kernels: &Kernels) -> Result<[u32; 3]> {
     let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
     let mut blocks = [0; 3];
     for ((function, shared), blocks) in kernels.switch.iter().zip(SWITCH_SHARED).zip(&mut blocks) {
-        let allow = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        // SAFETY: a function of a loaded module.
-        unsafe { driver!(cuFuncSetAttribute(*function, allow, shared as i32)) }?;
+        allow_shared(*function, shared)?;
         let mut each = 0;
-        // SAFETY: as above, and a valid pointer.
+        // SAFETY: a function of a loaded module, and a valid pointer.
         unsafe {
             driver!(cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut each, *function, LSW_SWITCH_THREADS as i32, shared as usize))
         }?;
@@ -349,18 +390,13 @@ impl DeviceStream {
         self.synchronize()
     }
 
-    fn read_u32(&self, addr: u64) -> Result<u32> {
+    /// Reads a word that work on this stream wrote, waiting for it. The context must be current.
+    pub(super) fn read_u32(&self, addr: u64) -> Result<u32> {
         let mut word = 0u32;
         // SAFETY: `addr` is a word of our own; the wait below keeps `word` alive long enough.
         unsafe { driver!(cuMemcpyDtoHAsync_v2(ptr::from_mut(&mut word).cast(), addr, 4, self.raw)) }?;
         self.synchronize()?;
         Ok(word)
-    }
-
-    /// Reads a word that work on this stream wrote, waiting for it.
-    pub(super) fn read_word(&self, addr: u64) -> Result<u32> {
-        let _entered = self.device.enter()?;
-        self.read_u32(addr)
     }
 
     /// Fills words, enqueued. The context must be current.

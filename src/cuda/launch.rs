@@ -8,7 +8,7 @@ use std::ffi::c_void;
 use std::ptr;
 
 /// A grid of one dimension, and the shared memory of a block.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Grid {
     pub blocks: u32,
     pub threads: u32,
@@ -50,8 +50,10 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
         for (function, shared) in k.switch.iter().zip(SWITCH_SHARED) {
             launch(stream, *function, one(LSW_SWITCH_THREADS, shared), &LswSwitchArgs::default())?;
         }
-        // Too long for a derived Default.
-        launch(stream, k.bank_set, one(LSW_BANK_THREADS, 0), &std::mem::zeroed::<LswBankArgs>())?;
+        for function in stream.device().hopper.iter().flat_map(|hopper| hopper.switch) {
+            launch(stream, function, one(LSW_SWITCH90_THREADS, LSW_SWITCH90_SHARED), &LswSwitchArgs::default())?;
+        }
+        launch(stream, k.bank_set, one(LSW_BANK_THREADS, 0), &LswBankArgs::default())?;
         launch(stream, k.switch_current, one(LSW_MAX_K, 0), &LswCurrentArgs::default())?;
         for function in [k.permute_count, k.permute_scatter] {
             launch(stream, function, one(LSW_PERMUTE_THREADS, 64), &LswPermuteArgs::default())?;
@@ -62,6 +64,7 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
         for function in k.measure_scale.into_iter().chain(k.measure_fill) {
             launch(stream, function, one(LSW_MEASURE_THREADS, 0), &LswMeasureArgs::default())?;
         }
+        launch(stream, k.measure_read, one(LSW_READ_THREADS, 0), &LswMeasureArgs::default())?;
         for function in k.combine {
             launch(stream, function, one(LSW_MOVE_THREADS, 0), &LswCombineArgs::default())?;
         }

@@ -1,10 +1,10 @@
 //! Launches of the floors.
 
-use super::args::{LSW_MEASURE_THREADS, LswMeasureArgs};
+use super::args::{LSW_MEASURE_THREADS, LSW_READ_BLOCKS, LSW_READ_PACKS, LSW_READ_THREADS, LswMeasureArgs};
 use super::context::{DeviceStream, Function, by_dtype};
 use super::launch::{Grid, launch};
 use crate::error::Result;
-use crate::measure::Plan;
+use crate::measure::{Plan, ReadPlan};
 
 pub(crate) fn scale(stream: &DeviceStream, plan: &Plan) -> Result<()> {
     let per_block = u64::from(LSW_MEASURE_THREADS) * 16 / plan.y.dtype.size();
@@ -14,6 +14,16 @@ pub(crate) fn scale(stream: &DeviceStream, plan: &Plan) -> Result<()> {
 pub(crate) fn fill(stream: &DeviceStream, plan: &Plan) -> Result<()> {
     let blocks = plan.y.cols.div_ceil(u64::from(LSW_MEASURE_THREADS)).min(4096);
     run(stream, stream.device().kernels.measure_fill[by_dtype(plan.y.dtype)], blocks, plan)
+}
+
+pub(crate) fn read(stream: &DeviceStream, plan: &ReadPlan) -> Result<()> {
+    let step = u64::from(LSW_READ_THREADS * LSW_READ_PACKS * 16);
+    let fill = u64::from(stream.device().processors * LSW_READ_BLOCKS);
+    let blocks = (plan.bytes / step).clamp(1, fill);
+    let args = LswMeasureArgs { x: plan.x.addr, y: plan.sink.addr, count: plan.bytes, ..LswMeasureArgs::default() };
+    let grid = Grid { blocks: blocks as u32, threads: LSW_READ_THREADS, shared: 0 };
+    // SAFETY: a checked plan: device memory of the stated length, kept by the caller's views.
+    unsafe { launch(stream, stream.device().kernels.measure_read, grid, &args) }
 }
 
 fn run(stream: &DeviceStream, function: Function, blocks: u64, plan: &Plan) -> Result<()> {

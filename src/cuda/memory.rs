@@ -16,8 +16,8 @@ impl DeviceMemory {
     /// The device's context must be current.
     pub fn new(device: &Device, bytes: u64, memory: &StateMemory) -> Result<Self> {
         if let Some((addr, given)) = memory.0 {
-            if addr == 0 || addr % 16 != 0 {
-                return Err(Error::argument("memory.addr", format!("{addr:#x}"), "a multiple of 16, not null"));
+            if addr == 0 || addr % 128 != 0 {
+                return Err(Error::argument("memory.addr", format!("{addr:#x}"), "a multiple of 128, not null"));
             }
             if given < bytes {
                 return Err(Error::argument("memory.bytes", given, format!("at least {bytes}")));

@@ -8,6 +8,7 @@ pub(crate) mod bank;
 mod context;
 mod images;
 mod launch;
+mod maps;
 pub(crate) mod measure;
 mod memory;
 pub(crate) mod permute;

@@ -1,9 +1,12 @@
 //! The switch set's device tables and its launch.
 
+use super::Device;
 use super::args::{
-    LSW_MAX_K, LSW_SWITCH_THREADS, LSW_UNKNOWN, LSW_WEIGHT_ALIGNED, LswCurrentArgs, LswMerged, LswSwitchArgs, LswSwitchState, LswTarget,
+    LSW_MAX_K, LSW_PATH_BOXES, LSW_PATH_ALL, LSW_PATH_OTHERS, LSW_SWITCH_THREADS, LSW_SWITCH90_GROUPS, LSW_SWITCH90_SHARED,
+    LSW_SWITCH90_THREADS, LSW_SWITCH90_TILE, LSW_UNKNOWN, LSW_WEIGHT_ALIGNED, LSW_WEIGHT_BOXES, LswCurrentArgs, LswMap, LswMerged, LswSwitchArgs,
+    LswSwitchState, LswTarget,
 };
-use super::context::{DeviceStream, SWITCH_SHARED, by_dtype};
+use super::context::{DeviceStream, Function, SWITCH_SHARED, by_dtype};
 use super::launch::{Grid, launch};
 use super::memory::DeviceMemory;
 use crate::error::Result;
@@ -17,29 +20,50 @@ use std::sync::Arc;
 /// Where each table lies in the set's memory.
 struct Layout {
     targets: u64,
+    maps: u64,
     merged: u64,
     merged_count: u64,
     bytes: u64,
 }
 
 impl Layout {
-    /// The state word comes first; each table begins at a multiple of 16.
+    /// The words of both paths come first; each table begins at a multiple of 128.
     fn new(targets: u64, k_max: u32) -> Self {
-        let after = |start: u64, count: u64, size: usize| (start + count * size as u64).next_multiple_of(16);
-        let first = after(0, 1, size_of::<LswSwitchState>());
+        let after = |start: u64, count: u64, size: usize| (start + count * size as u64).next_multiple_of(128);
+        let maps = after(0, 2, size_of::<LswSwitchState>());
+        let first = after(maps, 2 * targets, size_of::<LswMap>());
         let merged = after(first, targets, size_of::<LswTarget>());
         let merged_count = after(merged, targets * u64::from(k_max), size_of::<LswMerged>());
-        Self { targets: first, merged, merged_count, bytes: after(merged_count, targets, 4) }
+        Self { targets: first, maps, merged, merged_count, bytes: after(merged_count, targets, 4) }
     }
 }
+
+/// The words of a path: its queue and its status.
+fn words(path: u32) -> u64 {
+    u64::from(path == LSW_PATH_BOXES) * size_of::<LswSwitchState>() as u64
+}
+
+/// How the launches of a set divide its targets.
+#[derive(Debug, Clone, Copy)]
+struct Path {
+    path: u32,
+    function: Function,
+    grid: Grid,
+    grab: u32,
+}
+
+// SAFETY: the function handles inside are the driver's, which is thread safe.
+unsafe impl Send for State {}
+// SAFETY: as above; nothing in it changes after creation.
+unsafe impl Sync for State {}
 
 #[derive(Debug)]
 pub(crate) struct State {
     memory: DeviceMemory,
-    /// Blocks of a launch over all targets.
-    blocks: u32,
+    /// One launch each: the Hopper path for aligned targets, the portable one for the others or for all.
+    paths: Vec<Path>,
     /// Keeps the context alive. After the memory, which is freed in it.
-    _device: Arc<super::Device>,
+    _device: Arc<Device>,
 }
 
 impl State {
@@ -53,18 +77,24 @@ impl State {
         let _entered = device.enter()?;
         let layout = Layout::new(plan.targets.len() as u64, plan.k_max);
         let memory = DeviceMemory::new(device, layout.bytes, memory)?;
-        let tiles: u64 = plan.targets.iter().map(RawTarget::tiles).sum();
-        let fill = device.switch_blocks[by_dtype(plan.bank.dtype())];
-        let state = Self { memory, blocks: tiles.clamp(1, u64::from(fill)) as u32, _device: device.clone() };
+        let state = Self { memory, paths: paths(device, plan), _device: device.clone() };
         stream.fill_u32(state.addr(), 0, layout.bytes / 4)?;
         state.forget(stream, plan)?;
         let targets: Vec<LswTarget> = plan.targets.iter().map(device_target).collect();
         stream.write(state.addr() + layout.targets, &targets)?;
+        if state.paths.iter().any(|p| p.path == LSW_PATH_BOXES) {
+            let maps: Result<Vec<[LswMap; 2]>> = plan.targets.iter().map(target_maps).collect();
+            stream.write(state.addr() + layout.maps, &maps?)?;
+        }
         Ok(state)
     }
 
     fn addr(&self) -> u64 {
         self.memory.addr()
+    }
+
+    fn status(&self, path: u32) -> u64 {
+        self.addr() + words(path) + offset_of!(LswSwitchState, status) as u64
     }
 
     /// From base nothing is known of W; in place nothing is merged. The context must be current.
@@ -75,7 +105,10 @@ impl State {
         let layout = Layout::new(plan.targets.len() as u64, plan.k_max);
         let count = if plan.in_place { 0 } else { LSW_UNKNOWN };
         stream.fill_u32(self.addr() + layout.merged_count, count, plan.targets.len() as u64)?;
-        stream.fill_u32(self.addr() + offset_of!(LswSwitchState, status) as u64, 0, 1)
+        for path in [LSW_PATH_ALL, LSW_PATH_BOXES] {
+            stream.fill_u32(self.status(path), 0, 1)?;
+        }
+        Ok(())
     }
 
     pub fn invalidate(&self, stream: &DeviceStream, plan: &SetPlan) -> Result<()> {
@@ -84,7 +117,8 @@ impl State {
     }
 
     pub fn odd(&self, stream: &DeviceStream) -> Result<Odd> {
-        stream.read_word(self.addr() + offset_of!(LswSwitchState, status) as u64).map(Odd)
+        let _entered = stream.device().enter()?;
+        Ok(Odd(stream.read_u32(self.status(LSW_PATH_ALL))? | stream.read_u32(self.status(LSW_PATH_BOXES))?))
     }
 
     pub fn launch(&self, stream: &DeviceStream, set: &SetPlan, to: &ToPlan) -> Result<()> {
@@ -92,12 +126,12 @@ impl State {
             return Ok(());
         }
         let layout = Layout::new(set.targets.len() as u64, set.k_max);
-        let args = LswSwitchArgs {
+        let args = |path: &Path| LswSwitchArgs {
             targets: self.addr() + layout.targets,
-            factors: set.bank.device_table(),
+            factors: set.bank.device_table().addr(),
             merged: self.addr() + layout.merged,
             merged_count: self.addr() + layout.merged_count,
-            state: self.addr(),
+            state: self.addr() + words(path.path),
             ids: to.ids,
             gates: to.gates,
             first: to.first,
@@ -106,12 +140,17 @@ impl State {
             k: to.k,
             k_max: set.k_max,
             in_place: set.in_place.into(),
+            factor_maps: set.bank.device_table().maps(),
+            target_maps: self.addr() + layout.maps,
+            path: path.path,
+            grab: path.grab,
         };
-        let dtype = by_dtype(set.bank.dtype());
-        let grid = Grid { blocks: self.blocks, threads: LSW_SWITCH_THREADS, shared: SWITCH_SHARED[dtype] };
-        // SAFETY: a checked set and route: tables of the set and the bank, weights and bases that the set keeps alive (or its caller
-        // does), adapters that the bank keeps alive; the kernel touches nothing outside the shapes in the tables.
-        unsafe { launch(stream, stream.device().kernels.switch[dtype], grid, &args) }
+        for path in &self.paths {
+            // SAFETY: a checked set and route: tables of the set and the bank, weights and bases that the set keeps alive (or its
+            // caller does), adapters that the bank keeps alive; the kernel touches nothing outside the shapes in the tables.
+            unsafe { launch(stream, path.function, path.grid, &args(path)) }?;
+        }
+        Ok(())
     }
 
     pub fn current(&self, stream: &DeviceStream, set: &SetPlan, target: u32, ids: RawMat, coefficients: RawMat) -> Result<()> {
@@ -130,8 +169,59 @@ impl State {
     }
 }
 
+/// The launches that serve a set: decided by its weights alone, so that a captured launch survives every route and refill.
+fn paths(device: &Device, plan: &SetPlan) -> Vec<Path> {
+    let dtype = plan.bank.dtype();
+    let hopper = device.hopper.filter(|_| !plan.portable && plan.targets.len() <= 32 * LSW_SWITCH90_GROUPS as usize);
+    let fast = hopper.and_then(|hopper| Some((hopper, hopper.switch_for(dtype)?)));
+    let (boxes, others): (Vec<&RawTarget>, Vec<_>) = plan.targets.iter().partition(|t| fast.is_some() && fits_boxes(t));
+    let mut paths = Vec::new();
+    if let Some((hopper, function)) = fast.filter(|_| !boxes.is_empty()) {
+        let tiles: u64 = boxes.iter().map(|t| t.tiles_of(LSW_SWITCH90_TILE, LSW_SWITCH90_TILE)).sum();
+        let blocks = tiles.clamp(1, u64::from(hopper.processors)) as u32;
+        let grid = Grid { blocks, threads: LSW_SWITCH90_THREADS, shared: LSW_SWITCH90_SHARED };
+        paths.push(Path { path: LSW_PATH_BOXES, function, grid, grab: grab(plan, tiles, blocks) });
+    }
+    if !others.is_empty() {
+        let tiles: u64 = others.iter().map(|t| t.tiles()).sum();
+        let blocks = tiles.clamp(1, u64::from(device.switch_blocks[by_dtype(dtype)])) as u32;
+        let grid = Grid { blocks, threads: LSW_SWITCH_THREADS, shared: SWITCH_SHARED[by_dtype(dtype)] };
+        let path = if boxes.is_empty() { LSW_PATH_ALL } else { LSW_PATH_OTHERS };
+        paths.push(Path { path, function: device.kernels.switch[by_dtype(dtype)], grid, grab: 1 });
+    }
+    paths
+}
+
+/// Tiles that a block takes at a time: the more arithmetic a tile may hold, the fewer visits to the queue, but never so many that the
+/// last blocks have none.
+fn grab(plan: &SetPlan, tiles: u64, blocks: u32) -> u32 {
+    let cap = plan.bank.targets().iter().map(|t| t.rank_cap).max().unwrap_or(0);
+    let wanted = match cap {
+        0..=32 => 2,
+        33..=64 => 8,
+        _ => 64,
+    };
+    u64::min(wanted, tiles.div_ceil(u64::from(blocks))).max(1) as u32
+}
+
+fn is_aligned(target: &RawTarget) -> bool {
+    target.weight.aligned16() && target.base.aligned16()
+}
+
+/// The copy engine reads exactly what exists, but stores whole 16 bytes.
+fn fits_boxes(target: &RawTarget) -> bool {
+    is_aligned(target) && (target.weight.cols * target.weight.dtype.size()) % 16 == 0 && !target.weight.is_empty()
+}
+
+/// Of W and W_base; of targets that no Hopper launch serves, nothing.
+fn target_maps(target: &RawTarget) -> Result<[LswMap; 2]> {
+    if !fits_boxes(target) {
+        return Ok(Default::default());
+    }
+    Ok([super::maps::weight(&target.weight)?, super::maps::weight(&target.base)?])
+}
+
 fn device_target(target: &RawTarget) -> LswTarget {
-    let aligned = target.weight.aligned16() && target.base.aligned16();
     LswTarget {
         weight: target.weight.addr,
         base: target.base.addr,
@@ -139,7 +229,10 @@ fn device_target(target: &RawTarget) -> LswTarget {
         base_stride: target.base.stride,
         rows: target.weight.rows as u32,
         cols: target.weight.cols as u32,
-        flags: if aligned { LSW_WEIGHT_ALIGNED } else { 0 },
+        flags: [(is_aligned(target), LSW_WEIGHT_ALIGNED), (fits_boxes(target), LSW_WEIGHT_BOXES)]
+            .iter()
+            .map(|(is, flag)| if *is { *flag } else { 0 })
+            .sum(),
         tiles: target.tiles() as u32,
     }
 }

@@ -1,7 +1,10 @@
 //! The adapter bank.
 
 use super::context::{lsw_context, on};
-use super::{Options, Out, check_reserved, destroy, dtype, guard, handle, lsw_mat, lsw_status, mat, options, slice, state_memory};
+use super::{
+    Options, Out, check_reserved, destroy, dtype, guard, handle, lsw_mat, lsw_status, mat, options, slice,
+    state_memory,
+};
 use crate::bank::{AdapterBank, Factor, TargetShape};
 use crate::error::{Error, Result};
 use crate::stream::Context;
@@ -16,11 +19,13 @@ pub struct lsw_target_shape {
     pub out_features: u64,
     /// Columns of W and of A.
     pub in_features: u64,
-    /// The largest rank that a slot may bring: 0 to 256. Captured launches are laid out for it; work follows the real rank.
+    /// The largest rank that a slot may bring: 0 to 256. Captured launches are laid out for it;
+    /// work follows the real rank.
     pub rank_cap: u64,
 }
 
-/// What a bank is made with. NULL, or what a smaller struct_size leaves out: LSW_F32, 0, and memory of its own.
+/// What a bank is made with. NULL, or what a smaller struct_size leaves out: LSW_F32, 0, and memory
+/// of its own.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct lsw_bank_options {
@@ -32,7 +37,8 @@ pub struct lsw_bank_options {
     pub reserved: i32,
     /// The number of adapters that each target can hold: 1 to 65536.
     pub slots: u64,
-    /// Device memory for the table, aligned to 16 bytes, for as long as the bank and sets over it live; NULL to have it allocated.
+    /// Device memory for the table, aligned to 128 bytes, for as long as the bank and sets over it
+    /// live; NULL to have it allocated.
     pub memory: *mut c_void,
     /// Its size, at least lsw_bank_memory_bytes.
     pub memory_bytes: u64,
@@ -49,8 +55,8 @@ impl Options for lsw_bank_options {
     };
 }
 
-/// A LoRA pair as PEFT stores it: the weight's change is scale * B A. The rank is a.rows; where that is 0, the slot leaves the target
-/// alone, and nothing else of the struct is read.
+/// A LoRA pair as PEFT stores it: the weight's change is scale * B A. The rank is a.rows; where
+/// that is 0, the slot leaves the target alone, and nothing else of the struct is read.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct lsw_factor {
@@ -64,8 +70,9 @@ pub struct lsw_factor {
     pub reserved: i32,
 }
 
-/// A table over (target, slot) of LoRA pairs, by address: it copies no weights, so stacked arrays, paged pools and slices of larger
-/// matrices all fit. May be used by several threads at a time, and destroyed before the sets that use it.
+/// A table over (target, slot) of LoRA pairs, by address: it copies no weights, so stacked arrays,
+/// paged pools and slices of larger matrices all fit. May be used by several threads at a time, and
+/// destroyed before the sets that use it.
 pub struct lsw_bank {
     bank: AdapterBank,
     context: Context,
@@ -77,10 +84,11 @@ impl lsw_bank {
     }
 }
 
-/// Bytes of memory for the table of a bank: 0 on a CPU context.
+/// Bytes of memory for the table of a bank of this dtype: 0 on a CPU context.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_bank_memory_bytes(
     context: *const lsw_context,
+    dtype: i32,
     slots: u64,
     targets: u64,
     bytes: *mut u64,
@@ -90,7 +98,7 @@ pub unsafe extern "C" fn lsw_bank_memory_bytes(
         let (_, stream) = unsafe { on(context, std::ptr::null_mut()) }?;
         // SAFETY: the conventions.
         let out = unsafe { Out::new(bytes, "bytes") }?;
-        out.set(AdapterBank::memory_bytes(&stream, slots, targets)?);
+        out.set(AdapterBank::memory_bytes(&stream, self::dtype(dtype, 0)?, slots, targets)?);
         Ok(())
     })
 }
@@ -125,15 +133,18 @@ fn shape(given: &lsw_target_shape) -> TargetShape {
     TargetShape { out_features: given.out_features, in_features: given.in_features, rank_cap: given.rank_cap }
 }
 
-/// Gives a slot another adapter: one factor a target, in the order of the targets; count must be their number.
+/// Gives a slot another adapter: one factor a target, in the order of the targets; count must be
+/// their number.
 ///
-/// Enqueued, without synchronisation, and seen by all work that follows on the stream, replays of graphs captured earlier too. (Do not
-/// capture this call itself.) The memory of A and B stays the caller's: it must live, and be written only in stream order with the
-/// work of the sets, until the slot gets another adapter, or the bank and all sets over it are destroyed, and the work enqueued before
-/// that is done. A and B with addresses and rows (stride included) of multiples of 16 bytes take the fast path on CUDA.
+/// Enqueued, without synchronisation, and seen by all work that follows on the stream, replays of
+/// graphs captured earlier too. (Do not capture this call itself.) The memory of A and B stays the
+/// caller's: it must live, and be written only in stream order with the work of the sets, until the
+/// slot gets another adapter, or the bank and all sets over it are destroyed, and the work enqueued
+/// before that is done. A and B with addresses and rows (stride included) of multiples of 16 bytes
+/// take the fast path on CUDA.
 ///
-/// A set from base that holds the slot merged heals at its next lsw_switch_to. A set in place must be unmerged before:
-/// LSW_ODD_STALE_MERGE tells when it was not.
+/// A set from base that holds the slot merged heals at its next lsw_switch_to. A set in place must
+/// be unmerged before: LSW_ODD_STALE_MERGE tells when it was not.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_bank_set_slot(
     bank: *mut lsw_bank,
@@ -224,15 +235,17 @@ pub unsafe extern "C" fn lsw_bank_target(
         let (bank, out) = unsafe { (handle(bank, "bank")?, Out::new(shape, "shape")?) };
         let shapes = bank.get().0.targets();
         let found = usize::try_from(target).ok().and_then(|i| shapes.get(i));
-        let found = found.ok_or_else(|| Error::argument("target", target, format!("below {}", shapes.len())))?;
+        let found =
+            found.ok_or_else(|| Error::argument("target", target, format!("below {}", shapes.len())))?;
         let TargetShape { out_features, in_features, rank_cap } = *found;
         out.set(lsw_target_shape { out_features, in_features, rank_cap });
         Ok(())
     })
 }
 
-/// Ends a bank; NULL is ignored. Sets over it live on, and the table with them. The last of them frees a table that was allocated,
-/// which synchronises the device; memory of the caller's must outlive the work that uses it.
+/// Ends a bank; NULL is ignored. Sets over it live on, and the table with them. The last of them
+/// frees a table that was allocated, which synchronises the device; memory of the caller's must
+/// outlive the work that uses it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_bank_destroy(bank: *mut lsw_bank) {
     // SAFETY: the conventions.

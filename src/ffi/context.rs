@@ -5,8 +5,8 @@ use crate::error::Result;
 use crate::stream::{Context, Odd, Stream};
 use std::ffi::c_void;
 
-/// Bits of what a device found odd in values that it was given. lsw_context_take_odd: lsw_route met a NaN or +inf logit, or a row
-/// with nothing finite.
+/// Bits of what a device found odd in values that it was given. lsw_context_take_odd: lsw_route met
+/// a NaN or +inf logit, or a row with nothing finite.
 pub const LSW_ODD_LOGITS: u32 = 1;
 /// lsw_context_take_odd: lsw_permute met an id below -1 or past the last expert.
 pub const LSW_ODD_ID: u32 = 2;
@@ -14,7 +14,8 @@ pub const LSW_ODD_ID: u32 = 2;
 pub const LSW_ODD_ROUTE_ID: u32 = 4;
 /// lsw_switch_odd: a coefficient that is not finite (in place, also one above 2^126).
 pub const LSW_ODD_COEFFICIENT: u32 = 8;
-/// lsw_switch_odd: a set in place holds the product of an adapter that has been replaced; its targets were left as they are.
+/// lsw_switch_odd: a set in place holds the product of an adapter that has been replaced; its
+/// targets were left as they are.
 pub const LSW_ODD_STALE_MERGE: u32 = 16;
 
 const _: () = assert!(
@@ -25,8 +26,8 @@ const _: () = assert!(
         && LSW_ODD_STALE_MERGE == Odd::STALE_MERGE.bits()
 );
 
-/// A backend, ready: the CPU with a number of threads, or a CUDA context with the kernels loaded. May be used by several threads at a
-/// time, and destroyed before the objects that were made on it.
+/// A backend, ready: the CPU with a number of threads, or a CUDA context with the kernels loaded.
+/// May be used by several threads at a time, and destroyed before the objects that were made on it.
 pub struct lsw_context(Context);
 
 impl lsw_context {
@@ -39,14 +40,18 @@ impl lsw_context {
 ///
 /// # Safety
 /// The conventions: a live handle, and on a CUDA context a live stream of it.
-pub(super) unsafe fn on<'a>(context: *const lsw_context, stream: *mut c_void) -> Result<(&'a Context, Stream)> {
+pub(super) unsafe fn on<'a>(
+    context: *const lsw_context,
+    stream: *mut c_void,
+) -> Result<(&'a Context, Stream)> {
     // SAFETY: the caller's promise.
     let context = unsafe { handle(context, "context") }?.get();
     // SAFETY: the caller's promise.
     Ok((context, unsafe { context.raw_stream(stream) }))
 }
 
-/// The CPU backend with this many threads: 0 = one a core, 1 = the calling thread alone. Calls return when the work is done.
+/// The CPU backend with this many threads: 0 = one a core, 1 = the calling thread alone. Calls
+/// return when the work is done.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_context_create_cpu(threads: u32, context: *mut *mut lsw_context) -> lsw_status {
     guard(|| {
@@ -57,10 +62,11 @@ pub unsafe extern "C" fn lsw_context_create_cpu(threads: u32, context: *mut *mut
     })
 }
 
-/// The CUDA backend on a device's primary context, which the CUDA runtime and PyTorch use too. Loads the kernels; synchronises the
-/// context.
+/// The CUDA backend on a device's primary context, which the CUDA runtime and PyTorch use too.
+/// Loads the kernels; synchronises the context.
 ///
-/// LSW_NO_KERNELS in a build without nvcc, LSW_NO_DEVICE without a driver or a device of compute capability 8.0.
+/// LSW_NO_KERNELS in a build without nvcc, LSW_NO_DEVICE without a driver or a device of compute
+/// capability 8.0.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_context_create_cuda(ordinal: u32, context: *mut *mut lsw_context) -> lsw_status {
     guard(|| {
@@ -71,8 +77,8 @@ pub unsafe extern "C" fn lsw_context_create_cuda(ordinal: u32, context: *mut *mu
     })
 }
 
-/// The CUDA backend on the caller's own CUcontext, which must outlive this context and all that is made on it. Else as
-/// lsw_context_create_cuda.
+/// The CUDA backend on the caller's own CUcontext, which must outlive this context and all that is
+/// made on it. Else as lsw_context_create_cuda.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_context_create_from_cuda(
     cu_context: *mut c_void,
@@ -87,7 +93,8 @@ pub unsafe extern "C" fn lsw_context_create_from_cuda(
     })
 }
 
-/// Launches every kernel once with nothing to do, so that no later launch is a first one. Call it before capturing a graph. Enqueued.
+/// Launches every kernel once with nothing to do, so that no later launch is a first one. Call it
+/// before capturing a graph. Enqueued.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_context_warm(context: *const lsw_context, stream: *mut c_void) -> lsw_status {
     guard(|| {
@@ -97,7 +104,8 @@ pub unsafe extern "C" fn lsw_context_warm(context: *const lsw_context, stream: *
     })
 }
 
-/// Reads and clears what lsw_route and lsw_permute found odd on this context: LSW_ODD_ bits, 0 for nothing. Synchronises the stream.
+/// Reads and clears what lsw_route and lsw_permute found odd on this context: LSW_ODD_ bits, 0 for
+/// nothing. Synchronises the stream.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_context_take_odd(
     context: *const lsw_context,

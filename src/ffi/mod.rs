@@ -7,11 +7,16 @@
 //! conventions" in safety comments are those.
 #![allow(non_camel_case_types, reason = "C's names, so that one search finds an item in C and here")]
 
-mod bank;
+// In the header's order; the blank lines keep rustfmt from sorting.
 mod context;
-mod permute;
-mod route;
+
+mod bank;
+
 mod switch;
+
+mod route;
+
+mod permute;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -22,7 +27,7 @@ use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// The result of a call: one of the LSW_ constants below, from LSW_OK to LSW_PANIC.
+/// The result of a call: LSW_OK to LSW_PANIC.
 pub type lsw_status = i32;
 
 /// The call did what it says.
@@ -37,7 +42,8 @@ pub const LSW_NO_KERNELS: i32 = 3;
 pub const LSW_CUDA_ERROR: i32 = 4;
 /// Memory could not be had. Nothing was done.
 pub const LSW_OUT_OF_MEMORY: i32 = 5;
-/// A bug in this library. It is not passed on to the caller's stack; destroy the objects of the call.
+/// A bug in this library. It is not passed on to the caller's stack; destroy the objects of the
+/// call.
 pub const LSW_PANIC: i32 = 6;
 
 const STATUS_NAMES: [&CStr; 7] = [
@@ -77,10 +83,12 @@ const _: () = {
     }
 };
 
-/// A matrix to read: row-major, element (i, j) at data + (i * stride + j) elements. A vector of n elements is a matrix of 1 x n.
+/// A matrix to read: row-major, element (i, j) at data + (i * stride + j) elements. A vector of n
+/// elements is a matrix of 1 x n.
 ///
-/// stride is at least cols where there is more than one row, and does not matter otherwise. Without rows or columns, nor does data.
-/// data needs the alignment of an element only, unless a function says more.
+/// stride is at least cols where there is more than one row, and does not matter otherwise. Without
+/// rows or columns, nor does data. data needs the alignment of an element only, unless a function
+/// says more.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct lsw_mat {
@@ -131,15 +139,17 @@ pub extern "C" fn lsw_version() -> u32 {
     MAJOR << 16 | MINOR << 8 | PATCH
 }
 
-/// The name of a status, "LSW_OK" say; "unknown status" for a number that is none. The text lives forever.
+/// The name of a status, "LSW_OK" say; "unknown status" for a number that is none. The text lives
+/// forever.
 #[unsafe(no_mangle)]
 pub extern "C" fn lsw_status_name(status: lsw_status) -> *const c_char {
     let name = usize::try_from(status).ok().and_then(|i| STATUS_NAMES.get(i));
     name.unwrap_or(&c"unknown status").as_ptr()
 }
 
-/// What the last failure on the calling thread was, in words: the argument's name, its value and its bound, or the driver call.
-/// Empty before the first failure; calls that succeed do not change it. The text is valid until the next failure on this thread.
+/// What the last failure on the calling thread was, in words: the argument's name, its value and
+/// its bound, or the driver call. Empty before the first failure; calls that succeed do not change
+/// it. The text is valid until the next failure on this thread.
 #[unsafe(no_mangle)]
 pub extern "C" fn lsw_last_error() -> *const c_char {
     // Gone while the thread ends: nothing to tell then.
@@ -168,7 +178,8 @@ fn remember(text: &str, cuda: u32) {
     let _ = LAST.try_with(|last| *last.borrow_mut() = Last { text, cuda });
 }
 
-/// Runs an entry's body: nothing unwinds into C, and what went wrong can be read with lsw_last_error.
+/// Runs an entry's body: nothing unwinds into C, and what went wrong can be read with
+/// lsw_last_error.
 fn guard(body: impl FnOnce() -> Result<()>) -> lsw_status {
     // Unwind safe: LSW_PANIC tells the caller to give up the objects of the call.
     match catch_unwind(AssertUnwindSafe(body)) {
@@ -204,7 +215,11 @@ fn check_pointer<T>(ptr: *const T, name: &str) -> Result<()> {
         return Err(Error::argument(name, "null", "an address"));
     }
     if !ptr.is_aligned() {
-        return Err(Error::argument(name, format!("{ptr:p}"), format!("a multiple of {} bytes", align_of::<T>())));
+        return Err(Error::argument(
+            name,
+            format!("{ptr:p}"),
+            format!("a multiple of {} bytes", align_of::<T>()),
+        ));
     }
     Ok(())
 }
@@ -212,7 +227,8 @@ fn check_pointer<T>(ptr: *const T, name: &str) -> Result<()> {
 /// An object behind its handle.
 ///
 /// # Safety
-/// The conventions: a handle that is not null is one that its create gave out and that is not destroyed during the call.
+/// The conventions: a handle that is not null is one that its create gave out and that is not
+/// destroyed during the call.
 unsafe fn handle<'a, T>(ptr: *const T, name: &str) -> Result<&'a T> {
     check_pointer(ptr, name)?;
     // SAFETY: the caller's promise.
@@ -249,7 +265,8 @@ struct Out<T>(*mut T);
 
 impl<T> Out<T> {
     /// # Safety
-    /// The conventions: a pointer that is neither null nor misaligned can be written during the call.
+    /// The conventions: a pointer that is neither null nor misaligned can be written during the
+    /// call.
     unsafe fn new(ptr: *mut T, name: &str) -> Result<Self> {
         check_pointer(ptr, name)?;
         Ok(Self(ptr))
@@ -285,8 +302,9 @@ unsafe fn slice<'a, T>(ptr: *const T, count: u64, name: &str) -> Result<&'a [T]>
     Ok(unsafe { std::slice::from_raw_parts(ptr, count as usize) })
 }
 
-/// A `#[repr(C)]` struct whose first field is `struct_size`, whose fields are integers and pointers, and whose 4-byte fields come in
-/// pairs, so that a size that is a multiple of 8 ends between fields.
+/// A `#[repr(C)]` struct whose first field is `struct_size`, whose fields are integers and
+/// pointers, and whose 4-byte fields come in pairs, so that a size that is a multiple of 8 ends
+/// between fields.
 trait Options: Copy {
     /// What stands for a null pointer, and for the fields beyond a smaller struct_size.
     const DEFAULT: Self;
@@ -295,7 +313,8 @@ trait Options: Copy {
 /// More than any struct of options will ever need: a struct_size above it is no size.
 const MAX_OPTIONS: u64 = 4096;
 
-/// Reads options that another version of the header may have laid out: shorter, or longer with nothing set in what is unknown here.
+/// Reads options that another version of the header may have laid out: shorter, or longer with
+/// nothing set in what is unknown here.
 ///
 /// # Safety
 /// The conventions: a pointer that is neither null nor misaligned points to struct_size bytes.
@@ -319,12 +338,21 @@ unsafe fn options<T: Options>(ptr: *const T) -> Result<T> {
         return Err(Error::argument("options.struct_size", size, bound));
     }
     // SAFETY: a prefix of a struct for which all bit patterns are values.
-    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), (&raw mut options).cast::<u8>(), size.min(known)) };
+    unsafe {
+        std::ptr::copy_nonoverlapping(bytes.as_ptr(), (&raw mut options).cast::<u8>(), size.min(known))
+    };
     Ok(options)
 }
 
 fn check_reserved(value: i32) -> Result<()> {
     if value == 0 { Ok(()) } else { Err(Error::argument("reserved", value, "0")) }
+}
+
+fn flag(value: i32, name: &str) -> Result<bool> {
+    match value {
+        0 | 1 => Ok(value == 1),
+        _ => Err(Error::argument(name, value, "0 or 1")),
+    }
 }
 
 /// The dtype of a struct in which `reserved` follows it.
@@ -336,8 +364,8 @@ fn dtype(number: i32, reserved: i32) -> Result<DType> {
 }
 
 /// # Safety
-/// The conventions: a pointer that is neither null nor misaligned points to an `lsw_mat`, whose memory can be read (on CUDA: by the
-/// work that the call enqueues).
+/// The conventions: a pointer that is neither null nor misaligned points to an `lsw_mat`, whose
+/// memory can be read (on CUDA: by the work that the call enqueues).
 unsafe fn mat<'a>(context: &Context, ptr: *const lsw_mat, name: &str) -> Result<Mat<'a>> {
     check_pointer(ptr, name)?;
     // SAFETY: the caller's promise.

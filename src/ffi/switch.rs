@@ -3,8 +3,8 @@
 use super::bank::{lsw_bank, tensor};
 use super::context::{lsw_context, on};
 use super::{
-    Options, Out, check_reserved, destroy, dtype, guard, handle, handle_mut, lsw_mat, lsw_mat_mut, lsw_status,
-    options, slice, state_memory,
+    Options, Out, destroy, dtype, flag, guard, handle, handle_mut, lsw_mat, lsw_mat_mut, lsw_status, options,
+    slice, state_memory,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -14,16 +14,18 @@ use crate::view::{Mat, MatMut, Weight};
 use std::ffi::c_void;
 use std::ops::Range;
 
-/// W = W_base + the sum of the route, with W_base in a second buffer. The result depends on the current route alone, bit for bit,
-/// after any number of switches; the route of nothing copies W_base's bits. Half the arithmetic of the other form, same traffic.
+/// W = W_base + the sum of the route, with W_base in a second buffer. The result depends on the
+/// current route alone, bit for bit, after any number of switches; the route of nothing copies
+/// W_base's bits. Half the arithmetic of the other form, same traffic.
 pub const LSW_FROM_BASE: i32 = 0;
-/// W += new route - old route (LoRA-Switch, arXiv 2405.17741, equation 6). No second buffer; each switch rounds W once, so errors
-/// build up.
+/// W += new route - old route (LoRA-Switch, arXiv 2405.17741, equation 6). No second buffer; each
+/// switch rounds W once, so errors build up.
 pub const LSW_IN_PLACE: i32 = 1;
 
 const _: () = assert!(LSW_FROM_BASE == Form::FromBase as i32 && LSW_IN_PLACE == Form::InPlace as i32);
 
-/// What a set is made with. NULL, or what a smaller struct_size leaves out: LSW_FROM_BASE, 8, and memory of its own.
+/// What a set is made with. NULL, or what a smaller struct_size leaves out: LSW_FROM_BASE, 8, and
+/// memory of its own.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct lsw_switch_options {
@@ -31,11 +33,13 @@ pub struct lsw_switch_options {
     pub struct_size: u64,
     /// LSW_FROM_BASE or LSW_IN_PLACE.
     pub form: i32,
-    /// 0.
-    pub reserved: i32,
+    /// 1: use the portable kernel even where the card has a faster one, for tests and comparisons.
+    /// Its sums are grouped otherwise, so its bits may differ within the same bound. Else 0.
+    pub portable: i32,
     /// The widest route that the set can be brought to: 1 to 32.
     pub k_max: u64,
-    /// Device memory for the tables, aligned to 16 bytes, for as long as the set lives; NULL to have it allocated.
+    /// Device memory for the tables, aligned to 128 bytes, for as long as the set lives; NULL to
+    /// have it allocated.
     pub memory: *mut c_void,
     /// Its size, at least lsw_switch_memory_bytes.
     pub memory_bytes: u64,
@@ -45,7 +49,7 @@ impl Options for lsw_switch_options {
     const DEFAULT: Self = Self {
         struct_size: size_of::<Self>() as u64,
         form: LSW_FROM_BASE,
-        reserved: 0,
+        portable: 0,
         k_max: 8,
         memory: std::ptr::null_mut(),
         memory_bytes: 0,
@@ -56,26 +60,32 @@ impl Options for lsw_switch_options {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct lsw_target {
-    /// Written by the switches. In place it holds the base weight at first; from base its content does not matter.
+    /// Written by the switches. In place it holds the base weight at first; from base its content
+    /// does not matter.
     pub weight: lsw_mat_mut,
-    /// W_base, from base only, where targets and sets may share it. In place: data NULL, and nothing else of it is read.
+    /// W_base, from base only, where targets and sets may share it. In place: data NULL, and
+    /// nothing else of it is read.
     pub base: lsw_mat,
 }
 
 /// All adapted weights of a model and the adapters that they may carry.
 ///
-/// A route is ids[k] and gates[k], as lsw_route writes them. Canonical form: an id outside the bank's slots is none; duplicates add up
-/// in f32 in order of appearance; entries sort by id, so a permuted route gives the same bits. The coefficient of a slot at a target is
-/// gate * scale, in f32; where it is zero, or the rank is, the adapter is not touched at all.
+/// A route is ids[k] and gates[k], as lsw_route writes them. Canonical form: an id outside the
+/// bank's slots is none; duplicates add up in f32 in order of appearance; entries sort by id, so a
+/// permuted route gives the same bits. The coefficient of a slot at a target is gate * scale, in
+/// f32; where it is zero, or the rank is, the adapter is not touched at all.
 ///
-/// A target whose list of (slot, coefficient, content of the slot) equals what it holds costs no weight traffic. What it holds is kept
-/// on the device, so a captured lsw_switch_to serves every route, and a slot that got another adapter is noticed.
+/// A target whose list of (slot, coefficient, content of the slot) equals what it holds costs no
+/// weight traffic. What it holds is kept on the device, so a captured lsw_switch_to serves every
+/// route, and a slot that got another adapter is noticed.
 ///
-/// Numbers: A, B, W enter as stored; products and sums in f32, in a fixed order; one rounding at the end. A coefficient that is not
-/// finite propagates from base (and the next route heals it); in place it counts as zero, as does one above 2^126, since it would
-/// destroy W: lsw_switch_odd tells.
+/// Numbers: A, B, W enter as stored; products and sums in f32, in a fixed order; one rounding at
+/// the end. A coefficient that is not finite propagates from base (and the next route heals it); in
+/// place it counts as zero, as does one above 2^126, since it would destroy W: lsw_switch_odd
+/// tells.
 ///
-/// A set is used by one thread at a time and in flight on one stream at a time, replays of graphs included.
+/// A set is used by one thread at a time and in flight on one stream at a time, replays of graphs
+/// included.
 pub struct lsw_switch {
     set: SwitchSet,
     context: Context,
@@ -101,13 +111,16 @@ pub unsafe extern "C" fn lsw_switch_memory_bytes(
 
 /// A set over `count` targets, which are the bank's, in its order. Synchronises the stream.
 ///
-/// Weights may not share memory with each other or with a base; the test is exact at equal strides, and refuses overlapping spans
-/// otherwise. Weights and bases with addresses and rows (stride included) of multiples of 16 bytes take the fast path on CUDA.
+/// Weights may not share memory with each other or with a base; the test is exact at equal strides,
+/// and refuses overlapping spans otherwise. Weights and bases with addresses and rows (stride
+/// included) of multiples of 16 bytes take the fast path on CUDA.
 ///
-/// The memory of weights and bases stays the caller's, until the set is destroyed and its work is done. Others read and write it in
-/// stream order with the set's work, and say so after writing (lsw_switch_invalidate).
+/// The memory of weights and bases stays the caller's, until the set is destroyed and its work is
+/// done. Others read and write it in stream order with the set's work, and say so after writing
+/// (lsw_switch_invalidate).
 ///
-/// Nothing is written yet: from base, the first lsw_switch_to writes every W; in place, W is taken as it is, with nothing merged.
+/// Nothing is written yet: from base, the first lsw_switch_to writes every W; in place, W is taken
+/// as it is, with nothing merged.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_switch_create(
     bank: *const lsw_bank,
@@ -127,7 +140,8 @@ pub unsafe extern "C" fn lsw_switch_create(
         let (stream, options) = unsafe { (context.raw_stream(stream), set_options(&given)?) };
         let target = |(i, given): (usize, &lsw_target)| {
             // SAFETY: the conventions; see the documentation on how long weights and bases live.
-            unsafe { target(context, given, options.form) }.map_err(|e| e.within(format_args!("targets[{i}]")))
+            unsafe { target(context, given, options.form) }
+                .map_err(|e| e.within(format_args!("targets[{i}]")))
         };
         let targets = targets.iter().enumerate().map(target).collect::<Result<Vec<_>>>()?;
         let set = SwitchSet::new(&stream, bank, targets, options)?;
@@ -139,7 +153,7 @@ pub unsafe extern "C" fn lsw_switch_create(
 /// # Safety
 /// As for [`state_memory`].
 unsafe fn set_options(given: &lsw_switch_options) -> Result<SwitchOptions> {
-    check_reserved(given.reserved).map_err(|e| e.within("options"))?;
+    let portable = flag(given.portable, "options.portable")?;
     let form = match given.form {
         LSW_FROM_BASE => Form::FromBase,
         LSW_IN_PLACE => Form::InPlace,
@@ -147,7 +161,7 @@ unsafe fn set_options(given: &lsw_switch_options) -> Result<SwitchOptions> {
     };
     // SAFETY: the caller's promise.
     let memory = unsafe { state_memory(given.memory, given.memory_bytes) }?;
-    Ok(SwitchOptions { form, k_max: given.k_max, memory })
+    Ok(SwitchOptions { form, k_max: given.k_max, portable, memory })
 }
 
 /// # Safety
@@ -166,8 +180,9 @@ unsafe fn target(context: &Context, given: &lsw_target, form: Form) -> Result<Ta
     Ok(Target { weight, base })
 }
 
-/// Brings all targets to a route: ids [k] and gates [k] in the context's memory, k at most k_max. One launch on CUDA; enqueued, and
-/// may be captured. k = 0 is lsw_switch_unmerge. ids and gates may not lie in a weight.
+/// Brings all targets to a route: ids [k] and gates [k] in the context's memory, k at most k_max.
+/// One launch on CUDA; enqueued, and may be captured. k = 0 is lsw_switch_unmerge. ids and gates
+/// may not lie in a weight.
 ///
 /// Same input, same bits, within one path (fast or not, see lsw_switch_create) on one kind of card.
 #[unsafe(no_mangle)]
@@ -187,7 +202,8 @@ pub unsafe extern "C" fn lsw_switch_to(
     })
 }
 
-/// Like lsw_switch_to for the targets first <= i < last (a pipeline stage, the next layer); the others keep what they hold.
+/// Like lsw_switch_to for the targets first <= i < last (a pipeline stage, the next layer); the
+/// others keep what they hold.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_switch_to_targets(
     set: *mut lsw_switch,
@@ -236,7 +252,8 @@ impl lsw_switch {
     }
 }
 
-/// Brings all targets to the route of nothing: from base, W has W_base's bits. Enqueued; may be captured.
+/// Brings all targets to the route of nothing: from base, W has W_base's bits. Enqueued; may be
+/// captured.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_switch_unmerge(set: *mut lsw_switch, stream: *mut c_void) -> lsw_status {
     guard(|| {
@@ -248,8 +265,9 @@ pub unsafe extern "C" fn lsw_switch_unmerge(set: *mut lsw_switch, stream: *mut c
     })
 }
 
-/// Says that W or W_base was written by somebody else. From base, the next lsw_switch_to writes every target; in place, what W holds
-/// now counts as base, with nothing merged. Clears what was odd. Enqueued.
+/// Says that W or W_base was written by somebody else. From base, the next lsw_switch_to writes
+/// every target; in place, what W holds now counts as base, with nothing merged. Clears what was
+/// odd. Enqueued.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_switch_invalidate(set: *mut lsw_switch, stream: *mut c_void) -> lsw_status {
     guard(|| {
@@ -261,8 +279,8 @@ pub unsafe extern "C" fn lsw_switch_invalidate(set: *mut lsw_switch, stream: *mu
     })
 }
 
-/// What the set's switches found odd since its creation or the last lsw_switch_invalidate: LSW_ODD_ bits, 0 for nothing. Synchronises
-/// the stream.
+/// What the set's switches found odd since its creation or the last lsw_switch_invalidate: LSW_ODD_
+/// bits, 0 for nothing. Synchronises the stream.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_switch_odd(
     set: *const lsw_switch,
@@ -279,8 +297,9 @@ pub unsafe extern "C" fn lsw_switch_odd(
     })
 }
 
-/// Copies what a target holds into the context's memory: ids [k_max] ascending and coefficients [k_max], padded with -1 and 0; k_max
-/// must be the set's. Before the first lsw_switch_to, nothing is held. Enqueued; may be captured.
+/// Copies what a target holds into the context's memory: ids [k_max] ascending and coefficients
+/// [k_max], padded with -1 and 0; k_max must be the set's. Before the first lsw_switch_to, nothing
+/// is held. Enqueued; may be captured.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_switch_current(
     set: *const lsw_switch,
@@ -339,8 +358,8 @@ pub unsafe extern "C" fn lsw_switch_count(set: *const lsw_switch, count: *mut u6
     })
 }
 
-/// Ends a set; NULL is ignored. W keeps what it holds. Tables that were allocated are freed, which synchronises the device; memory of
-/// the caller's must outlive the work that uses it.
+/// Ends a set; NULL is ignored. W keeps what it holds. Tables that were allocated are freed, which
+/// synchronises the device; memory of the caller's must outlive the work that uses it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_switch_destroy(set: *mut lsw_switch) {
     // SAFETY: the conventions.

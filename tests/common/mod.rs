@@ -26,9 +26,26 @@ macro_rules! on_backends {
     };
 }
 
+/// As `on_backends!`, and the portable kernels on a card that has faster ones.
+macro_rules! on_paths {
+    ($($name:ident),* $(,)?) => {
+        on_backends!($($name),*);
+        mod cuda_portable {
+            $(#[test]
+            fn $name() {
+                if let Some(backend) = $crate::common::Backend::cuda() {
+                    super::$name(&$crate::common::Backend { portable: true, ..backend });
+                }
+            })*
+        }
+    };
+}
+
 /// A backend with a stream of its own.
 #[derive(Clone)]
 pub struct Backend {
+    /// Which of the card's kernels serve: see `SwitchOptions::portable`.
+    pub portable: bool,
     pub context: Context,
     pub stream: Stream,
     pub cuda: Option<Arc<CudaStream>>,
@@ -51,7 +68,7 @@ fn device() -> &'static Result<(Arc<CudaContext>, Context), String> {
 impl Backend {
     pub fn cpu() -> Self {
         let context = Context::cpu(2).unwrap();
-        Self { stream: context.cpu_stream().unwrap(), context, cuda: None }
+        Self { stream: context.cpu_stream().unwrap(), context, cuda: None, portable: false }
     }
 
     /// None, said aloud, where there is no GPU; a panic where one is required.
@@ -60,7 +77,7 @@ impl Backend {
             Ok((cuda, context)) => {
                 let stream = cuda.new_stream().unwrap();
                 let ours = context.cuda_stream(&stream).unwrap();
-                Some(Self { context: context.clone(), stream: ours, cuda: Some(stream) })
+                Some(Self { context: context.clone(), stream: ours, cuda: Some(stream), portable: false })
             }
             Err(why) => {
                 let required = std::env::var_os("LORA_SWITCH_REQUIRE_GPU").is_some_and(|v| v == "1");
@@ -85,7 +102,7 @@ impl Backend {
 
 /// What lies around and between the rows of every test matrix. As any float type it is an ordinary number; as an id it is absurd.
 const CANARY: u8 = 0xa5;
-const RIM: usize = 64;
+const RIM: usize = 128;
 
 enum Memory {
     /// Cells: the backend writes them by address while they are shared.

@@ -1,0 +1,228 @@
+//! From a source of weights and adapters to a switch set: this is what an engine does once, when it loads a
+//! model.
+
+use crate::Failure;
+use crate::args::Input;
+use crate::check::Check;
+use crate::files::Files;
+use crate::machine::{Buffer, Machine, Scalar};
+use crate::shape::Shape;
+use lora_switch::{
+    AdapterBank, DType, Factor, Float, Form, StateMemory, SwitchOptions, SwitchSet, TargetShape, Tensor,
+    Weight,
+};
+
+/// A linear module that adapters change.
+pub struct Projection {
+    pub name: String,
+    /// Outputs.
+    pub rows: usize,
+    /// Inputs.
+    pub cols: usize,
+}
+
+/// A LoRA pair in the machine's memory: A [rank, cols] and B [rows, rank], their rows padded.
+pub struct Pair<T> {
+    pub a: Buffer<T>,
+    pub b: Buffer<T>,
+    pub rank: usize,
+    pub scale: f32,
+}
+
+/// A projection in the model's buffers.
+pub struct Target {
+    pub name: String,
+    pub rows: usize,
+    pub cols: usize,
+    /// Its first element in the buffers; its rows lie one after the other.
+    pub start: usize,
+    /// Rank and scale of each slot's pair; rank 0 where it has none.
+    pub slots: Vec<(usize, f32)>,
+}
+
+impl Target {
+    pub fn row(&self, row: usize) -> std::ops::Range<usize> {
+        self.start + row * self.cols..self.start + (row + 1) * self.cols
+    }
+}
+
+pub struct Model<T> {
+    /// Before the buffers, since it writes to them until it is dropped.
+    pub set: SwitchSet,
+    /// Every W.
+    pub weights: Buffer<T>,
+    /// Every W_base, if the form is from base.
+    pub base: Option<Buffer<T>>,
+    pub targets: Vec<Target>,
+}
+
+/// Columns of a row that ends at a multiple of 16 bytes: with such rows, an adapter takes the fast path.
+pub fn padded<T>(cols: usize) -> usize {
+    cols.next_multiple_of(16 / size_of::<T>())
+}
+
+pub enum Source {
+    Files(Files),
+    Shape(Shape),
+}
+
+impl Source {
+    pub fn open(input: &Input, seed: u64, quiet: bool) -> Result<Self, Failure> {
+        match *input {
+            Input::Files { ref model, ref adapters } => Ok(Self::Files(Files::open(model, adapters, quiet)?)),
+            Input::Shape { layers, rank, experts } => Ok(Self::Shape(Shape { layers, rank, experts, seed })),
+        }
+    }
+
+    pub fn dtype(&self) -> DType {
+        match self {
+            Self::Files(files) => files.dtype(),
+            Self::Shape(_) => DType::Bf16,
+        }
+    }
+
+    pub fn adapters(&self) -> Vec<String> {
+        match self {
+            Self::Files(files) => files.adapters(),
+            Self::Shape(shape) => shape.adapters(),
+        }
+    }
+
+    pub fn projections(&self) -> Vec<Projection> {
+        match self {
+            Self::Files(files) => files.projections(),
+            Self::Shape(shape) => shape.projections(),
+        }
+    }
+
+    fn fill<T: Scalar + Float>(
+        &self,
+        machine: &Machine,
+        targets: &[Target],
+        buffer: &mut Buffer<T>,
+    ) -> Result<(), Failure> {
+        match self {
+            Self::Files(files) => files.fill(targets, buffer),
+            Self::Shape(shape) => shape.fill(&machine.stream, buffer),
+        }
+    }
+
+    fn pair<T: Scalar + Float>(
+        &self,
+        machine: &Machine,
+        target: usize,
+        slot: usize,
+    ) -> Result<Option<Pair<T>>, Failure> {
+        match self {
+            Self::Files(files) => files.pair(machine, target, slot),
+            Self::Shape(shape) => shape.pair(machine, target, slot),
+        }
+    }
+}
+
+/// Loads everything. Also returns what is needed to check each switch.
+pub fn build<T: Scalar + Float>(
+    machine: &Machine,
+    source: &Source,
+    form: Form,
+    k: u64,
+    seed: u64,
+) -> Result<(Model<T>, Check), Failure> {
+    // All weights in one buffer, so that one launch can measure what the machine allows; each at a multiple
+    // of 16 bytes.
+    let (mut targets, len) = lay_out::<T>(source.projections());
+    let mut loaded = machine.zeros(len)?;
+    source.fill(machine, &targets, &mut loaded)?;
+    let mut check = Check::new(machine, &targets, &loaded, form, seed)?;
+
+    let factors = load_adapters::<T>(machine, source, &mut targets, &mut check)?;
+    let bank = fill_bank::<T>(machine, &targets, factors)?;
+    let (mut weights, mut base) = match form {
+        Form::FromBase => (machine.zeros(len)?, Some(loaded)),
+        Form::InPlace => (loaded, None),
+    };
+    let of_set =
+        targets.iter().map(|target| switch_target(machine, target, &mut weights, base.as_mut())).collect();
+    let options = SwitchOptions { form, k_max: k, ..SwitchOptions::default() };
+    let set = SwitchSet::new(&machine.stream, &bank, of_set, options)?;
+    Ok((Model { set, weights, base, targets }, check))
+}
+
+fn lay_out<T>(projections: Vec<Projection>) -> (Vec<Target>, usize) {
+    let mut len = 0;
+    let place = |Projection { name, rows, cols }| {
+        let start = len;
+        len = padded::<T>(start + rows * cols);
+        Target { name, rows, cols, start, slots: Vec::new() }
+    };
+    (projections.into_iter().map(place).collect(), len)
+}
+
+/// For each slot what the bank wants: a factor a target, or none.
+fn load_adapters<T: Scalar + Float>(
+    machine: &Machine,
+    source: &Source,
+    targets: &mut [Target],
+    check: &mut Check,
+) -> Result<Vec<Vec<Option<Factor>>>, Failure> {
+    let mut slots = Vec::new();
+    for slot in 0..source.adapters().len() {
+        let mut factors = Vec::new();
+        for (index, target) in targets.iter_mut().enumerate() {
+            let pair = source.pair::<T>(machine, index, slot)?;
+            target.slots.push(pair.as_ref().map_or((0, 0.0), |pair| (pair.rank, pair.scale)));
+            check.learn(index, target, pair.as_ref())?;
+            factors.push(pair.map(|pair| factor(target, pair)).transpose()?);
+        }
+        slots.push(factors);
+    }
+    Ok(slots)
+}
+
+fn factor<T: Scalar>(target: &Target, pair: Pair<T>) -> Result<Factor, Failure> {
+    let Pair { a, b, rank, scale } = pair;
+    Ok(Factor {
+        a: a.into_tensor(rank, target.cols, padded::<T>(target.cols))?,
+        b: b.into_tensor(target.rows, rank, padded::<T>(rank))?,
+        scale,
+    })
+}
+
+fn fill_bank<T: Float>(
+    machine: &Machine,
+    targets: &[Target],
+    slots: Vec<Vec<Option<Factor>>>,
+) -> Result<AdapterBank, Failure> {
+    let shape = |target: &Target| TargetShape {
+        out_features: target.rows as u64,
+        in_features: target.cols as u64,
+        // An engine that swaps adapters later leaves room for theirs.
+        rank_cap: target.slots.iter().map(|(rank, _)| *rank as u64).max().unwrap_or(0),
+    };
+    let shapes: Vec<TargetShape> = targets.iter().map(shape).collect();
+    let bank =
+        AdapterBank::new(&machine.stream, T::DTYPE, slots.len() as u64, &shapes, StateMemory::allocate())?;
+    for (slot, factors) in slots.iter().enumerate() {
+        bank.set_slot(&machine.stream, slot as u64, factors)?;
+    }
+    Ok(bank)
+}
+
+/// The set works on the model's own memory by address, since others read and write there too: the next
+/// layer's product, the floor.
+fn switch_target<T: Scalar>(
+    machine: &Machine,
+    target: &Target,
+    weights: &mut Buffer<T>,
+    base: Option<&mut Buffer<T>>,
+) -> lora_switch::Target {
+    let (rows, cols) = (target.rows as u64, target.cols as u64);
+    let at = |buffer: &mut Buffer<T>| buffer.addr() + (target.start * size_of::<T>()) as u64;
+    // SAFETY: rows * cols elements of the model's buffer, which is initialised and outlives the set
+    // (`Model`); all that touches it goes to one stream, or runs when that stream's work is done.
+    let weight = unsafe { Weight::from_raw(&machine.context, at(weights), T::DTYPE, rows, cols, cols) };
+    // SAFETY: as above; nobody writes the base.
+    let base =
+        base.map(|base| unsafe { Tensor::from_raw(&machine.context, at(base), T::DTYPE, rows, cols, cols) });
+    lora_switch::Target { weight, base }
+}

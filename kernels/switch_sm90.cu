@@ -1,0 +1,442 @@
+// The switch on Hopper: the contract of switch.cu, for f16 and bf16 targets whose W and W_base have addresses, row strides and row bytes
+// that are multiples of 16 (the copy engine stores whole 16 bytes: past a ragged row it would zero its neighbour).
+//
+// Floor: W is read once and written once. Everything else hides behind that stream or is overhead.
+//
+// One block an SM, four roles that hand a 128 x 128 tile from one to the next through mbarriers:
+//
+//   scheduler (warp 0)  takes tiles from the queue, works out the target's terms, publishes both, and has the copy engine bring W
+//   panels    (warp 1)  per term and 64 columns of its rank: A [<= 64, 128] and B [128, <= 64] to shared memory
+//   consumers (2 x 128) each 64 rows: wgmma per term into `product`, sum += coefficient * product; then W's granule is changed in place in
+//                       shared memory (ldmatrix, add in f32, one rounding, stmatrix)
+//   stores    (warps 2, 3) have the copy engine write a granule back and free its place
+//
+// The product of a tile starts before its W arrives, and W runs up to three tiles ahead.
+//
+// Why it is right:
+// - Both operands come as PEFT stores them. B [out, rank] is K-major, A [rank, in] is N-major: wgmma takes both layouts by descriptor.
+// - The copy engine fills what lies outside a matrix with zeros and writes nothing there: ragged targets and ranks need no other code,
+//   and bytes beyond the rank never enter a product.
+// - An adapter whose own rows are not aligned comes through plain loads into the same swizzled places (load_slowly), so that a refill
+//   never changes which launch serves a target.
+// - Exactness and the order of sums are those of switch.cu, but that the tensor cores sum in another grouping.
+// - The last block to leave the queue records. Only schedulers read the old record, and by then all of them are done with it.
+//
+// Memory order first: blocks take tiles from one counter, so that all SMs work close together in memory (long private strips cost 6-10%).
+// Every layout assumption is asserted where it is used.
+#include "args.h"
+#include "common/num.cuh"
+#include "common/ptx_sm90.cuh"
+#include "common/switch_plan.cuh"
+
+namespace {
+
+constexpr int kThreads = LSW_SWITCH90_THREADS;
+constexpr int kTile = LSW_SWITCH90_TILE;
+constexpr int kGroups = LSW_SWITCH90_GROUPS;
+constexpr int kHalf = 64 * 128;             // bytes of 64 rows of 64 elements: one swizzle atom wide
+constexpr int kWeights = 3;                 // granules of W in flight, for each consumer
+constexpr int kPanels = 3;                  // panels in flight
+constexpr int kPanelBytes = 2 * 128 * 128;  // A [64, 128] and B [128, 64]
+constexpr int kEntries = 4;                 // tiles between the scheduler and the slowest role
+constexpr uint32_t kEnd = ~0u;
+
+// A block starts with 168 registers a thread and can only share these out: asking for one more waits for ever.
+constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;
+static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 384 * 168, "registers of a block");
+
+static_assert(kThreads == 384 && kTile == 128, "one producer warpgroup and two consumers of 64 rows each");
+
+struct Term {
+    float coefficient;
+    int slot;
+    uint32_t rank, flags;
+};
+
+// A tile on its way through the roles.
+struct Entry {
+    uint32_t target;  // kEnd: there are no more
+    int row, col;
+    uint32_t term_count;
+    Term terms[2 * LSW_MAX_K];
+};
+
+// The copy engine's swizzle repeats every 1,024 bytes: granules and panels stand at multiples of that.
+struct Shared {
+    unsigned char weight[2][kWeights][2 * kHalf];  // [consumer][stage][left and right 64 columns]
+    unsigned char panel[kPanels][kPanelBytes];
+    Entry entry[kEntries];
+    Barrier entry_full[kEntries], entry_empty[kEntries];
+    Barrier weight_full[2][kWeights], weight_done[2][kWeights], weight_empty[2][kWeights];
+    Barrier panel_full[kPanels], panel_empty[kPanels];
+    Route route;
+    uint32_t group[kGroups + 1];  // tiles of the changed targets before each group of 32
+};
+static_assert(sizeof(Shared) + 1024 <= LSW_SWITCH90_SHARED, "the host asks for this much shared memory");
+
+// A place in a ring of kSize, and the parity of its current use.
+template <int kSize> struct Ring {
+    uint32_t slot = 0, parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++slot == kSize) slot = 0, parity ^= 1;
+    }
+};
+
+// Columns of the rank that one panel holds: the smallest box that a small rank fits in. The host encodes the maps by the same rule.
+__device__ __forceinline__ int panel_depth(uint32_t rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : 64; }
+
+__device__ __forceinline__ uint32_t tile_count(const LswTarget& t) { return ((t.rows + kTile - 1) / kTile) * ((t.cols + kTile - 1) / kTile); }
+
+__device__ __forceinline__ const LswMap* factor_maps(const LswSwitchArgs& args, uint64_t target, int slot) {
+    return reinterpret_cast<const LswMap*>(args.factor_maps) + 2 * (target * args.slots + slot);
+}
+__device__ __forceinline__ const LswMap* target_maps(const LswSwitchArgs& args, uint64_t target) {
+    return reinterpret_cast<const LswMap*>(args.target_maps) + 2 * target;
+}
+
+__device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t x) {
+    for (int step = 1; step < 32; step *= 2) {
+        const uint32_t below = __shfl_up_sync(kFullWarp, x, step);
+        if (threadIdx.x % 32 >= step) x += below;
+    }
+    return x;
+}
+
+// Tiles that a target needs under the new route.
+__device__ __forceinline__ uint32_t changed_tiles(const LswSwitchArgs& args, const Route& route, uint32_t target) {
+    if (target >= args.last || !serves(args, target) || judge(args, route, target) != Verdict::kChanged) return 0;
+    return tile_count(target_of(args, target));
+}
+
+// All threads: the tiles of each group of 32 targets, then their prefix sum. Ends with a barrier.
+__device__ void plan(const LswSwitchArgs& args, Shared& s) {
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint32_t groups = (args.last - args.first + 31) / 32;
+    for (uint32_t g = warp; g < kGroups; g += kThreads / 32) {
+        const uint32_t sum = g < groups ? __reduce_add_sync(kFullWarp, changed_tiles(args, s.route, args.first + 32 * g + lane)) : 0;
+        if (lane == 0) s.group[g + 1] = sum;
+    }
+    __syncthreads();
+    if (warp == 0) {
+        uint32_t carry = 0;
+        for (uint32_t first = 0; first < kGroups; first += 32) {
+            const uint32_t sum = carry + warp_inclusive_sum(s.group[first + lane + 1]);
+            s.group[first + lane + 1] = sum;
+            carry = __shfl_sync(kFullWarp, sum, 31);
+        }
+        if (lane == 0) s.group[0] = 0;
+    }
+    __syncthreads();
+}
+
+// The scheduler's memory: which target it is in, and that target's terms, one or two a lane.
+struct Cursor {
+    uint32_t group = kEnd, target = kEnd;
+    uint32_t before_lane = 0, lane_tiles = 0;  // of this lane's target in the group
+    uint32_t target_start = 0;                 // first tile of the target
+    LaneTerms terms{};
+};
+
+// One warp: finds a tile's target and, where it is a new one, its terms.
+__device__ void seek(const LswSwitchArgs& args, Shared& s, Cursor& at, uint32_t tile) {
+    const uint32_t lane = threadIdx.x % 32;
+    uint32_t g = 0;
+    for (uint32_t step = kGroups / 2; step > 0; step /= 2) {
+        if (s.group[g + step] <= tile) g += step;
+    }
+    if (g != at.group) {
+        at.group = g;
+        at.lane_tiles = changed_tiles(args, s.route, args.first + 32 * g + lane);
+        at.before_lane = s.group[g] + warp_inclusive_sum(at.lane_tiles) - at.lane_tiles;
+    }
+    const uint32_t mine = __ballot_sync(kFullWarp, at.before_lane <= tile && tile < at.before_lane + at.lane_tiles);
+    const uint32_t owner = __ffs(mine) - 1;
+    const uint32_t target = args.first + 32 * g + owner;
+    at.target_start = __shfl_sync(kFullWarp, at.before_lane, owner);
+    if (target != at.target) {
+        at.target = target;
+        at.terms = lane_terms(args, s.route, target);
+    }
+}
+
+__device__ __forceinline__ Term make_term(const LswSwitchArgs& args, uint32_t target, int slot, float coefficient) {
+    const LswFactor& f = factor(args, target, slot);
+    return {coefficient, slot, f.rank, f.flags};
+}
+
+// One warp: a tile and its terms become an entry of the ring.
+__device__ void publish(const LswSwitchArgs& args, Shared& s, Ring<kEntries>& ring, const Cursor& at, int row, int col) {
+    s.entry_empty[ring.slot].wait(ring.parity ^ 1);
+    Entry& entry = s.entry[ring.slot];
+    if (at.target != kEnd) {
+        if (at.terms.enter_slot >= 0) entry.terms[at.terms.enter_at] = make_term(args, at.target, at.terms.enter_slot, at.terms.enter);
+        if (at.terms.leave_slot >= 0) entry.terms[at.terms.leave_at] = make_term(args, at.target, at.terms.leave_slot, at.terms.leave);
+    }
+    if (threadIdx.x % 32 == 0) entry.target = at.target, entry.row = row, entry.col = col, entry.term_count = at.terms.count;
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) s.entry_full[ring.slot].arrive();
+    ring.advance();
+}
+
+// Waits for the next entry.
+__device__ __forceinline__ const Entry& next_entry(Shared& s, const Ring<kEntries>& ring) {
+    s.entry_full[ring.slot].wait(ring.parity);
+    return s.entry[ring.slot];
+}
+
+__device__ void run_scheduler(const LswSwitchArgs& args, Shared& s) {
+    const bool leader = threadIdx.x % 32 == 0;
+    const uint32_t total = s.group[kGroups];
+    Ring<kEntries> entries;
+    Ring<kWeights> weights;
+    Cursor at;
+    uint32_t grab = blockIdx.x;
+    while (grab * args.grab < total) {
+        uint32_t next = 0;
+        if (leader) next = gridDim.x + atomicAdd(&state(args)->next_tile, 1);
+        const uint32_t end = min(total, (grab + 1) * args.grab);
+        for (uint32_t tile = grab * args.grab; tile < end; ++tile) {
+            seek(args, s, at, tile);
+            if (args.in_place && at.terms.count == 0) continue;
+            const uint32_t across = (target_of(args, at.target).cols + kTile - 1) / kTile, index = tile - at.target_start;
+            const int row = index / across * kTile, col = index % across * kTile;
+            publish(args, s, entries, at, row, col);
+            if (leader) {
+                const LswMap* base = target_maps(args, at.target) + 1;
+                for (int c = 0; c < 2; ++c) {
+                    s.weight_empty[c][weights.slot].wait(weights.parity ^ 1);
+                    Barrier& full = s.weight_full[c][weights.slot];
+                    full.arrive_expecting(2 * kHalf);
+                    for (int half = 0; half < 2; ++half) {
+                        load_box(s.weight[c][weights.slot] + half * kHalf, base, col + 64 * half, row + 64 * c, full);
+                    }
+                }
+            }
+            __syncwarp();
+            weights.advance();
+        }
+        grab = __shfl_sync(kFullWarp, next, 0);
+    }
+    at.target = kEnd;
+    publish(args, s, entries, at, 0, 0);
+
+    uint32_t is_last = 0;
+    if (leader) {
+        __threadfence();
+        is_last = atomicAdd(&state(args)->blocks_done, 1) == gridDim.x - 1;
+    }
+    if (!__shfl_sync(kFullWarp, is_last, 0)) return;
+    __threadfence();
+    for (uint32_t target = args.first + threadIdx.x % 32; target < args.last; target += 32) record(args, s.route, target);
+    if (leader) state(args)->next_tile = 0, state(args)->blocks_done = 0;
+}
+
+// One warp: what a box copy would bring, element by element, for an adapter that is not aligned.
+template <class T> __device__ void load_slowly(const LswFactor& f, unsigned char* panel, const Entry& entry, const LswTarget& t, int k0, int depth) {
+    const int lane = threadIdx.x % 32;
+    const T* a = reinterpret_cast<const T*>(f.a);
+    for (int i = lane; i < depth * kTile; i += 32) {
+        const int k = i / kTile, n = i % kTile;
+        const bool exists = k0 + k < static_cast<int>(f.rank) && entry.col + n < static_cast<int>(t.cols);
+        const T value = exists ? a[static_cast<uint64_t>(k0 + k) * f.a_stride + entry.col + n] : from_float<T>(0.0f);
+        const int at = n / 64 * depth * 128 + k * 128 + n % 64 * 2;
+        *reinterpret_cast<T*>(panel + (at ^ (at >> 7 & 7) << 4)) = value;
+    }
+    const T* b = reinterpret_cast<const T*>(f.b);
+    for (int i = lane; i < depth * kTile; i += 32) {
+        const int m = i / depth, k = i % depth;
+        const bool exists = k0 + k < static_cast<int>(f.rank) && entry.row + m < static_cast<int>(t.rows);
+        const T value = exists ? b[static_cast<uint64_t>(entry.row + m) * f.b_stride + k0 + k] : from_float<T>(0.0f);
+        const int at = m * depth * 2 + k * 2;
+        *reinterpret_cast<T*>(panel + depth * 256 + (at ^ (at >> 7 & (depth / 8 - 1)) << 4)) = value;
+    }
+    fence_async_shared();
+    __syncwarp();
+}
+
+template <class T> __device__ void run_panels(const LswSwitchArgs& args, Shared& s) {
+    const bool leader = threadIdx.x % 32 == 0;
+    Ring<kEntries> entries;
+    Ring<kPanels> panels;
+    uint32_t fenced = kEnd;
+    for (;; entries.advance()) {
+        const Entry& entry = next_entry(s, entries);
+        if (entry.target == kEnd) return;
+        for (uint32_t i = 0; i < entry.term_count; ++i) {
+            const Term term = entry.terms[i];
+            const LswMap* maps = factor_maps(args, entry.target, term.slot);
+            const bool boxes = term.flags == (LSW_A_ALIGNED | LSW_B_ALIGNED);
+            if (boxes && leader && fenced != entry.target) fence_tensor_map(maps), fence_tensor_map(maps + 1);
+            const int depth = panel_depth(term.rank);
+            for (int k = 0; k < static_cast<int>(term.rank); k += depth, panels.advance()) {
+                s.panel_empty[panels.slot].wait(panels.parity ^ 1);
+                unsigned char* panel = s.panel[panels.slot];
+                Barrier& full = s.panel_full[panels.slot];
+                if (!boxes) {
+                    load_slowly<T>(factor(args, entry.target, term.slot), panel, entry, target_of(args, entry.target), k, depth);
+                    if (leader) full.arrive();
+                } else if (leader) {
+                    full.arrive_expecting(depth * 512);
+                    load_box(panel, maps, entry.col, k, full);
+                    load_box(panel + depth * 128, maps, entry.col + 64, k, full);
+                    load_box(panel + depth * 256, maps + 1, k, entry.row, full);
+                }
+                __syncwarp();
+            }
+        }
+        fenced = entry.target;
+        if (leader) s.entry_empty[entries.slot].arrive();
+    }
+}
+
+// One warp for each consumer.
+__device__ void run_stores(const LswSwitchArgs& args, Shared& s, int consumer) {
+    const bool leader = threadIdx.x % 32 == 0;
+    Ring<kEntries> entries;
+    Ring<kWeights> weights;
+    for (;; entries.advance(), weights.advance()) {
+        const Entry& entry = next_entry(s, entries);
+        const uint32_t target = entry.target;
+        const int row = entry.row + 64 * consumer, col = entry.col;
+        __syncwarp();
+        if (leader) s.entry_empty[entries.slot].arrive();
+        if (target == kEnd) break;
+        s.weight_done[consumer][weights.slot].wait(weights.parity);
+        if (leader) {
+            const unsigned char* granule = s.weight[consumer][weights.slot];
+            store_box(target_maps(args, target), col, row, granule);
+            store_box(target_maps(args, target), col + 64, row, granule + kHalf);
+            store_commit();
+            store_wait_read();
+            s.weight_empty[consumer][weights.slot].arrive();
+        }
+        __syncwarp();
+    }
+    if (leader) store_wait();
+}
+
+// A wgmma descriptor: address, the two strides and the swizzle (1: 128 bytes, 2: 64, 3: 32).
+__device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride, uint32_t swizzle) {
+    return (address >> 4 & 0x3fff) | static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32 |
+           static_cast<uint64_t>(swizzle) << 62;
+}
+
+// kSteps times 16 of the rank. Straight-line code: around a loop ptxas would put a group of its own on every wgmma.
+template <int kSteps, class T> __device__ __forceinline__ void multiply_steps(float (&product)[64], uint64_t b, uint64_t a, bool add) {
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+        // 16 columns of B are 32 bytes along its rows; 16 rows of A are 2,048 bytes.
+        wgmma(product, b + (32 * i >> 4), a + (2048 * i >> 4), add || i > 0, T{});
+    }
+    wgmma_commit();
+    wgmma_wait();
+}
+
+// product = or += B_j A_j over one panel. B: rows of `depth` elements, swizzled over that width. A: two blocks of 64 columns.
+template <class T> __device__ __forceinline__ void multiply(float (&product)[64], const unsigned char* panel, int consumer, int depth, int used, bool add) {
+    const uint32_t a_start = shared_address(panel), b_start = a_start + depth * 256 + consumer * 64 * depth * 2;
+    const uint64_t b = descriptor(b_start, 16, depth * 16, depth == 64 ? 1 : depth == 32 ? 2 : 3);
+    const uint64_t a = descriptor(a_start, depth * 128, 1024, 1);
+    switch ((used + 15) / 16) {
+        case 1: return multiply_steps<1, T>(product, b, a, add);
+        case 2: return multiply_steps<2, T>(product, b, a, add);
+        case 3: return multiply_steps<3, T>(product, b, a, add);
+        default: return multiply_steps<4, T>(product, b, a, add);
+    }
+}
+
+// W's granule += sum, one rounding. Accumulator 8 j' ..: lane l has rows l / 4 and l / 4 + 8 of its warp's 16, columns 2 (l % 4) + {0, 1}
+// of each 8: the layout of ldmatrix.
+template <class T> __device__ __forceinline__ void add_to(unsigned char* granule, const float (&sum)[64]) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        const int chunk = (j % 4 * 2 + lane / 16) ^ (row & 7);
+        unsigned char* at = granule + j / 4 * kHalf + row * 128 + chunk * 16;
+        uint32_t w[4];
+        ldmatrix4(w, at);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            T pair[2];
+            memcpy(pair, &w[i], 4);
+            pair[0] = from_float<T>(to_float(pair[0]) + sum[8 * j + 2 * i]);
+            pair[1] = from_float<T>(to_float(pair[1]) + sum[8 * j + 2 * i + 1]);
+            memcpy(&w[i], pair, 4);
+        }
+        stmatrix4(at, w);
+    }
+}
+
+template <class T> __device__ void run_consumer(Shared& s, int consumer) {
+    const bool leader = threadIdx.x % 32 == 0;
+    Ring<kEntries> entries;
+    Ring<kWeights> weights;
+    Ring<kPanels> panels;
+    for (;; entries.advance(), weights.advance()) {
+        const Entry& entry = next_entry(s, entries);
+        if (entry.target == kEnd) return;
+        const uint32_t term_count = entry.term_count;
+        float sum[64] = {};
+        for (uint32_t i = 0; i < term_count; ++i) {
+            const int rank = entry.terms[i].rank, depth = panel_depth(rank);
+            const float coefficient = entry.terms[i].coefficient;
+            float product[64];
+            for (int k = 0; k < rank; k += depth, panels.advance()) {
+                s.panel_full[panels.slot].wait(panels.parity);
+                multiply<T>(product, s.panel[panels.slot], consumer, depth, min(depth, rank - k), k > 0);
+                if (leader) s.panel_empty[panels.slot].arrive();
+            }
+#pragma unroll
+            for (int j = 0; j < 64; ++j) sum[j] = fmaf(coefficient, product[j], sum[j]);
+        }
+        __syncwarp();
+        if (leader) s.entry_empty[entries.slot].arrive();
+
+        s.weight_full[consumer][weights.slot].wait(weights.parity);
+        if (term_count > 0) add_to<T>(s.weight[consumer][weights.slot], sum);
+        fence_async_shared();
+        __syncwarp();
+        if (leader) s.weight_done[consumer][weights.slot].arrive();
+    }
+}
+
+__device__ void init_barriers(Shared& s) {
+    for (int i = 0; i < kEntries; ++i) s.entry_full[i].init(1), s.entry_empty[i].init(1 + 2 + 8);  // panels, stores, consumer warps
+    for (int i = 0; i < kPanels; ++i) s.panel_full[i].init(1), s.panel_empty[i].init(8);           // consumer warps
+    for (int c = 0; c < 2; ++c) {
+        for (int i = 0; i < kWeights; ++i) s.weight_full[c][i].init(1), s.weight_done[c][i].init(4), s.weight_empty[c][i].init(1);
+    }
+    fence_barrier_init();
+}
+
+template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
+    if (args.first >= args.last) return;
+    extern __shared__ unsigned char raw[];
+    Shared& s = *reinterpret_cast<Shared*>(raw + (-shared_address(raw) & 1023));
+    const int warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0);  // uniform, and the compiler knows
+    if (warp == 0) canonical_route(args, s.route);
+    if (threadIdx.x == 32) init_barriers(s);
+    __syncthreads();
+    plan(args, s);
+
+    if (warp < 4) {
+        give_registers<kProducerRegisters>();
+        if (warp == 0) run_scheduler(args, s);
+        if (warp == 1) run_panels<T>(args, s);
+        if (warp >= 2) run_stores(args, s, warp - 2);
+    } else {
+        take_registers<kConsumerRegisters>();
+        run_consumer<T>(s, warp / 4 - 1);
+    }
+}
+
+}  // namespace
+
+#define LSW_SWITCH90(suffix, T)                                                  \
+    extern "C" __global__ void __launch_bounds__(LSW_SWITCH90_THREADS, 1)        \
+        lsw_switch_##suffix##_sm90(const __grid_constant__ LswSwitchArgs args) { \
+        switch_all<T>(args);                                                     \
+    }
+LSW_SWITCH90(f16, __half)
+LSW_SWITCH90(bf16, __nv_bfloat16)
