@@ -1,4 +1,5 @@
-//! Two tables on numbers instead of time: how far one switch is from the exact result, and what many leave behind.
+//! Two tables on numbers instead of time: how far one switch is from the exact result, and what many leave
+//! behind.
 
 use crate::check::Sample;
 use crate::lab::{Lab, Result, Rng, decode};
@@ -25,9 +26,8 @@ struct UlpLine<'l> {
 
 /// From base, bf16, k = 2: the errors of sampled elements against float64.
 pub fn ulp(lab: &Lab, recorder: &mut Recorder, quick: bool) -> Result<()> {
-    println!(
-        "\n| rank | samples | <= 0.5 ulp | <= 0.51 | <= 0.6 | <= 1 | > 1 | max |\n|---|---|---|---|---|---|---|---|"
-    );
+    println!("\n| rank | samples | <= 0.5 ulp | <= 0.51 | <= 0.6 | <= 1 | > 1 | max |");
+    println!("|{}", "---|".repeat(8));
     for rank in [8, 16, 32, 64, 128] {
         let errors = errors(lab, rank, if quick { 16 } else { 128 })?;
         let bin = |error: &f64| BINS.iter().position(|end| error <= end).unwrap_or(BINS.len());
@@ -63,7 +63,7 @@ fn errors(lab: &Lab, rank: u64, side: usize) -> Result<Vec<f64>> {
 fn square(dtype: DType, form: Form, side: u64, targets: usize) -> Spec {
     let routes = [Route::new(&[-1, -1], &[0.0, 0.0]), Route::new(&[0, 1], &[0.6, 0.4])];
     let shapes = vec![(side, side); targets];
-    Spec { dtype, form, shapes, ranks: vec![16], slots: 8, routes, set_each: false, generic: false }
+    Spec { dtype, form, shapes, ranks: vec![16], slots: 8, routes, set_each: false, portable: false }
 }
 
 #[derive(Serialize)]
@@ -79,8 +79,8 @@ struct DriftLine<'l> {
     commit: &'static str,
 }
 
-/// What is left in a 1024 x 1024 weight after N switches between random routes (r = 16, k = 2 of 8) and an unmerge. From base it must
-/// be nothing: false if it is not.
+/// What is left in a 1024 x 1024 weight after N switches between random routes (r = 16, k = 2 of 8) and an
+/// unmerge. From base it must be nothing: false if it is not.
 pub fn drift(lab: &Lab, recorder: &mut Recorder, quick: bool) -> Result<bool> {
     let counts = if quick { &[1, 100][..] } else { &[1, 100, 1_000, 10_000] };
     println!(

@@ -61,8 +61,8 @@ impl Sample {
     }
 }
 
-/// Switches to the first route and from it to the second, and compares. In place, what W held in between is the base: so the bound is
-/// that of one switch, and errors of those before it do not count.
+/// Switches to the first route and from it to the second, and compares. In place, what W held in between is
+/// the base: so the bound is that of one switch, and errors of those before it do not count.
 pub fn switch(lab: &Lab, model: &mut Model) -> Result<bool> {
     let (mut rng, count) = (Rng(7), model.spec.shapes.len());
     let chosen = (0..count.min(20)).map(|i| i * (count - 1) / (count.min(20) - 1).max(1));

@@ -187,7 +187,7 @@ impl Lab {
     }
 }
 
-/// Device memory of one element type. Its views are for calls on the lab's stream, which orders all work on it.
+/// Device memory of one element type. Its views are for the lab's stream, which orders all work on it.
 pub struct Buffer {
     addr: u64,
     pub dtype: DType,
@@ -205,7 +205,7 @@ impl Buffer {
 
     /// Elements as a vector.
     pub fn part(&self, at: u64, len: u64) -> Mat<'_> {
-        // SAFETY: elements of this buffer (`address` checks), which lives as long as the view; work on it is done when it goes.
+        // SAFETY: elements of this buffer (`address` checks), which waits for all work before it is freed.
         unsafe { Mat::raw(&self.ours, self.address(at, len), self.dtype, 1, len, len) }
     }
 

@@ -40,8 +40,8 @@ FILTER          cases whose id contains one of these (--exact: is one of these)
 --quick         fewer repetitions
 --list          only print the ids
 
-Environment: LORA_SWITCH_CUBLAS = the folder with libcublas.so (the peer), where the loader does not find it and
-python3 has no nvidia-cublas; LORA_SWITCH_REQUIRE_GPU=1 makes a missing GPU an error.";
+LORA_SWITCH_CUBLAS names the folder of libcublas.so (the peer), where neither the loader nor python3 knows it;
+LORA_SWITCH_REQUIRE_GPU=1 makes a missing GPU an error.";
 
 type Run = dyn Fn(&Lab, &Timing) -> lab::Result<Outcome>;
 

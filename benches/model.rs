@@ -1,4 +1,5 @@
-//! A model's adapted weights with their adapters, in memory as an engine would hold them: all W in one buffer, all bases in another.
+//! A model's adapted weights with their adapters, in memory as an engine would hold them: all W in one
+//! buffer, all bases in another.
 
 use crate::lab::{Buffer, Lab, Result};
 use lora_switch::{
@@ -42,8 +43,8 @@ pub struct Spec {
     pub routes: [Route; 2],
     /// A set for each target, instead of one for all.
     pub set_each: bool,
-    /// Withhold the fast path.
-    pub generic: bool,
+    /// By the kernel for any card, even if there is a faster one for this card.
+    pub portable: bool,
 }
 
 /// alpha / rank of every adapter.
@@ -57,8 +58,8 @@ impl Spec {
         self.ranks[(slot as usize + target) % self.ranks.len()]
     }
 
-    /// The terms of the sum that the switch to route `to` adds to the base or, in place, to W under the other route: slots and
-    /// coefficients.
+    /// The terms of the sum that the switch to route `to` adds to the base or, in place, to W under the other
+    /// route: slots and coefficients.
     pub fn terms(&self, to: usize) -> Vec<(u64, f64)> {
         let (new, old) = (&self.routes[to], &self.routes[1 - to]);
         let coefficient = |slot: i32| {
@@ -77,11 +78,6 @@ pub struct Place {
     pub b: u64,
     /// Of B's rows: rounded up to 16 bytes in 16 bits, as a loader should, for the fast path.
     pub b_stride: u64,
-}
-
-/// A kernel path for the benchmark to leave out: the context that serves all targets by the path for any card.
-fn generic_only(context: &Context) -> Context {
-    context.clone() // there is one path
 }
 
 /// The sets come first, so that they go before their memory.
@@ -103,8 +99,7 @@ pub struct Model {
 
 impl Model {
     pub fn new(lab: &Lab, spec: &Spec) -> Result<Self> {
-        let context = if spec.generic { generic_only(&lab.context) } else { lab.context.clone() };
-        let stream = context.cuda_stream(&lab.cuda)?;
+        let (context, stream) = (lab.context.clone(), lab.stream.clone());
         let (starts, elements) = offsets(spec.shapes.iter().map(|(o, i)| o * i));
         let (places, a_len, b_len) = lay_out(spec);
         let weight = lab.random(spec.dtype, elements, WEIGHT_SIZE, 1)?;
@@ -149,7 +144,8 @@ impl Model {
             bank.set_slot(&self.stream, slot, &factors)?;
         }
         let targets = targets.iter().map(|&target| self.target(target)).collect();
-        let options = SwitchOptions { form: self.spec.form, k_max: 8, memory: StateMemory::allocate() };
+        let (form, portable) = (self.spec.form, self.spec.portable);
+        let options = SwitchOptions { form, k_max: 8, portable, memory: StateMemory::allocate() };
         Ok(SwitchSet::new(&self.stream, &bank, targets, options)?)
     }
 

@@ -1,4 +1,5 @@
-//! The peer of the switch: cuBLAS, one product a matrix over adapters that were concatenated beforehand, in one graph.
+//! The peer of the switch: cuBLAS, one product a matrix over adapters that were concatenated beforehand, in
+//! one graph.
 
 use crate::lab::{Buffer, Failure, Lab, Result};
 use crate::model::{Model, offsets};
@@ -70,7 +71,8 @@ impl Cublas {
         }
     }
 
-    /// What torch's `addmm_` calls. To cuBLAS, whose matrices are column-major, ours are transposed: D' = C' + A' B'.
+    /// What torch's `addmm_` calls. To cuBLAS, whose matrices are column-major, ours are transposed:
+    /// D' = C' + A' B'.
     fn add_in_place(&self, dtype: DType, p: &Product) -> Result<()> {
         let (one, none) = (1f32, blas::cublasOperation_t::CUBLAS_OP_N);
         let scalar = ptr::from_ref(&one).cast();
@@ -83,7 +85,7 @@ impl Cublas {
         let (a, b, d) = (p.a as *const c_void, p.b as *const c_void, p.d as *mut c_void);
         let (compute, algorithm) =
             (blas::cublasComputeType_t::CUBLAS_COMPUTE_32F, blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT);
-        // SAFETY: dense matrices of these shapes in device memory; the scalars are read before the call returns.
+        // SAFETY: dense matrices of these shapes in device memory; the call reads the scalars itself.
         let status = unsafe {
             blas::cublasGemmEx(
                 self.plain, none, none, m, n, k, scalar, a, kind, m, b, kind, k, scalar, d, kind, m, compute,
@@ -244,7 +246,8 @@ fn depths(model: &Model, to: usize) -> Vec<u64> {
     (0..model.spec.shapes.len()).map(|target| depth(target).next_multiple_of(8)).collect()
 }
 
-/// True if cudarc will find both libraries. It asks the loader by name only, and a library that is loaded already answers to its name.
+/// True if cudarc will find both libraries. It asks the loader by name only, and a library that is loaded
+/// already answers to its name.
 fn is_loadable() -> bool {
     // SAFETY: loading NVIDIA's libraries runs their initialisers.
     let present = || unsafe { blas::is_culib_present() && lt::is_culib_present() };

@@ -124,7 +124,8 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Into a file, or into a new file of a directory. The table's header is for cases with names of this width; 0 if there are none.
+    /// Into a file, or into a new file of a directory. The table's header is for cases with names of this
+    /// width; 0 if there are none.
     pub fn new(path: Option<&Path>, gpu: &str, width: usize) -> Result<Self> {
         let file = path.map(|path| Self::create(path, gpu)).transpose()?;
         if width > 0 {

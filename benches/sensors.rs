@@ -22,7 +22,7 @@ pub struct Sensors {
 // SAFETY: NVML is thread safe, and so are its handles.
 unsafe impl Sync for Sensors {}
 
-/// The median of what was seen while something ran.
+/// The median of what was seen while something ran. NVML's power is itself an average over the last second.
 #[derive(Debug, Clone, Copy)]
 pub struct Reading {
     pub clock_mhz: u32,
@@ -72,7 +72,7 @@ impl Sensors {
             let mut seen = Vec::new();
             while !done.load(Ordering::Relaxed) {
                 seen.extend(self.read());
-                std::thread::sleep(Duration::from_millis(5));
+                std::thread::sleep(Duration::from_millis(10));
             }
             seen
         };

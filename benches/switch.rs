@@ -59,7 +59,7 @@ pub fn cases() -> Vec<Case> {
     let mixed = llama(DType::Bf16, Form::FromBase, &[4, 8, 24, 64]);
     cases.push(case("switch/7b/mixed/k2/from-base/bf16".into(), mixed, Change::All));
     for rank in [8, 16] {
-        let spec = Spec { generic: true, ..llama(DType::Bf16, Form::FromBase, &[rank]) };
+        let spec = Spec { portable: true, ..llama(DType::Bf16, Form::FromBase, &[rank]) };
         cases.push(case(format!("switch/7b/r{rank}/k2/from-base/bf16/generic"), spec, Change::All));
     }
     for (rows, cols) in [(4096, 4096), (1024, 4096), (14336, 4096), (1408, 2048), (256, 7168)] {
@@ -84,11 +84,11 @@ fn llama(dtype: DType, form: Form, ranks: &[u64]) -> Spec {
         slots: 4,
         routes,
         set_each: false,
-        generic: false,
+        portable: false,
     }
 }
 
-/// As many sets as nodes, which together are larger than any cache: each launch finds its own W and adapters cold.
+/// As many sets as nodes, which together are larger than any cache: each launch finds W and adapters cold.
 fn one(rows: u64, cols: u64, rank: u64) -> Spec {
     Spec {
         shapes: vec![(rows, cols); floor::NODES],

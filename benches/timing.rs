@@ -8,7 +8,7 @@ use std::cell::Cell;
 use std::ffi::c_void;
 use std::time::Duration;
 
-/// What comes before each timed launch. It decides clocks, power and caches, so that no figure goes without it.
+/// What comes before each timed launch. It decides clocks, power and caches: no figure goes without it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
     /// A pass that reads 12.95 GB of other memory, as a decode step does: what a user sees.
@@ -154,8 +154,8 @@ impl Timing {
     }
 }
 
-/// Keeps the stream, and so the card, idle for 40 ms. On the stream and not on the host: what follows is enqueued meanwhile, and its
-/// figure holds no time of the host.
+/// Keeps the stream, and so the card, idle for 40 ms. On the stream and not on the host: what follows is
+/// enqueued meanwhile, and its figure holds no time of the host.
 fn idle(lab: &Lab) -> Result<()> {
     unsafe extern "C" fn sleep(_: *mut c_void) {
         std::thread::sleep(Duration::from_millis(40));

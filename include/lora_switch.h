@@ -435,8 +435,8 @@ const char *lsw_last_error(void);
 uint32_t lsw_last_cuda_result(void);
 
 /**
- * The CPU backend with this many threads: 0 = one a core, 1 = the calling thread alone. Calls
- * return when the work is done.
+ * The CPU backend with this many threads, at most 1024: 0 = one a core, 1 = the calling thread
+ * alone. Calls return when the work is done.
  */
 lsw_status lsw_context_create_cpu(uint32_t threads, struct lsw_context **context);
 

@@ -173,10 +173,17 @@ __device__ void publish(const LswSwitchArgs& args, Shared& s, Ring<kEntries>& ri
         if (at.terms.leave_slot >= 0) entry.terms[at.terms.leave_at] = make_term(args, at.target, at.terms.leave_slot, at.terms.leave);
     }
     if (threadIdx.x % 32 == 0) entry.target = at.target, entry.row = row, entry.col = col, entry.term_count = at.terms.count;
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) s.entry_full[ring.slot].arrive();
+    s.entry_full[ring.slot].arrive();  // each lane for what it wrote
     ring.advance();
 }
+
+// A word of an entry. The leader alone reads it, since the leader alone gives the entry back.
+template <class Word> __device__ __forceinline__ Word take(const Word& word) {
+    Word value{};
+    if (threadIdx.x % 32 == 0) value = word;
+    return __shfl_sync(kFullWarp, value, 0);
+}
+__device__ __forceinline__ Term take(const Term& term) { return {take(term.coefficient), take(term.slot), take(term.rank), take(term.flags)}; }
 
 // Waits for the next entry.
 __device__ __forceinline__ const Entry& next_entry(Shared& s, const Ring<kEntries>& ring) {
@@ -232,21 +239,21 @@ __device__ void run_scheduler(const LswSwitchArgs& args, Shared& s) {
 }
 
 // One warp: what a box copy would bring, element by element, for an adapter that is not aligned.
-template <class T> __device__ void load_slowly(const LswFactor& f, unsigned char* panel, const Entry& entry, const LswTarget& t, int k0, int depth) {
+template <class T> __device__ void load_slowly(const LswFactor& f, unsigned char* panel, int row, int col, const LswTarget& t, int k0, int depth) {
     const int lane = threadIdx.x % 32;
     const T* a = reinterpret_cast<const T*>(f.a);
     for (int i = lane; i < depth * kTile; i += 32) {
         const int k = i / kTile, n = i % kTile;
-        const bool exists = k0 + k < static_cast<int>(f.rank) && entry.col + n < static_cast<int>(t.cols);
-        const T value = exists ? a[static_cast<uint64_t>(k0 + k) * f.a_stride + entry.col + n] : from_float<T>(0.0f);
+        const bool exists = k0 + k < static_cast<int>(f.rank) && col + n < static_cast<int>(t.cols);
+        const T value = exists ? a[static_cast<uint64_t>(k0 + k) * f.a_stride + col + n] : from_float<T>(0.0f);
         const int at = n / 64 * depth * 128 + k * 128 + n % 64 * 2;
         *reinterpret_cast<T*>(panel + (at ^ (at >> 7 & 7) << 4)) = value;
     }
     const T* b = reinterpret_cast<const T*>(f.b);
     for (int i = lane; i < depth * kTile; i += 32) {
         const int m = i / depth, k = i % depth;
-        const bool exists = k0 + k < static_cast<int>(f.rank) && entry.row + m < static_cast<int>(t.rows);
-        const T value = exists ? b[static_cast<uint64_t>(entry.row + m) * f.b_stride + k0 + k] : from_float<T>(0.0f);
+        const bool exists = k0 + k < static_cast<int>(f.rank) && row + m < static_cast<int>(t.rows);
+        const T value = exists ? b[static_cast<uint64_t>(row + m) * f.b_stride + k0 + k] : from_float<T>(0.0f);
         const int at = m * depth * 2 + k * 2;
         *reinterpret_cast<T*>(panel + depth * 256 + (at ^ (at >> 7 & (depth / 8 - 1)) << 4)) = value;
     }
@@ -261,30 +268,32 @@ template <class T> __device__ void run_panels(const LswSwitchArgs& args, Shared&
     uint32_t fenced = kEnd;
     for (;; entries.advance()) {
         const Entry& entry = next_entry(s, entries);
-        if (entry.target == kEnd) return;
-        for (uint32_t i = 0; i < entry.term_count; ++i) {
-            const Term term = entry.terms[i];
-            const LswMap* maps = factor_maps(args, entry.target, term.slot);
+        const uint32_t target = take(entry.target), term_count = take(entry.term_count);
+        const int row = take(entry.row), col = take(entry.col);
+        if (target == kEnd) return;
+        for (uint32_t i = 0; i < term_count; ++i) {
+            const Term term = take(entry.terms[i]);
+            const LswMap* maps = factor_maps(args, target, term.slot);
             const bool boxes = term.flags == (LSW_A_ALIGNED | LSW_B_ALIGNED);
-            if (boxes && leader && fenced != entry.target) fence_tensor_map(maps), fence_tensor_map(maps + 1);
+            if (boxes && leader && fenced != target) fence_tensor_map(maps), fence_tensor_map(maps + 1);
             const int depth = panel_depth(term.rank);
             for (int k = 0; k < static_cast<int>(term.rank); k += depth, panels.advance()) {
                 s.panel_empty[panels.slot].wait(panels.parity ^ 1);
                 unsigned char* panel = s.panel[panels.slot];
                 Barrier& full = s.panel_full[panels.slot];
                 if (!boxes) {
-                    load_slowly<T>(factor(args, entry.target, term.slot), panel, entry, target_of(args, entry.target), k, depth);
+                    load_slowly<T>(factor(args, target, term.slot), panel, row, col, target_of(args, target), k, depth);
                     if (leader) full.arrive();
                 } else if (leader) {
                     full.arrive_expecting(depth * 512);
-                    load_box(panel, maps, entry.col, k, full);
-                    load_box(panel + depth * 128, maps, entry.col + 64, k, full);
-                    load_box(panel + depth * 256, maps + 1, k, entry.row, full);
+                    load_box(panel, maps, col, k, full);
+                    load_box(panel + depth * 128, maps, col + 64, k, full);
+                    load_box(panel + depth * 256, maps + 1, k, row, full);
                 }
                 __syncwarp();
             }
         }
-        fenced = entry.target;
+        fenced = target;
         if (leader) s.entry_empty[entries.slot].arrive();
     }
 }
@@ -296,9 +305,8 @@ __device__ void run_stores(const LswSwitchArgs& args, Shared& s, int consumer) {
     Ring<kWeights> weights;
     for (;; entries.advance(), weights.advance()) {
         const Entry& entry = next_entry(s, entries);
-        const uint32_t target = entry.target;
-        const int row = entry.row + 64 * consumer, col = entry.col;
-        __syncwarp();
+        const uint32_t target = take(entry.target);
+        const int row = take(entry.row) + 64 * consumer, col = take(entry.col);
         if (leader) s.entry_empty[entries.slot].arrive();
         if (target == kEnd) break;
         s.weight_done[consumer][weights.slot].wait(weights.parity);
@@ -375,12 +383,12 @@ template <class T> __device__ void run_consumer(Shared& s, int consumer) {
     Ring<kPanels> panels;
     for (;; entries.advance(), weights.advance()) {
         const Entry& entry = next_entry(s, entries);
-        if (entry.target == kEnd) return;
-        const uint32_t term_count = entry.term_count;
+        if (take(entry.target) == kEnd) return;
+        const uint32_t term_count = take(entry.term_count);
         float sum[64] = {};
         for (uint32_t i = 0; i < term_count; ++i) {
-            const int rank = entry.terms[i].rank, depth = panel_depth(rank);
-            const float coefficient = entry.terms[i].coefficient;
+            const int rank = take(entry.terms[i].rank), depth = panel_depth(rank);
+            const float coefficient = take(entry.terms[i].coefficient);
             float product[64];
             for (int k = 0; k < rank; k += depth, panels.advance()) {
                 s.panel_full[panels.slot].wait(panels.parity);
@@ -390,7 +398,6 @@ template <class T> __device__ void run_consumer(Shared& s, int consumer) {
 #pragma unroll
             for (int j = 0; j < 64; ++j) sum[j] = fmaf(coefficient, product[j], sum[j]);
         }
-        __syncwarp();
         if (leader) s.entry_empty[entries.slot].arrive();
 
         s.weight_full[consumer][weights.slot].wait(weights.parity);
@@ -402,7 +409,7 @@ template <class T> __device__ void run_consumer(Shared& s, int consumer) {
 }
 
 __device__ void init_barriers(Shared& s) {
-    for (int i = 0; i < kEntries; ++i) s.entry_full[i].init(1), s.entry_empty[i].init(1 + 2 + 8);  // panels, stores, consumer warps
+    for (int i = 0; i < kEntries; ++i) s.entry_full[i].init(32), s.entry_empty[i].init(1 + 2 + 8);  // panels, stores, consumer warps
     for (int i = 0; i < kPanels; ++i) s.panel_full[i].init(1), s.panel_empty[i].init(8);           // consumer warps
     for (int c = 0; c < 2; ++c) {
         for (int i = 0; i < kWeights; ++i) s.weight_full[c][i].init(1), s.weight_done[c][i].init(4), s.weight_empty[c][i].init(1);

@@ -50,8 +50,8 @@ pub(super) unsafe fn on<'a>(
     Ok((context, unsafe { context.raw_stream(stream) }))
 }
 
-/// The CPU backend with this many threads: 0 = one a core, 1 = the calling thread alone. Calls
-/// return when the work is done.
+/// The CPU backend with this many threads, at most 1024: 0 = one a core, 1 = the calling thread
+/// alone. Calls return when the work is done.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_context_create_cpu(threads: u32, context: *mut *mut lsw_context) -> lsw_status {
     guard(|| {

@@ -209,6 +209,15 @@ fn status_of(error: &Error) -> (lsw_status, u32) {
     }
 }
 
+/// The header's promise about threads: contexts and banks are shared between them, sets move.
+const _: fn() = || {
+    fn is_shared<T: Send + Sync>() {}
+    fn moves<T: Send>() {}
+    is_shared::<context::lsw_context>();
+    is_shared::<bank::lsw_bank>();
+    moves::<switch::lsw_switch>();
+};
+
 /// Neither null nor misaligned.
 fn check_pointer<T>(ptr: *const T, name: &str) -> Result<()> {
     if ptr.is_null() {
