@@ -27,7 +27,7 @@ enum {
     LSW_SWITCH90_THREADS = 384, /* a warpgroup that moves data, two that compute */
     LSW_SWITCH90_TILE = 128,
     LSW_SWITCH90_GROUPS = 1024, /* of 32 targets: what one launch can plan */
-    LSW_SWITCH90_SHARED = 224 * 1024,
+    LSW_SWITCH90_SHARED = 227 * 1024,
 
     LSW_PERMUTE_THREADS = 256,
     LSW_PERMUTE_WARP_ITEMS = 512,  /* contiguous items that one warp ranks */

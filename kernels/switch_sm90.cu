@@ -36,8 +36,9 @@ constexpr int kTile = LSW_SWITCH90_TILE;
 constexpr int kGroups = LSW_SWITCH90_GROUPS;
 constexpr int kHalf = 64 * 128;             // bytes of 64 rows of 64 elements: one swizzle atom wide
 constexpr int kWeights = 3;                 // granules of W in flight, for each consumer
-constexpr int kPanels = 3;                  // panels in flight
-constexpr int kPanelBytes = 2 * 128 * 128;  // A [64, 128] and B [128, 64]
+constexpr int kPanelPool = 120 * 1024;      // for the panels of A and B
+constexpr int kMostPanels = 15;             // of the smallest: 16 of the rank
+constexpr int kStripes = 64 * 1024;         // of the pool, where the stripes of B stay
 constexpr int kEntries = 4;                 // tiles between the scheduler and the slowest role
 constexpr uint32_t kEnd = ~0u;
 
@@ -58,27 +59,42 @@ struct Entry {
     uint32_t target;  // kEnd: there are no more
     int row, col;
     uint32_t term_count;
+    uint32_t stripe;  // its rows' stripes of B: changes with the target and with the row
     Term terms[2 * LSW_MAX_K];
+};
+
+// How this launch uses the pool. Every block works it out from the route; nothing depends on which block does.
+struct Geometry {
+    uint32_t depth;        // of the deepest panel: 16, 32 or 64 of the rank
+    uint32_t inner;        // the longest sum over ranks of a tile
+    uint32_t unaligned;    // some adapter comes through load_slowly
+    uint32_t stripes;      // buffers for B of a whole row of tiles, which then stay over a run of tiles: 0, 1, 2
+    uint32_t panels;       // slots of the ring
+    uint32_t panel_bytes;  // of a slot: A and B, or A alone
+    uint32_t grab;         // consecutive tiles that a block takes at a time
 };
 
 // The copy engine's swizzle repeats every 1,024 bytes: granules and panels stand at multiples of that.
 struct Shared {
     unsigned char weight[2][kWeights][2 * kHalf];  // [consumer][stage][left and right 64 columns]
-    unsigned char panel[kPanels][kPanelBytes];
+    unsigned char pool[kPanelPool];                // stripes of B, then the ring of panels
     Entry entry[kEntries];
     Barrier entry_full[kEntries], entry_empty[kEntries];
     Barrier weight_full[2][kWeights], weight_done[2][kWeights], weight_empty[2][kWeights];
-    Barrier panel_full[kPanels], panel_empty[kPanels];
+    Barrier panel_full[kMostPanels], panel_empty[kMostPanels];
+    Barrier stripe_full[2];
     Route route;
+    Geometry geometry;
     uint32_t group[kGroups + 1];  // tiles of the changed targets before each group of 32
 };
 static_assert(sizeof(Shared) + 1024 <= LSW_SWITCH90_SHARED, "the host asks for this much shared memory");
 
-// A place in a ring of kSize, and the parity of its current use.
-template <int kSize> struct Ring {
-    uint32_t slot = 0, parity = 0;
+// A place in a ring, and the parity of its current use.
+struct Ring {
+    uint32_t size, slot = 0, parity = 0;
+    __device__ explicit Ring(uint32_t size) : size(size) {}
     __device__ __forceinline__ void advance() {
-        if (++slot == kSize) slot = 0, parity ^= 1;
+        if (++slot == size) slot = 0, parity ^= 1;
     }
 };
 
@@ -108,12 +124,53 @@ __device__ __forceinline__ uint32_t changed_tiles(const LswSwitchArgs& args, con
     return tile_count(target_of(args, target));
 }
 
-// All threads: the tiles of each group of 32 targets, then their prefix sum. Ends with a barrier.
+__device__ __forceinline__ uint32_t padded_rank(uint32_t rank) {
+    const uint32_t depth = panel_depth(rank);
+    return (rank + depth - 1) / depth * depth;
+}
+
+// What a changed target asks of the pool: an upper bound, since an adapter of both routes counts twice.
+__device__ void demand(const LswSwitchArgs& args, Shared& s, uint32_t target) {
+    uint32_t inner = 0, depth = 0, unaligned = 0;
+    auto add = [&](int slot) {
+        const LswFactor& f = factor(args, target, slot);
+        inner += padded_rank(f.rank);
+        depth = max(depth, static_cast<uint32_t>(panel_depth(f.rank)));
+        unaligned |= f.flags != (LSW_A_ALIGNED | LSW_B_ALIGNED);
+    };
+    for (uint32_t e = 0; e < s.route.count; ++e) {
+        if (factor(args, target, s.route.slot[e]).rank > 0) add(s.route.slot[e]);
+    }
+    const uint32_t held = args.in_place ? merged_count(args, target) : 0;
+    for (uint32_t e = 0; e < held; ++e) add(merged(args, target)[e].slot);
+    atomicMax(&s.geometry.inner, inner);
+    atomicMax(&s.geometry.depth, depth);
+    atomicOr(&s.geometry.unaligned, unaligned);
+}
+
+// One thread. Stripes pay where B is much of what a tile loads; they need all of a row's B at once, twice if a run is to begin before
+// the last one has ended. The more arithmetic a tile holds, the longer a run and the fewer visits to the queue: but memory likes all
+// blocks close together, and the last blocks want tiles too.
+__device__ void lay_out(const LswSwitchArgs& args, Geometry& g, uint32_t total) {
+    g.depth = max(g.depth, 16);
+    const uint32_t stripe = g.inner * 256;
+    const bool keeps = !g.unaligned && g.inner >= (args.grab >> 16 ? args.grab >> 16 : 96) && stripe <= kStripes;
+    g.stripes = !keeps ? 0 : 2 * stripe <= kStripes ? 2 : 1;
+    g.panel_bytes = g.depth * (keeps ? 256 : 512);
+    g.panels = min((kPanelPool - (keeps ? kStripes : 0)) / g.panel_bytes, kMostPanels);
+    const uint32_t wanted = args.grab & 0xffff ? args.grab & 0xffff : g.inner <= 64 ? 2 : g.inner <= 128 ? 8 : g.inner <= 256 ? 16 : 64;
+    g.grab = max(1u, min(wanted, (total + gridDim.x - 1) / gridDim.x));
+}
+
+// All threads: the tiles of each group of 32 targets, then their prefix sum, and the geometry. Ends with a barrier.
 __device__ void plan(const LswSwitchArgs& args, Shared& s) {
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t groups = (args.last - args.first + 31) / 32;
     for (uint32_t g = warp; g < kGroups; g += kThreads / 32) {
-        const uint32_t sum = g < groups ? __reduce_add_sync(kFullWarp, changed_tiles(args, s.route, args.first + 32 * g + lane)) : 0;
+        const uint32_t target = args.first + 32 * g + lane;
+        const uint32_t tiles = g < groups ? changed_tiles(args, s.route, target) : 0;
+        if (tiles > 0) demand(args, s, target);
+        const uint32_t sum = __reduce_add_sync(kFullWarp, tiles);
         if (lane == 0) s.group[g + 1] = sum;
     }
     __syncthreads();
@@ -124,7 +181,7 @@ __device__ void plan(const LswSwitchArgs& args, Shared& s) {
             s.group[first + lane + 1] = sum;
             carry = __shfl_sync(kFullWarp, sum, 31);
         }
-        if (lane == 0) s.group[0] = 0;
+        if (lane == 0) s.group[0] = 0, lay_out(args, s.geometry, carry);
     }
     __syncthreads();
 }
@@ -135,6 +192,7 @@ struct Cursor {
     uint32_t before_lane = 0, lane_tiles = 0;  // of this lane's target in the group
     uint32_t target_start = 0;                 // first tile of the target
     LaneTerms terms{};
+    uint32_t stripe = 0;
 };
 
 // One warp: finds a tile's target and, where it is a new one, its terms.
@@ -165,14 +223,14 @@ __device__ __forceinline__ Term make_term(const LswSwitchArgs& args, uint32_t ta
 }
 
 // One warp: a tile and its terms become an entry of the ring.
-__device__ void publish(const LswSwitchArgs& args, Shared& s, Ring<kEntries>& ring, const Cursor& at, int row, int col) {
+__device__ void publish(const LswSwitchArgs& args, Shared& s, Ring& ring, const Cursor& at, int row, int col) {
     s.entry_empty[ring.slot].wait(ring.parity ^ 1);
     Entry& entry = s.entry[ring.slot];
     if (at.target != kEnd) {
         if (at.terms.enter_slot >= 0) entry.terms[at.terms.enter_at] = make_term(args, at.target, at.terms.enter_slot, at.terms.enter);
         if (at.terms.leave_slot >= 0) entry.terms[at.terms.leave_at] = make_term(args, at.target, at.terms.leave_slot, at.terms.leave);
     }
-    if (threadIdx.x % 32 == 0) entry.target = at.target, entry.row = row, entry.col = col, entry.term_count = at.terms.count;
+    if (threadIdx.x % 32 == 0) entry.target = at.target, entry.row = row, entry.col = col, entry.term_count = at.terms.count, entry.stripe = at.stripe;
     s.entry_full[ring.slot].arrive();  // each lane for what it wrote
     ring.advance();
 }
@@ -186,7 +244,7 @@ template <class Word> __device__ __forceinline__ Word take(const Word& word) {
 __device__ __forceinline__ Term take(const Term& term) { return {take(term.coefficient), take(term.slot), take(term.rank), take(term.flags)}; }
 
 // Waits for the next entry.
-__device__ __forceinline__ const Entry& next_entry(Shared& s, const Ring<kEntries>& ring) {
+__device__ __forceinline__ const Entry& next_entry(Shared& s, const Ring& ring) {
     s.entry_full[ring.slot].wait(ring.parity);
     return s.entry[ring.slot];
 }
@@ -194,19 +252,23 @@ __device__ __forceinline__ const Entry& next_entry(Shared& s, const Ring<kEntrie
 __device__ void run_scheduler(const LswSwitchArgs& args, Shared& s) {
     const bool leader = threadIdx.x % 32 == 0;
     const uint32_t total = s.group[kGroups];
-    Ring<kEntries> entries;
-    Ring<kWeights> weights;
+    Ring entries(kEntries);
+    Ring weights(kWeights);
     Cursor at;
+    int last_row = -1;
     uint32_t grab = blockIdx.x;
-    while (grab * args.grab < total) {
+    while (grab * s.geometry.grab < total) {
         uint32_t next = 0;
         if (leader) next = gridDim.x + atomicAdd(&state(args)->next_tile, 1);
-        const uint32_t end = min(total, (grab + 1) * args.grab);
-        for (uint32_t tile = grab * args.grab; tile < end; ++tile) {
+        const uint32_t end = min(total, (grab + 1) * s.geometry.grab);
+        for (uint32_t tile = grab * s.geometry.grab; tile < end; ++tile) {
+            const uint32_t former = at.target;
             seek(args, s, at, tile);
             if (args.in_place && at.terms.count == 0) continue;
             const uint32_t across = (target_of(args, at.target).cols + kTile - 1) / kTile, index = tile - at.target_start;
             const int row = index / across * kTile, col = index % across * kTile;
+            if (at.target != former || row != last_row) ++at.stripe;
+            last_row = row;
             publish(args, s, entries, at, row, col);
             if (leader) {
                 const LswMap* base = target_maps(args, at.target) + 1;
@@ -261,39 +323,78 @@ template <class T> __device__ void load_slowly(const LswFactor& f, unsigned char
     __syncwarp();
 }
 
+// Where a slot of the ring, and a buffer of stripes, stand in the pool.
+__device__ __forceinline__ unsigned char* panel_at(Shared& s, uint32_t slot) {
+    return s.pool + (s.geometry.stripes ? kStripes : 0) + slot * s.geometry.panel_bytes;
+}
+__device__ __forceinline__ unsigned char* stripe_at(Shared& s, uint32_t buffer) { return s.pool + buffer * (kStripes / 2); }
+
+// Brings the stripes of B for a new row of tiles: all terms, one behind the other.
+__device__ void load_stripes(const LswSwitchArgs& args, Shared& s, const Entry& entry, uint32_t buffer) {
+    uint32_t bytes = 0;
+    for (uint32_t i = 0; i < entry.term_count; ++i) bytes += padded_rank(entry.terms[i].rank) * 256;
+    s.stripe_full[buffer].arrive_expecting(bytes);
+    unsigned char* to = stripe_at(s, buffer);
+    for (uint32_t i = 0; i < entry.term_count; ++i) {
+        const Term& term = entry.terms[i];
+        const LswMap* map = factor_maps(args, entry.target, term.slot) + 1;
+        const int depth = panel_depth(term.rank);
+        for (int k = 0; k < static_cast<int>(term.rank); k += depth, to += depth * 256) {
+            load_box(to, map, k, entry.row, s.stripe_full[buffer]);
+        }
+    }
+}
+
 template <class T> __device__ void run_panels(const LswSwitchArgs& args, Shared& s) {
     const bool leader = threadIdx.x % 32 == 0;
-    Ring<kEntries> entries;
-    Ring<kPanels> panels;
-    uint32_t fenced = kEnd;
+    const uint32_t stripes = s.geometry.stripes;
+    Ring entries(kEntries), panels(s.geometry.panels);
+    uint32_t fenced = kEnd, stripe = 0;
+    uint32_t issued = 0, run_start = 0;  // panels so far, and when the current run began
     for (;; entries.advance()) {
         const Entry& entry = next_entry(s, entries);
         const uint32_t target = take(entry.target), term_count = take(entry.term_count);
         const int row = take(entry.row), col = take(entry.col);
         if (target == kEnd) return;
+        const bool is_new = take(entry.stripe) != stripe;
+        stripe = take(entry.stripe);
+        if (leader && fenced != target) {
+            for (uint32_t i = 0; i < term_count; ++i) {
+                const LswMap* maps = factor_maps(args, target, entry.terms[i].slot);
+                if (entry.terms[i].flags == (LSW_A_ALIGNED | LSW_B_ALIGNED)) fence_tensor_map(maps), fence_tensor_map(maps + 1);
+            }
+        }
+        fenced = target;
+        if (stripes && is_new) {
+            // The buffer's former run has ended when its last panel was given back: that of the last run, or of the one before.
+            const uint32_t before = stripes == 2 ? run_start : issued;
+            if (before > 0 && issued - before < panels.size) {
+                s.panel_empty[(before - 1) % panels.size].wait((before - 1) / panels.size & 1);
+            }
+            run_start = issued;
+            if (leader && term_count > 0) load_stripes(args, s, entry, stripe % stripes);
+            __syncwarp();
+        }
         for (uint32_t i = 0; i < term_count; ++i) {
             const Term term = take(entry.terms[i]);
             const LswMap* maps = factor_maps(args, target, term.slot);
-            const bool boxes = term.flags == (LSW_A_ALIGNED | LSW_B_ALIGNED);
-            if (boxes && leader && fenced != target) fence_tensor_map(maps), fence_tensor_map(maps + 1);
             const int depth = panel_depth(term.rank);
-            for (int k = 0; k < static_cast<int>(term.rank); k += depth, panels.advance()) {
+            for (int k = 0; k < static_cast<int>(term.rank); k += depth, panels.advance(), ++issued) {
                 s.panel_empty[panels.slot].wait(panels.parity ^ 1);
-                unsigned char* panel = s.panel[panels.slot];
+                unsigned char* panel = panel_at(s, panels.slot);
                 Barrier& full = s.panel_full[panels.slot];
-                if (!boxes) {
+                if (term.flags != (LSW_A_ALIGNED | LSW_B_ALIGNED)) {
                     load_slowly<T>(factor(args, target, term.slot), panel, row, col, target_of(args, target), k, depth);
                     if (leader) full.arrive();
                 } else if (leader) {
-                    full.arrive_expecting(depth * 512);
+                    full.arrive_expecting(depth * (stripes ? 256 : 512));
                     load_box(panel, maps, col, k, full);
                     load_box(panel + depth * 128, maps, col + 64, k, full);
-                    load_box(panel + depth * 256, maps + 1, k, row, full);
+                    if (!stripes) load_box(panel + depth * 256, maps + 1, k, row, full);
                 }
                 __syncwarp();
             }
         }
-        fenced = target;
         if (leader) s.entry_empty[entries.slot].arrive();
     }
 }
@@ -301,8 +402,8 @@ template <class T> __device__ void run_panels(const LswSwitchArgs& args, Shared&
 // One warp for each consumer.
 __device__ void run_stores(const LswSwitchArgs& args, Shared& s, int consumer) {
     const bool leader = threadIdx.x % 32 == 0;
-    Ring<kEntries> entries;
-    Ring<kWeights> weights;
+    Ring entries(kEntries);
+    Ring weights(kWeights);
     for (;; entries.advance(), weights.advance()) {
         const Entry& entry = next_entry(s, entries);
         const uint32_t target = take(entry.target);
@@ -342,10 +443,9 @@ template <int kSteps, class T> __device__ __forceinline__ void multiply_steps(fl
 }
 
 // product = or += B_j A_j over one panel. B: rows of `depth` elements, swizzled over that width. A: two blocks of 64 columns.
-template <class T> __device__ __forceinline__ void multiply(float (&product)[64], const unsigned char* panel, int consumer, int depth, int used, bool add) {
-    const uint32_t a_start = shared_address(panel), b_start = a_start + depth * 256 + consumer * 64 * depth * 2;
-    const uint64_t b = descriptor(b_start, 16, depth * 16, depth == 64 ? 1 : depth == 32 ? 2 : 3);
-    const uint64_t a = descriptor(a_start, depth * 128, 1024, 1);
+template <class T> __device__ __forceinline__ void multiply(float (&product)[64], const unsigned char* a_panel, const unsigned char* b_panel, int depth, int used, bool add) {
+    const uint64_t b = descriptor(shared_address(b_panel), 16, depth * 16, depth == 64 ? 1 : depth == 32 ? 2 : 3);
+    const uint64_t a = descriptor(shared_address(a_panel), depth * 128, 1024, 1);
     switch ((used + 15) / 16) {
         case 1: return multiply_steps<1, T>(product, b, a, add);
         case 2: return multiply_steps<2, T>(product, b, a, add);
@@ -378,21 +478,32 @@ template <class T> __device__ __forceinline__ void add_to(unsigned char* granule
 
 template <class T> __device__ void run_consumer(Shared& s, int consumer) {
     const bool leader = threadIdx.x % 32 == 0;
-    Ring<kEntries> entries;
-    Ring<kWeights> weights;
-    Ring<kPanels> panels;
+    const uint32_t stripes = s.geometry.stripes;
+    uint32_t stripe = 0, stripe_parity = 0;
+    Ring entries(kEntries);
+    Ring weights(kWeights);
+    Ring panels(s.geometry.panels);
     for (;; entries.advance(), weights.advance()) {
         const Entry& entry = next_entry(s, entries);
         if (take(entry.target) == kEnd) return;
         const uint32_t term_count = take(entry.term_count);
+        const uint32_t new_stripe = take(entry.stripe);
+        const uint32_t buffer = stripes ? new_stripe % stripes : 0;
+        if (stripes && new_stripe != stripe && term_count > 0) {
+            s.stripe_full[buffer].wait(stripe_parity >> buffer & 1);
+            stripe_parity ^= 1u << buffer;
+        }
+        stripe = new_stripe;
+        const unsigned char* b = stripe_at(s, buffer);
         float sum[64] = {};
         for (uint32_t i = 0; i < term_count; ++i) {
             const int rank = take(entry.terms[i].rank), depth = panel_depth(rank);
             const float coefficient = take(entry.terms[i].coefficient);
             float product[64];
-            for (int k = 0; k < rank; k += depth, panels.advance()) {
+            for (int k = 0; k < rank; k += depth, panels.advance(), b += depth * 256) {
                 s.panel_full[panels.slot].wait(panels.parity);
-                multiply<T>(product, s.panel[panels.slot], consumer, depth, min(depth, rank - k), k > 0);
+                const unsigned char* a = panel_at(s, panels.slot);
+                multiply<T>(product, a, (stripes ? b : a + depth * 256) + consumer * depth * 128, depth, min(depth, rank - k), k > 0);
                 if (leader) s.panel_empty[panels.slot].arrive();
             }
 #pragma unroll
@@ -410,7 +521,8 @@ template <class T> __device__ void run_consumer(Shared& s, int consumer) {
 
 __device__ void init_barriers(Shared& s) {
     for (int i = 0; i < kEntries; ++i) s.entry_full[i].init(32), s.entry_empty[i].init(1 + 2 + 8);  // panels, stores, consumer warps
-    for (int i = 0; i < kPanels; ++i) s.panel_full[i].init(1), s.panel_empty[i].init(8);           // consumer warps
+    for (int i = 0; i < kMostPanels; ++i) s.panel_full[i].init(1), s.panel_empty[i].init(8);       // consumer warps
+    for (int i = 0; i < 2; ++i) s.stripe_full[i].init(1);
     for (int c = 0; c < 2; ++c) {
         for (int i = 0; i < kWeights; ++i) s.weight_full[c][i].init(1), s.weight_done[c][i].init(4), s.weight_empty[c][i].init(1);
     }
@@ -423,7 +535,7 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
     Shared& s = *reinterpret_cast<Shared*>(raw + (-shared_address(raw) & 1023));
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0);  // uniform, and the compiler knows
     if (warp == 0) canonical_route(args, s.route);
-    if (threadIdx.x == 32) init_barriers(s);
+    if (threadIdx.x == 32) init_barriers(s), s.geometry = {};
     __syncthreads();
     plan(args, s);
 

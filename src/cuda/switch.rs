@@ -180,7 +180,7 @@ fn paths(device: &Device, plan: &SetPlan) -> Vec<Path> {
         let tiles: u64 = boxes.iter().map(|t| t.tiles_of(LSW_SWITCH90_TILE, LSW_SWITCH90_TILE)).sum();
         let blocks = tiles.clamp(1, u64::from(hopper.processors)) as u32;
         let grid = Grid { blocks, threads: LSW_SWITCH90_THREADS, shared: LSW_SWITCH90_SHARED };
-        paths.push(Path { path: LSW_PATH_BOXES, function, grid, grab: grab(plan, tiles, blocks) });
+        paths.push(Path { path: LSW_PATH_BOXES, function, grid, grab: grab() });
     }
     if !others.is_empty() {
         let tiles: u64 = others.iter().map(|t| t.tiles()).sum();
@@ -192,16 +192,8 @@ fn paths(device: &Device, plan: &SetPlan) -> Vec<Path> {
     paths
 }
 
-/// Tiles that a block takes at a time: the more arithmetic a tile may hold, the fewer visits to the queue, but never so many that the
-/// last blocks have none.
-fn grab(plan: &SetPlan, tiles: u64, blocks: u32) -> u32 {
-    let cap = plan.bank.targets().iter().map(|t| t.rank_cap).max().unwrap_or(0);
-    let wanted = match cap {
-        0..=32 => 2,
-        33..=64 => 8,
-        _ => 64,
-    };
-    u64::min(wanted, tiles.div_ceil(u64::from(blocks))).max(1) as u32
+fn grab() -> u32 {
+    std::env::var("LSW_GRAB").ok().and_then(|v| v.parse().ok()).unwrap_or(0)
 }
 
 fn is_aligned(target: &RawTarget) -> bool {
