@@ -33,9 +33,11 @@ target/setup.stamp: Makefile
 demo: setup ## decode with adapters switched from token to token (DEMO_ARGS)
 	cargo run --release --example decode -- $(DEMO_ARGS)
 
-test: setup ## format, lints, all tests; those of the GPU run if there is one
-	cargo fmt --check
+test: setup ## format, lints, docs, all tests; those of the GPU run if there is one
+	cargo fmt --check -- fuzz/build.rs fuzz/fuzz_targets/*.rs
 	cargo clippy --all-targets -- -D warnings
+	cargo clippy --all-targets --no-default-features -- -D warnings
+	RUSTDOCFLAGS=-Dwarnings cargo doc --no-deps
 	LORA_SWITCH_REQUIRE_NVCC=1 cargo test
 
 gpu-test: setup ## all tests, and a missing GPU is an error
@@ -108,5 +110,5 @@ CARGO_FUZZ = PATH="$(CURDIR)/target/tools/bin:$$PATH" RUSTC_BOOTSTRAP=1 cargo fu
 fuzz: setup ## each fuzz target for FUZZ_SECONDS
 	$(CARGO_FUZZ) --version >/dev/null 2>&1 || cargo install --quiet --locked --root target/tools cargo-fuzz@0.13.2
 	set -e; for target in $$($(CARGO_FUZZ) list); do mkdir -p target/corpus/$$target; \
-	  $(CARGO_FUZZ) run --target-dir target $$target target/corpus/$$target -- \
-	    -seed=1 -max_total_time=$(FUZZ_SECONDS); done
+	  $(CARGO_FUZZ) run --target-dir target $$target target/corpus/$$target \
+	    $$(ls -d fuzz/seeds/$$target 2>/dev/null) -- -seed=1 -max_total_time=$(FUZZ_SECONDS); done

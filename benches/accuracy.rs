@@ -2,10 +2,11 @@
 //! behind.
 
 use crate::check::Sample;
-use crate::lab::{Lab, Result, Rng, decode};
+use crate::lab::{Lab, Result};
 use crate::model::{Model, Route, Spec};
 use crate::oracle;
 use crate::record::{COMMIT, Recorder};
+use crate::values::{Rng, decode};
 use lora_switch::{DType, Form};
 use serde::Serialize;
 
@@ -52,8 +53,7 @@ fn errors(lab: &Lab, rank: u64, side: usize) -> Result<Vec<f64>> {
         let sample = Sample::new(&model, target, side, side, &mut rng);
         let (exact, _) = sample.merged(lab, &model, &sample.weights(lab, &model, base)?, 1)?;
         let got = sample.weights(lab, &model, &model.weight)?;
-        let error =
-            |(got, exact): (&f64, &f64)| (got - exact).abs() / (2.0 * oracle::half_ulp(DType::Bf16, *exact));
+        let error = |(got, exact): (&f64, &f64)| (got - exact).abs() / (2.0 * oracle::half_ulp(DType::Bf16, *exact));
         errors.extend(got.x.iter().zip(&exact.x).map(error));
     }
     Ok(errors)
@@ -83,13 +83,8 @@ struct DriftLine<'l> {
 /// unmerge. From base it must be nothing: false if it is not.
 pub fn drift(lab: &Lab, recorder: &mut Recorder, quick: bool) -> Result<bool> {
     let counts = if quick { &[1, 100][..] } else { &[1, 100, 1_000, 10_000] };
-    println!(
-        "\nDeviation from the base after N switches and an unmerge, relative to the weight's rms: max / rms\n"
-    );
-    println!(
-        "| form, dtype | {} |",
-        counts.iter().map(|n| format!("N = {n}")).collect::<Vec<_>>().join(" | ")
-    );
+    println!("\nDeviation from the base after N switches and an unmerge, relative to the weight's rms: max / rms\n");
+    println!("| form, dtype | {} |", counts.iter().map(|n| format!("N = {n}")).collect::<Vec<_>>().join(" | "));
     println!("|---|{}", "---|".repeat(counts.len()));
     let mut good = true;
     for (name, form) in [("in place", Form::InPlace), ("from base", Form::FromBase)] {
@@ -100,16 +95,7 @@ pub fn drift(lab: &Lab, recorder: &mut Recorder, quick: bool) -> Result<bool> {
                 good &= form == Form::InPlace || max == 0.0;
                 cells.push(format!("{max:.2e} / {rms:.2e}"));
                 let (accuracy, gpu, dtype) = ("drift", &lab.gpu, dtype.to_string());
-                recorder.line(&DriftLine {
-                    accuracy,
-                    form: name,
-                    dtype,
-                    switches,
-                    max,
-                    rms,
-                    gpu,
-                    commit: COMMIT,
-                })?;
+                recorder.line(&DriftLine { accuracy, form: name, dtype, switches, max, rms, gpu, commit: COMMIT })?;
             }
             println!("| {name} {dtype} | {} |", cells.join(" | "));
         }
@@ -134,8 +120,7 @@ fn deviation(lab: &Lab, dtype: DType, form: Form, switches: usize) -> Result<(f6
     }
     let values = |bits: &[u32]| bits.iter().map(|&bits| decode(dtype, bits)).collect::<Vec<f64>>();
     let (before, after) = (values(&before), values(&after));
-    let rms =
-        |values: &mut dyn Iterator<Item = f64>| (values.map(|x| x * x).sum::<f64>() / len as f64).sqrt();
+    let rms = |values: &mut dyn Iterator<Item = f64>| (values.map(|x| x * x).sum::<f64>() / len as f64).sqrt();
     let size = rms(&mut before.iter().copied());
     let off = || after.iter().zip(&before).map(|(after, before)| (after - before).abs());
     Ok((off().fold(0.0, f64::max) / size, rms(&mut off()) / size))

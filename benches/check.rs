@@ -1,8 +1,9 @@
 //! Results against float64: a few rows and columns of a few targets, by the oracle of the tests.
 
-use crate::lab::{Buffer, Lab, Result, Rng};
+use crate::lab::{Buffer, Lab, Result};
 use crate::model::Model;
 use crate::oracle::{self, Exact, Term};
+use crate::values::Rng;
 use lora_switch::{DType, Form};
 
 /// Rows and columns of one target; where they cross is looked at.
@@ -17,7 +18,7 @@ impl Sample {
     pub fn new(model: &Model, target: usize, rows: usize, cols: usize, rng: &mut Rng) -> Self {
         let (out, width) = model.spec.shapes[target];
         let mut pick = |size: u64, count: usize| {
-            let inner = (2..count).map(|_| rng.below(size));
+            let inner = (2..count).map(|_| rng.below(size as usize) as u64);
             [0, size - 1].into_iter().chain(inner).collect()
         };
         Self { target, rows: pick(out, rows), cols: pick(width, cols) }

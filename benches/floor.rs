@@ -12,9 +12,7 @@ const ELEMENTS: u64 = 6_476_005_376;
 pub const NODES: usize = 64;
 
 pub fn cases() -> Vec<Case> {
-    let case = |id: &str,
-                run: fn(&Lab) -> Result<(Subject, Memory)>,
-                check: fn(&Lab, &Memory) -> Result<Option<bool>>| Case {
+    let case = |id: &str, run: fn(&Lab) -> Result<(Subject, Memory)>, check: fn(&Lab, &Memory) -> Result<Option<bool>>| Case {
         id: id.to_owned(),
         modes: vec![Mode::Token, Mode::Gap, Mode::Loop],
         run: Box::new(move |lab, timing| {
@@ -82,9 +80,7 @@ pub fn of_switch(lab: &Lab, model: &Model) -> Result<Work> {
         for &(at, len) in &pieces {
             let mut weight = model.weight.part_mut(at, len);
             match (&model.base, model.spec.form) {
-                (Some(base), Form::FromBase) => {
-                    measure::scale(&lab.stream, 1.0, &base.part(at, len), &mut weight)?
-                }
+                (Some(base), Form::FromBase) => measure::scale(&lab.stream, 1.0, &base.part(at, len), &mut weight)?,
                 _ => measure::scale_in_place(&lab.stream, 1.0, &mut weight)?,
             }
         }

@@ -4,7 +4,6 @@ use crate::peer::Cublas;
 use crate::sensors::Sensors;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUresult, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, CudaGraph, CudaStream, DriverError, result};
-use half::{bf16, f16};
 use lora_switch::{Context, DType, Mat, MatMut, Stream, measure};
 use std::cell::OnceCell;
 use std::fmt;
@@ -45,26 +44,6 @@ impl From<std::io::Error> for Failure {
     }
 }
 
-/// The value that the bits of a float stand for.
-pub fn decode(dtype: DType, bits: u32) -> f64 {
-    match dtype {
-        DType::F32 => f32::from_bits(bits).into(),
-        DType::F16 => f16::from_bits(bits as u16).into(),
-        DType::Bf16 => bf16::from_bits(bits as u16).into(),
-        other => unreachable!("{other} is no float"),
-    }
-}
-
-/// Small pseudorandom numbers for choices on the host.
-pub struct Rng(pub u64);
-
-impl Rng {
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
-        (self.0 >> 33) % n
-    }
-}
-
 /// Bytes that a decode step of Llama-2-7B in 16 bits reads: what happens between two switches.
 const STEP_BYTES: u64 = 2 * 6_476_005_376;
 
@@ -98,15 +77,7 @@ impl Lab {
             println!("no clocks and no power: NVML cannot be loaded");
         }
         let gpu = cuda.name()?;
-        Ok(Self {
-            context,
-            stream,
-            cuda: owner,
-            gpu,
-            sensors,
-            cublas: OnceCell::new(),
-            step: OnceCell::new(),
-        })
+        Ok(Self { context, stream, cuda: owner, gpu, sensors, cublas: OnceCell::new(), step: OnceCell::new() })
     }
 
     pub fn synchronize(&self) -> Result<()> {

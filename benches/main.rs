@@ -18,10 +18,9 @@ mod timing;
 #[allow(dead_code)]
 #[path = "../tests/oracle.rs"]
 mod oracle;
-/// Where the oracle looks for it.
-mod common {
-    pub use crate::lab::decode;
-}
+#[allow(dead_code)]
+#[path = "../tests/values.rs"]
+mod values;
 
 use lab::{Failure, Lab};
 use record::{Recorder, Row};
@@ -85,9 +84,7 @@ impl Options {
                 "--bench" => {} // cargo's own
                 "--exact" => options.exact = true,
                 "--record" => options.record = Some(value()?.into()),
-                "--modes" => {
-                    options.modes = Some(value()?.split(',').map(Mode::parse).collect::<Result<_, _>>()?)
-                }
+                "--modes" => options.modes = Some(value()?.split(',').map(Mode::parse).collect::<Result<_, _>>()?),
                 "--ulp" => options.ulp = true,
                 "--drift" => options.drift = true,
                 "--quick" => options.quick = true,

@@ -3,8 +3,7 @@
 
 use crate::lab::{Buffer, Lab, Result};
 use lora_switch::{
-    AdapterBank, Context, DType, Factor, Form, Mat, StateMemory, Stream, SwitchOptions, SwitchSet, Target,
-    TargetShape, Tensor, Weight,
+    AdapterBank, Context, DType, Factor, Form, Mat, StateMemory, Stream, SwitchOptions, SwitchSet, Target, TargetShape, Tensor, Weight,
 };
 
 /// (out, in) of the targets of Llama-2-7B.
@@ -107,14 +106,11 @@ impl Model {
         let base = (spec.form == Form::FromBase).then(base).transpose()?;
         let a = lab.random(spec.dtype, a_len, ADAPTER_SIZE, 3)?;
         let b = lab.random(spec.dtype, b_len, ADAPTER_SIZE, 4)?;
-        let upload = |route: &Route| -> Result<_> {
-            Ok((lab.upload(DType::I32, &route.ids)?, lab.upload(DType::F32, &route.gates)?))
-        };
+        let upload = |route: &Route| -> Result<_> { Ok((lab.upload(DType::I32, &route.ids)?, lab.upload(DType::F32, &route.gates)?)) };
         let [first, second] = &spec.routes;
         let routes = [upload(first)?, upload(second)?];
         let spec = spec.clone();
-        let mut model =
-            Self { sets: Vec::new(), spec, starts, places, weight, base, a, b, routes, context, stream };
+        let mut model = Self { sets: Vec::new(), spec, starts, places, weight, base, a, b, routes, context, stream };
         let all = 0..model.spec.shapes.len();
         let groups = if model.spec.set_each { all.map(|t| vec![t]).collect() } else { vec![all.collect()] };
         model.sets = groups.iter().map(|targets: &Vec<usize>| model.set(targets)).collect::<Result<_>>()?;
@@ -124,23 +120,15 @@ impl Model {
 
     /// A bank and a set over some of the targets.
     fn set(&self, targets: &[usize]) -> Result<SwitchSet> {
-        let cap =
-            |target: usize| (0..self.spec.slots).map(|slot| self.spec.rank(slot, target)).max().unwrap_or(0);
+        let cap = |target: usize| (0..self.spec.slots).map(|slot| self.spec.rank(slot, target)).max().unwrap_or(0);
         let shape = |&target: &usize| {
             let (out_features, in_features) = self.spec.shapes[target];
             TargetShape { out_features, in_features, rank_cap: cap(target) }
         };
         let shapes: Vec<TargetShape> = targets.iter().map(shape).collect();
-        let bank = AdapterBank::new(
-            &self.stream,
-            self.spec.dtype,
-            self.spec.slots,
-            &shapes,
-            StateMemory::allocate(),
-        )?;
+        let bank = AdapterBank::new(&self.stream, self.spec.dtype, self.spec.slots, &shapes, StateMemory::allocate())?;
         for slot in 0..self.spec.slots {
-            let factors: Vec<Option<Factor>> =
-                targets.iter().map(|&target| Some(self.factor(slot, target))).collect();
+            let factors: Vec<Option<Factor>> = targets.iter().map(|&target| Some(self.factor(slot, target))).collect();
             bank.set_slot(&self.stream, slot, &factors)?;
         }
         let targets = targets.iter().map(|&target| self.target(target)).collect();
@@ -236,8 +224,6 @@ fn lay_out(spec: &Spec) -> (Vec<Vec<Place>>, u64, u64) {
         b += out * place.b_stride;
         place
     };
-    let places = (0..spec.slots)
-        .map(|slot| (0..spec.shapes.len()).map(|target| place(slot, target)).collect())
-        .collect();
+    let places = (0..spec.slots).map(|slot| (0..spec.shapes.len()).map(|target| place(slot, target)).collect()).collect();
     (places, a, b)
 }

@@ -40,9 +40,7 @@ fn said(call: &str, status: impl std::fmt::Debug) -> Failure {
 impl Cublas {
     pub fn open(lab: &Lab) -> Result<Self> {
         if !is_loadable() {
-            return Err(Failure::Skip(
-                "libcublas cannot be loaded (LORA_SWITCH_CUBLAS may name its folder)".into(),
-            ));
+            return Err(Failure::Skip("libcublas cannot be loaded (LORA_SWITCH_CUBLAS may name its folder)".into()));
         }
         let workspace = lab.buffer(DType::U8, WORKSPACE_BYTES)?;
         lab.cuda.context().bind_to_thread()?;
@@ -51,9 +49,7 @@ impl Cublas {
         // SAFETY: valid pointers, a live stream, and memory that lives as long as the handle.
         unsafe {
             blas::cublasCreate_v2(&mut plain).result().map_err(|e| said("cublasCreate", e))?;
-            blas::cublasGetVersion_v2(plain, &mut version)
-                .result()
-                .map_err(|e| said("cublasGetVersion", e))?;
+            blas::cublasGetVersion_v2(plain, &mut version).result().map_err(|e| said("cublasGetVersion", e))?;
             let stream = lab.cuda.cu_stream().cast();
             blas::cublasSetStream_v2(plain, stream).result().map_err(|e| said("cublasSetStream", e))?;
             let set = blas::cublasSetWorkspace_v2(plain, memory, WORKSPACE_BYTES as usize);
@@ -64,11 +60,7 @@ impl Cublas {
     }
 
     fn multiply(&self, lab: &Lab, dtype: DType, product: &Product) -> Result<()> {
-        if product.c == product.d {
-            self.add_in_place(dtype, product)
-        } else {
-            self.add_from(lab, dtype, product)
-        }
+        if product.c == product.d { self.add_in_place(dtype, product) } else { self.add_from(lab, dtype, product) }
     }
 
     /// What torch's `addmm_` calls. To cuBLAS, whose matrices are column-major, ours are transposed:
@@ -83,14 +75,10 @@ impl Cublas {
         };
         let (m, n, k) = (p.cols as i32, p.out as i32, p.k as i32);
         let (a, b, d) = (p.a as *const c_void, p.b as *const c_void, p.d as *mut c_void);
-        let (compute, algorithm) =
-            (blas::cublasComputeType_t::CUBLAS_COMPUTE_32F, blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT);
+        let (compute, algorithm) = (blas::cublasComputeType_t::CUBLAS_COMPUTE_32F, blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT);
         // SAFETY: dense matrices of these shapes in device memory; the call reads the scalars itself.
         let status = unsafe {
-            blas::cublasGemmEx(
-                self.plain, none, none, m, n, k, scalar, a, kind, m, b, kind, k, scalar, d, kind, m, compute,
-                algorithm,
-            )
+            blas::cublasGemmEx(self.plain, none, none, m, n, k, scalar, a, kind, m, b, kind, k, scalar, d, kind, m, compute, algorithm)
         };
         status.result().map_err(|e| said("cublasGemmEx", e))
     }
@@ -106,40 +94,31 @@ impl Cublas {
         let one = 1f32;
         let scalar = ptr::from_ref(&one).cast();
         let workspace = self.workspace.address(0, WORKSPACE_BYTES) as *mut c_void;
-        let (a, b, c, d) =
-            (p.a as *const c_void, p.b as *const c_void, p.c as *const c_void, p.d as *mut c_void);
+        let (a, b, c, d) = (p.a as *const c_void, p.b as *const c_void, p.c as *const c_void, p.d as *mut c_void);
         let [layout_a, layout_b, layout_d] = plan.layouts;
         // SAFETY: as above, and live descriptors.
         let done = unsafe {
-            lt_call::get_matmul_algo_heuristic(
-                self.light,
-                plan.operation,
-                layout_a,
-                layout_b,
-                layout_d,
-                layout_d,
-                plan.preference,
-            )
-            .and_then(|best| {
-                lt_call::matmul(
-                    self.light,
-                    plan.operation,
-                    scalar,
-                    scalar,
-                    a,
-                    layout_a,
-                    b,
-                    layout_b,
-                    c,
-                    layout_d,
-                    d,
-                    layout_d,
-                    &best.algo,
-                    workspace,
-                    WORKSPACE_BYTES as usize,
-                    lab.cuda.cu_stream().cast(),
-                )
-            })
+            lt_call::get_matmul_algo_heuristic(self.light, plan.operation, layout_a, layout_b, layout_d, layout_d, plan.preference)
+                .and_then(|best| {
+                    lt_call::matmul(
+                        self.light,
+                        plan.operation,
+                        scalar,
+                        scalar,
+                        a,
+                        layout_a,
+                        b,
+                        layout_b,
+                        c,
+                        layout_d,
+                        d,
+                        layout_d,
+                        &best.algo,
+                        workspace,
+                        WORKSPACE_BYTES as usize,
+                        lab.cuda.cu_stream().cast(),
+                    )
+                })
         };
         done.map_err(|e| said("cublasLtMatmul", e))
     }
@@ -159,16 +138,10 @@ impl LightPlan {
         let preference = lt_call::create_matmul_pref()?;
         let most = lt::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
         // SAFETY: a live preference and eight bytes.
-        unsafe {
-            lt_call::set_matmul_pref_attribute(preference, most, ptr::from_ref(&WORKSPACE_BYTES).cast(), 8)
-        }?;
+        unsafe { lt_call::set_matmul_pref_attribute(preference, most, ptr::from_ref(&WORKSPACE_BYTES).cast(), 8) }?;
         let compute = lt::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         let operation = lt_call::create_matmul_desc(compute, lt::cudaDataType::CUDA_R_32F)?;
-        Ok(Self {
-            operation,
-            preference,
-            layouts: [layout(p.cols, p.k)?, layout(p.k, p.out)?, layout(p.cols, p.out)?],
-        })
+        Ok(Self { operation, preference, layouts: [layout(p.cols, p.k)?, layout(p.k, p.out)?, layout(p.cols, p.out)?] })
     }
 }
 
@@ -207,18 +180,9 @@ impl Peer {
             let start = model.starts[target];
             let d = model.weight.address(start, out * cols);
             let c = model.base.as_ref().map_or(d, |base| base.address(start, out * cols));
-            Product {
-                out,
-                cols,
-                k,
-                a: a.address(a_at[target], k * cols),
-                b: b.address(b_at[target], out * k),
-                c,
-                d,
-            }
+            Product { out, cols, k, a: a.address(a_at[target], k * cols), b: b.address(b_at[target], out * k), c, d }
         };
-        let products =
-            depths.map(|depths| depths.iter().enumerate().map(|(target, &k)| product(target, k)).collect());
+        let products = depths.map(|depths| depths.iter().enumerate().map(|(target, &k)| product(target, k)).collect());
         Ok(Self { a, b, products })
     }
 
@@ -226,9 +190,7 @@ impl Peer {
     pub fn work(&self, lab: &Lab, model: &Model, nodes: usize) -> Result<Option<(String, Work)>> {
         debug_assert_eq!(self.a.dtype, self.b.dtype);
         let Some(cublas) = lab.cublas() else { return Ok(None) };
-        let multiply = |products: &Vec<Product>| {
-            products.iter().try_for_each(|product| cublas.multiply(lab, model.spec.dtype, product))
-        };
+        let multiply = |products: &Vec<Product>| products.iter().try_for_each(|product| cublas.multiply(lab, model.spec.dtype, product));
         let mut graphs = Vec::new();
         for products in &self.products {
             multiply(products)?; // cuBLAS loads its kernels at their first use, which a capture forbids
@@ -253,10 +215,8 @@ fn is_loadable() -> bool {
     let present = || unsafe { blas::is_culib_present() && lt::is_culib_present() };
     let load = |folder: PathBuf| {
         // SAFETY: as above.
-        let load =
-            |name: &str| unsafe { libloading::Library::new(folder.join(name)) }.map(std::mem::forget).is_ok();
-        let load_any =
-            |stem: &str| ["so.13", "so.12", "so"].iter().any(|end| load(&format!("lib{stem}.{end}")));
+        let load = |name: &str| unsafe { libloading::Library::new(folder.join(name)) }.map(std::mem::forget).is_ok();
+        let load_any = |stem: &str| ["so.13", "so.12", "so"].iter().any(|end| load(&format!("lib{stem}.{end}")));
         load_any("cublasLt") && load_any("cublas") && present()
     };
     present() || folders().into_iter().any(load)
@@ -266,8 +226,7 @@ fn is_loadable() -> bool {
 fn folders() -> Vec<PathBuf> {
     let named = std::env::var_os("LORA_SWITCH_CUBLAS").map(PathBuf::from);
     let script = "import nvidia; print(*nvidia.__path__, sep='\\n')";
-    let said =
-        Command::new("python3").args(["-c", script]).output().map(|out| out.stdout).unwrap_or_default();
+    let said = Command::new("python3").args(["-c", script]).output().map(|out| out.stdout).unwrap_or_default();
     let packages: Vec<PathBuf> = String::from_utf8_lossy(&said).lines().map(PathBuf::from).collect();
     let inside = packages.iter().flat_map(|dir| ["cu13/lib", "cublas/lib"].map(|lib| dir.join(lib)));
     named.into_iter().chain(inside).chain([PathBuf::from("/usr/local/cuda/lib64")]).collect()

@@ -78,8 +78,7 @@ impl Row {
 
     fn print(&self, width: usize) {
         let number = |x: Option<f64>| x.map_or("-".into(), |x| format!("{x:.2}"));
-        let ratio =
-            |a: Option<f64>, b: Option<f64>| a.zip(b).map_or("-".into(), |(a, b)| format!("{:.3}", a / b));
+        let ratio = |a: Option<f64>, b: Option<f64>| a.zip(b).map_or("-".into(), |(a, b)| format!("{:.3}", a / b));
         let checked = self.checked.map_or("-", |good| if good { "yes" } else { "FAILED" });
         println!(
             "{:width$} {:>10} {:>10} {:>7} {:>10} {:>7} {:>10} {:>7} {:>10} {:>7} {:>6} {:>6} {checked}",
@@ -102,18 +101,7 @@ impl Row {
 fn print_header(width: usize) {
     println!(
         "{:width$} {:>10} {:>10} {:>7} {:>10} {:>7} {:>10} {:>7} {:>10} {:>7} {:>6} {:>6} checked",
-        "case",
-        "us",
-        "floor us",
-        "/floor",
-        "peer us",
-        "faster",
-        "gap us",
-        "/floor",
-        "loop us",
-        "/floor",
-        "MHz",
-        "W"
+        "case", "us", "floor us", "/floor", "peer us", "faster", "gap us", "/floor", "loop us", "/floor", "MHz", "W"
     );
 }
 
@@ -163,15 +151,13 @@ fn file_name(gpu: &str) -> String {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock after 1970").as_secs();
     let (year, month, day) = date(seconds / 86_400);
     let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
-    let gpu: String =
-        gpu.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' }).collect();
+    let gpu: String = gpu.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' }).collect();
     format!("{year:04}{month:02}{day:02}T{hour:02}{minute:02}{second:02}Z-{gpu}.jsonl")
 }
 
 /// Year, month and day of a day after 1970-01-01.
 fn date(mut days: u64) -> (u64, u64, u64) {
-    let is_leap =
-        |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
+    let is_leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
     let mut year = 1970;
     while days >= 365 + u64::from(is_leap(year)) {
         days -= 365 + u64::from(is_leap(year));

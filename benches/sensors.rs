@@ -45,8 +45,7 @@ impl Sensors {
         unsafe {
             let init = library.get::<unsafe extern "C" fn() -> u32>(b"nvmlInit_v2\0").ok()?;
             let by_bus = b"nvmlDeviceGetHandleByPciBusId_v2\0";
-            let by_bus =
-                library.get::<unsafe extern "C" fn(*const c_char, *mut Handle) -> u32>(by_bus).ok()?;
+            let by_bus = library.get::<unsafe extern "C" fn(*const c_char, *mut Handle) -> u32>(by_bus).ok()?;
             let clock = *library.get::<GetClock>(b"nvmlDeviceGetClockInfo\0").ok()?;
             let power = *library.get::<GetPower>(b"nvmlDeviceGetPowerUsage\0").ok()?;
             let mut handle: Handle = std::ptr::null_mut();
@@ -58,10 +57,7 @@ impl Sensors {
     fn read(&self) -> Option<(u32, u32)> {
         let (mut clock, mut milliwatts) = (0, 0);
         // SAFETY: a live handle and valid pointers.
-        let read = unsafe {
-            (self.clock)(self.device, CLOCK_SM, &mut clock) == 0
-                && (self.power)(self.device, &mut milliwatts) == 0
-        };
+        let read = unsafe { (self.clock)(self.device, CLOCK_SM, &mut clock) == 0 && (self.power)(self.device, &mut milliwatts) == 0 };
         read.then_some((clock, milliwatts))
     }
 

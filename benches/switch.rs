@@ -35,24 +35,12 @@ pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for (name, form) in FORMS {
         for rank in [8, 16, 32, 64, 128] {
-            cases.push(case(
-                format!("switch/7b/r{rank}/k2/{name}/bf16"),
-                llama(DType::Bf16, form, &[rank]),
-                Change::All,
-            ));
+            cases.push(case(format!("switch/7b/r{rank}/k2/{name}/bf16"), llama(DType::Bf16, form, &[rank]), Change::All));
         }
         for dtype in [DType::F16, DType::F32] {
-            cases.push(case(
-                format!("switch/7b/r16/k2/{name}/{dtype}"),
-                llama(dtype, form, &[16]),
-                Change::All,
-            ));
+            cases.push(case(format!("switch/7b/r16/k2/{name}/{dtype}"), llama(dtype, form, &[16]), Change::All));
         }
-        cases.push(case(
-            format!("switch/7b/r16/k2/{name}/bf16/unchanged"),
-            llama(DType::Bf16, form, &[16]),
-            Change::None,
-        ));
+        cases.push(case(format!("switch/7b/r16/k2/{name}/bf16/unchanged"), llama(DType::Bf16, form, &[16]), Change::None));
     }
     let in_place = llama(DType::Bf16, Form::InPlace, &[16]);
     cases.push(case("switch/7b/r16/k2/in-place/bf16/one-stays".into(), in_place, Change::OneStays));
@@ -64,11 +52,7 @@ pub fn cases() -> Vec<Case> {
     }
     for (rows, cols) in [(4096, 4096), (1024, 4096), (14336, 4096), (1408, 2048), (256, 7168)] {
         for rank in [8, 16, 64] {
-            cases.push(case(
-                format!("switch/one/{rows}x{cols}/r{rank}/k2/in-place/bf16"),
-                one(rows, cols, rank),
-                Change::All,
-            ));
+            cases.push(case(format!("switch/one/{rows}x{cols}/r{rank}/k2/in-place/bf16"), one(rows, cols, rank), Change::All));
         }
     }
     cases
@@ -76,25 +60,12 @@ pub fn cases() -> Vec<Case> {
 
 fn llama(dtype: DType, form: Form, ranks: &[u64]) -> Spec {
     let routes = Change::All.routes();
-    Spec {
-        dtype,
-        form,
-        shapes: llama2_7b(),
-        ranks: ranks.to_vec(),
-        slots: 4,
-        routes,
-        set_each: false,
-        portable: false,
-    }
+    Spec { dtype, form, shapes: llama2_7b(), ranks: ranks.to_vec(), slots: 4, routes, set_each: false, portable: false }
 }
 
 /// As many sets as nodes, which together are larger than any cache: each launch finds W and adapters cold.
 fn one(rows: u64, cols: u64, rank: u64) -> Spec {
-    Spec {
-        shapes: vec![(rows, cols); floor::NODES],
-        set_each: true,
-        ..llama(DType::Bf16, Form::InPlace, &[rank])
-    }
+    Spec { shapes: vec![(rows, cols); floor::NODES], set_each: true, ..llama(DType::Bf16, Form::InPlace, &[rank]) }
 }
 
 fn case(id: String, spec: Spec, change: Change) -> Case {
@@ -121,8 +92,7 @@ fn run(lab: &Lab, timing: &Timing, spec: &Spec, change: Change) -> Result<Outcom
 fn changed(lab: &Lab, model: &mut Model, peer: &Peer) -> Result<Subject> {
     let nodes = model.pieces().len();
     let switch = vec![lab.capture(|| model.to(0))?, lab.capture(|| model.to(1))?];
-    let mut works =
-        vec![(Role::Case, Work::new(switch, nodes)), (Role::Floor, floor::of_switch(lab, model)?)];
+    let mut works = vec![(Role::Case, Work::new(switch, nodes)), (Role::Floor, floor::of_switch(lab, model)?)];
     let peer = peer.work(lab, model, nodes)?;
     let (name, work) = peer.unzip();
     works.extend(work.map(|work| (Role::Peer, work)));
@@ -133,8 +103,5 @@ fn changed(lab: &Lab, model: &mut Model, peer: &Peer) -> Result<Subject> {
 fn unchanged(lab: &Lab, model: &mut Model) -> Result<Subject> {
     let graph = lab.capture(|| (0..floor::NODES).try_for_each(|_| model.to(0)))?;
     let case = Work::new(vec![graph], floor::NODES);
-    Ok(Subject {
-        works: vec![(Role::Case, case), (Role::Floor, floor::of_a_launch(lab, model)?)],
-        peer: None,
-    })
+    Ok(Subject { works: vec![(Role::Case, case), (Role::Floor, floor::of_a_launch(lab, model)?)], peer: None })
 }

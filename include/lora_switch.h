@@ -4,6 +4,7 @@
  * and a switch set (the adapted weights W). For each token, or whenever the route changes, lsw_route
  * turns router logits into a route, and lsw_switch_to brings every W to it in one launch.
  * lsw_permute, lsw_gather and lsw_combine group a batch's tokens by expert and add up the results.
+ * lsw_measure_... say what the machine allows.
  * ffi-examples/ holds whole programs.
  *
  * Conventions, for every function:
@@ -733,6 +734,47 @@ lsw_status lsw_combine(const struct lsw_context *context,
                        const struct lsw_mat *inverse,
                        const struct lsw_mat *gates,
                        const struct lsw_mat_mut *y);
+
+/**
+ * y = factor * x: reads and writes every element once, as fast as a kernel without an adapter can.
+ * A switch moves the same bytes, so the ratio of the two in one run is what the adapters cost.
+ *
+ * x and y are vectors [1, n] of LSW_F32, LSW_F16 or LSW_BF16, the same for both, with addresses
+ * that are multiples of 16 bytes. One launch; enqueued, and may be captured.
+ */
+lsw_status lsw_measure_scale(const struct lsw_context *context,
+                             void *stream,
+                             float factor,
+                             const struct lsw_mat *x,
+                             const struct lsw_mat_mut *y);
+
+/**
+ * y = factor * y; all else as for lsw_measure_scale.
+ */
+lsw_status lsw_measure_scale_in_place(const struct lsw_context *context,
+                                      void *stream,
+                                      float factor,
+                                      const struct lsw_mat_mut *y);
+
+/**
+ * Fills a vector y with size * uniform(-1, 1): element i depends on the seed and i alone, and is
+ * the same on both backends. All else as for lsw_measure_scale.
+ */
+lsw_status lsw_measure_fill_random(const struct lsw_context *context,
+                                   void *stream,
+                                   uint64_t seed,
+                                   float size,
+                                   const struct lsw_mat_mut *y);
+
+/**
+ * Reads a vector x once, as a pass over a model's weights does: *sink ^= the xor of its bytes taken
+ * as little-endian 32-bit words, the last one filled up with zeros. The sink is one word in the
+ * context's memory, there so that no load can be left out. All else as for lsw_measure_scale.
+ */
+lsw_status lsw_measure_read(const struct lsw_context *context,
+                            void *stream,
+                            const struct lsw_mat *x,
+                            int32_t *sink);
 
 #ifdef __cplusplus
 }  // extern "C"

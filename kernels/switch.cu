@@ -53,15 +53,14 @@ template <class T> struct Shared {
     uint32_t term_count;
     uint32_t next_tile;
     uint32_t is_last;
+    uint32_t any_changed;
 };
 
 // Exclusive prefix sum of the tiles of the changed targets among 256, from `first` on.
 template <class T> __device__ void plan(const LswSwitchArgs& args, Shared<T>& s, uint32_t first) {
     const uint32_t target = first + threadIdx.x;
     uint32_t tiles = 0;
-    if (target < args.last && serves(args, target) && judge(args, s.route, target) == Verdict::kChanged) {
-        tiles = target_of(args, target).tiles;
-    }
+    if (is_changed(args, s.route, target)) tiles = target_of(args, target).tiles, s.any_changed = 1;
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     uint32_t sum = tiles;
     for (int step = 1; step < 32; step *= 2) {
@@ -179,9 +178,9 @@ template <class T> struct Product {
 #pragma unroll
         for (int i = 0; i < 16; ++i) {
             const int tile_m = i / 8, half = i / 4 % 2, tile_n = i % 4;
-            T* w = &s.weight[m0 + 16 * tile_m + 8 * half][n0 + 8 * tile_n];
-            w[0] = from_float<T>(to_float(w[0]) + sum[tile_m][tile_n][2 * half]);
-            w[1] = from_float<T>(to_float(w[1]) + sum[tile_m][tile_n][2 * half + 1]);
+            uint32_t& word = *reinterpret_cast<uint32_t*>(&s.weight[m0 + 16 * tile_m + 8 * half][n0 + 8 * tile_n]);
+            const float2 old = unpack(word, T{});
+            word = pack({old.x + sum[tile_m][tile_n][2 * half], old.y + sum[tile_m][tile_n][2 * half + 1]}, T{});
         }
     }
 };
@@ -268,6 +267,7 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
     extern __shared__ __align__(16) unsigned char raw[];
     Shared<T>& s = *reinterpret_cast<Shared<T>*>(raw);
     if (threadIdx.x < 32) canonical_route(args, s.route);
+    if (threadIdx.x == 0) s.any_changed = 0;
     __syncthreads();
 
     uint32_t tile = blockIdx.x, planned = 0;  // tiles of the targets that were planned before
@@ -294,6 +294,8 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
         __syncthreads();
     }
 
+    // Nothing to do: every block finds the same, so there is no queue to reset and nothing to record.
+    if (!s.any_changed) return;
     if (threadIdx.x == 0) {
         __threadfence();
         s.is_last = atomicAdd(&state(args)->blocks_done, 1) == gridDim.x - 1;

@@ -48,18 +48,22 @@ static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 384 * 168, 
 
 static_assert(kThreads == 384 && kTile == 128, "one producer warpgroup and two consumers of 64 rows each");
 
-struct Term {
+struct alignas(16) Term {
     float coefficient;
     int slot;
-    uint32_t rank, flags;
+    int rank;
+    uint32_t flags;
 };
 
 // A tile on its way through the roles.
-struct Entry {
+struct alignas(16) Header {
     uint32_t target;  // kEnd: there are no more
     int row, col;
-    uint32_t term_count;
-    uint32_t stripe;  // its rows' stripes of B: changes with the target and with the row
+    uint32_t terms;  // how many; and bit 31: the first tile of a run, which brings its own stripes of B
+};
+constexpr uint32_t kNewRun = 1u << 31;
+struct Entry {
+    Header header;
     Term terms[2 * LSW_MAX_K];
 };
 
@@ -85,6 +89,7 @@ struct Shared {
     Barrier stripe_full[2];
     Route route;
     Geometry geometry;
+    uint32_t groups;
     uint32_t group[kGroups + 1];  // tiles of the changed targets before each group of 32
 };
 static_assert(sizeof(Shared) + 1024 <= LSW_SWITCH90_SHARED, "the host asks for this much shared memory");
@@ -120,8 +125,7 @@ __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t x) {
 
 // Tiles that a target needs under the new route.
 __device__ __forceinline__ uint32_t changed_tiles(const LswSwitchArgs& args, const Route& route, uint32_t target) {
-    if (target >= args.last || !serves(args, target) || judge(args, route, target) != Verdict::kChanged) return 0;
-    return tile_count(target_of(args, target));
+    return is_changed(args, route, target) ? tile_count(target_of(args, target)) : 0;
 }
 
 __device__ __forceinline__ uint32_t padded_rank(uint32_t rank) {
@@ -165,10 +169,9 @@ __device__ void lay_out(const LswSwitchArgs& args, Geometry& g, uint32_t total) 
 // All threads: the tiles of each group of 32 targets, then their prefix sum, and the geometry. Ends with a barrier.
 __device__ void plan(const LswSwitchArgs& args, Shared& s) {
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint32_t groups = (args.last - args.first + 31) / 32;
-    for (uint32_t g = warp; g < kGroups; g += kThreads / 32) {
+    for (uint32_t g = warp; g < s.groups; g += kThreads / 32) {
         const uint32_t target = args.first + 32 * g + lane;
-        const uint32_t tiles = g < groups ? changed_tiles(args, s.route, target) : 0;
+        const uint32_t tiles = changed_tiles(args, s.route, target);
         if (tiles > 0) demand(args, s, target);
         const uint32_t sum = __reduce_add_sync(kFullWarp, tiles);
         if (lane == 0) s.group[g + 1] = sum;
@@ -176,9 +179,9 @@ __device__ void plan(const LswSwitchArgs& args, Shared& s) {
     __syncthreads();
     if (warp == 0) {
         uint32_t carry = 0;
-        for (uint32_t first = 0; first < kGroups; first += 32) {
-            const uint32_t sum = carry + warp_inclusive_sum(s.group[first + lane + 1]);
-            s.group[first + lane + 1] = sum;
+        for (uint32_t g = lane; g < (s.groups + 31) / 32 * 32; g += 32) {
+            const uint32_t sum = carry + warp_inclusive_sum(g < s.groups ? s.group[g + 1] : 0);
+            if (g < s.groups) s.group[g + 1] = sum;
             carry = __shfl_sync(kFullWarp, sum, 31);
         }
         if (lane == 0) s.group[0] = 0, lay_out(args, s.geometry, carry);
@@ -186,62 +189,70 @@ __device__ void plan(const LswSwitchArgs& args, Shared& s) {
     __syncthreads();
 }
 
-// The scheduler's memory: which target it is in, and that target's terms, one or two a lane.
+// Where the scheduler is: its target, of which it keeps everything that a tile needs, so that a tile costs it no access to global memory.
 struct Cursor {
     uint32_t group = kEnd, target = kEnd;
     uint32_t before_lane = 0, lane_tiles = 0;  // of this lane's target in the group
-    uint32_t target_start = 0;                 // first tile of the target
+    uint32_t start = 0, end = 0;               // the target's tiles
+    uint32_t across = 1;                       // its tiles in a row
     LaneTerms terms{};
-    uint32_t stripe = 0;
+    Term enter{}, leave{};  // of this lane
+    int row = -1;
+    bool new_run = false;  // the tile has another target or row than the one before
 };
 
-// One warp: finds a tile's target and, where it is a new one, its terms.
+__device__ __forceinline__ Term make_term(const LswSwitchArgs& args, uint32_t target, int slot, float coefficient) {
+    const LswFactor& f = factor(args, target, slot);
+    return {coefficient, slot, static_cast<int>(f.rank), f.flags};
+}
+
+// One warp: moves on to the target that a tile belongs to.
 __device__ void seek(const LswSwitchArgs& args, Shared& s, Cursor& at, uint32_t tile) {
     const uint32_t lane = threadIdx.x % 32;
     uint32_t g = 0;
     for (uint32_t step = kGroups / 2; step > 0; step /= 2) {
-        if (s.group[g + step] <= tile) g += step;
+        if (g + step < s.groups && s.group[g + step] <= tile) g += step;
     }
     if (g != at.group) {
         at.group = g;
         at.lane_tiles = changed_tiles(args, s.route, args.first + 32 * g + lane);
         at.before_lane = s.group[g] + warp_inclusive_sum(at.lane_tiles) - at.lane_tiles;
     }
-    const uint32_t mine = __ballot_sync(kFullWarp, at.before_lane <= tile && tile < at.before_lane + at.lane_tiles);
-    const uint32_t owner = __ffs(mine) - 1;
-    const uint32_t target = args.first + 32 * g + owner;
-    at.target_start = __shfl_sync(kFullWarp, at.before_lane, owner);
-    if (target != at.target) {
-        at.target = target;
-        at.terms = lane_terms(args, s.route, target);
-    }
-}
-
-__device__ __forceinline__ Term make_term(const LswSwitchArgs& args, uint32_t target, int slot, float coefficient) {
-    const LswFactor& f = factor(args, target, slot);
-    return {coefficient, slot, f.rank, f.flags};
+    const uint32_t owner = __ffs(__ballot_sync(kFullWarp, at.before_lane <= tile && tile < at.before_lane + at.lane_tiles)) - 1;
+    at.target = args.first + 32 * g + owner;
+    at.start = __shfl_sync(kFullWarp, at.before_lane, owner);
+    at.end = at.start + __shfl_sync(kFullWarp, at.lane_tiles, owner);
+    at.across = (target_of(args, at.target).cols + kTile - 1) / kTile;
+    at.terms = lane_terms(args, s.route, at.target);
+    if (at.terms.enter_slot >= 0) at.enter = make_term(args, at.target, at.terms.enter_slot, at.terms.enter);
+    if (at.terms.leave_slot >= 0) at.leave = make_term(args, at.target, at.terms.leave_slot, at.terms.leave);
+    at.row = -1;
 }
 
 // One warp: a tile and its terms become an entry of the ring.
-__device__ void publish(const LswSwitchArgs& args, Shared& s, Ring& ring, const Cursor& at, int row, int col) {
+__device__ void publish(Shared& s, Ring& ring, const Cursor& at, int row, int col) {
     s.entry_empty[ring.slot].wait(ring.parity ^ 1);
     Entry& entry = s.entry[ring.slot];
     if (at.target != kEnd) {
-        if (at.terms.enter_slot >= 0) entry.terms[at.terms.enter_at] = make_term(args, at.target, at.terms.enter_slot, at.terms.enter);
-        if (at.terms.leave_slot >= 0) entry.terms[at.terms.leave_at] = make_term(args, at.target, at.terms.leave_slot, at.terms.leave);
+        if (at.terms.enter_slot >= 0) entry.terms[at.terms.enter_at] = at.enter;
+        if (at.terms.leave_slot >= 0) entry.terms[at.terms.leave_at] = at.leave;
     }
-    if (threadIdx.x % 32 == 0) entry.target = at.target, entry.row = row, entry.col = col, entry.term_count = at.terms.count, entry.stripe = at.stripe;
+    if (threadIdx.x % 32 == 0) entry.header = {at.target, row, col, at.terms.count | (at.new_run ? kNewRun : 0)};
     s.entry_full[ring.slot].arrive();  // each lane for what it wrote
     ring.advance();
 }
 
-// A word of an entry. The leader alone reads it, since the leader alone gives the entry back.
-template <class Word> __device__ __forceinline__ Word take(const Word& word) {
-    Word value{};
-    if (threadIdx.x % 32 == 0) value = word;
-    return __shfl_sync(kFullWarp, value, 0);
+// Four words out of an entry. The leader alone reads them, since the leader alone gives the entry back.
+template <class Words> __device__ __forceinline__ Words take(const Words& words) {
+    static_assert(sizeof(Words) == 16 && alignof(Words) == 16, "one load");
+    int4 value{};
+    if (threadIdx.x % 32 == 0) value = *reinterpret_cast<const int4*>(&words);
+    value.x = __shfl_sync(kFullWarp, value.x, 0), value.y = __shfl_sync(kFullWarp, value.y, 0);
+    value.z = __shfl_sync(kFullWarp, value.z, 0), value.w = __shfl_sync(kFullWarp, value.w, 0);
+    Words taken;
+    memcpy(&taken, &value, 16);
+    return taken;
 }
-__device__ __forceinline__ Term take(const Term& term) { return {take(term.coefficient), take(term.slot), take(term.rank), take(term.flags)}; }
 
 // Waits for the next entry.
 __device__ __forceinline__ const Entry& next_entry(Shared& s, const Ring& ring) {
@@ -249,45 +260,44 @@ __device__ __forceinline__ const Entry& next_entry(Shared& s, const Ring& ring) 
     return s.entry[ring.slot];
 }
 
+// The leader: has the copy engine bring a tile's two granules, once their places are free.
+__device__ __forceinline__ void load_weight(const LswSwitchArgs& args, Shared& s, const Ring& weights, uint32_t target, int row, int col) {
+    const LswMap* base = target_maps(args, target) + 1;
+    for (int c = 0; c < 2; ++c) {
+        s.weight_empty[c][weights.slot].wait(weights.parity ^ 1);
+        Barrier& full = s.weight_full[c][weights.slot];
+        unsigned char* granule = s.weight[c][weights.slot];
+        full.arrive_expecting(2 * kHalf);
+        load_box(granule, base, col, row + 64 * c, full);
+        load_box(granule + kHalf, base, col + 64, row + 64 * c, full);
+    }
+}
+
 __device__ void run_scheduler(const LswSwitchArgs& args, Shared& s) {
     const bool leader = threadIdx.x % 32 == 0;
-    const uint32_t total = s.group[kGroups];
-    Ring entries(kEntries);
-    Ring weights(kWeights);
+    const uint32_t total = s.group[s.groups], grab = s.geometry.grab;
+    Ring entries(kEntries), weights(kWeights);
     Cursor at;
-    int last_row = -1;
-    uint32_t grab = blockIdx.x;
-    while (grab * s.geometry.grab < total) {
+    uint32_t taken = blockIdx.x;
+    while (taken * grab < total) {
         uint32_t next = 0;
         if (leader) next = gridDim.x + atomicAdd(&state(args)->next_tile, 1);
-        const uint32_t end = min(total, (grab + 1) * s.geometry.grab);
-        for (uint32_t tile = grab * s.geometry.grab; tile < end; ++tile) {
-            const uint32_t former = at.target;
-            seek(args, s, at, tile);
+        const uint32_t end = min(total, (taken + 1) * grab);
+        for (uint32_t tile = taken * grab; tile < end; ++tile) {
+            if (tile < at.start || tile >= at.end) seek(args, s, at, tile);
             if (args.in_place && at.terms.count == 0) continue;
-            const uint32_t across = (target_of(args, at.target).cols + kTile - 1) / kTile, index = tile - at.target_start;
-            const int row = index / across * kTile, col = index % across * kTile;
-            if (at.target != former || row != last_row) ++at.stripe;
-            last_row = row;
-            publish(args, s, entries, at, row, col);
-            if (leader) {
-                const LswMap* base = target_maps(args, at.target) + 1;
-                for (int c = 0; c < 2; ++c) {
-                    s.weight_empty[c][weights.slot].wait(weights.parity ^ 1);
-                    Barrier& full = s.weight_full[c][weights.slot];
-                    full.arrive_expecting(2 * kHalf);
-                    for (int half = 0; half < 2; ++half) {
-                        load_box(s.weight[c][weights.slot] + half * kHalf, base, col + 64 * half, row + 64 * c, full);
-                    }
-                }
-            }
+            const int row = (tile - at.start) / at.across * kTile, col = (tile - at.start) % at.across * kTile;
+            at.new_run = row != at.row;
+            at.row = row;
+            publish(s, entries, at, row, col);
+            if (leader) load_weight(args, s, weights, at.target, row, col);
             __syncwarp();
             weights.advance();
         }
-        grab = __shfl_sync(kFullWarp, next, 0);
+        taken = __shfl_sync(kFullWarp, next, 0);
     }
     at.target = kEnd;
-    publish(args, s, entries, at, 0, 0);
+    publish(s, entries, at, 0, 0);
 
     uint32_t is_last = 0;
     if (leader) {
@@ -323,41 +333,38 @@ template <class T> __device__ void load_slowly(const LswFactor& f, unsigned char
     __syncwarp();
 }
 
-// Where a slot of the ring, and a buffer of stripes, stand in the pool.
-__device__ __forceinline__ unsigned char* panel_at(Shared& s, uint32_t slot) {
-    return s.pool + (s.geometry.stripes ? kStripes : 0) + slot * s.geometry.panel_bytes;
-}
+// Where the ring of panels, and a buffer of stripes, stand in the pool.
+__device__ __forceinline__ unsigned char* ring_of_panels(Shared& s) { return s.pool + (s.geometry.stripes ? kStripes : 0); }
 __device__ __forceinline__ unsigned char* stripe_at(Shared& s, uint32_t buffer) { return s.pool + buffer * (kStripes / 2); }
 
 // Brings the stripes of B for a new row of tiles: all terms, one behind the other.
-__device__ void load_stripes(const LswSwitchArgs& args, Shared& s, const Entry& entry, uint32_t buffer) {
+__device__ void load_stripes(const LswSwitchArgs& args, Shared& s, const Entry& entry, uint32_t terms, uint32_t buffer) {
     uint32_t bytes = 0;
-    for (uint32_t i = 0; i < entry.term_count; ++i) bytes += padded_rank(entry.terms[i].rank) * 256;
+    for (uint32_t i = 0; i < terms; ++i) bytes += padded_rank(entry.terms[i].rank) * 256;
     s.stripe_full[buffer].arrive_expecting(bytes);
     unsigned char* to = stripe_at(s, buffer);
-    for (uint32_t i = 0; i < entry.term_count; ++i) {
+    for (uint32_t i = 0; i < terms; ++i) {
         const Term& term = entry.terms[i];
-        const LswMap* map = factor_maps(args, entry.target, term.slot) + 1;
+        const LswMap* map = factor_maps(args, entry.header.target, term.slot) + 1;
         const int depth = panel_depth(term.rank);
-        for (int k = 0; k < static_cast<int>(term.rank); k += depth, to += depth * 256) {
-            load_box(to, map, k, entry.row, s.stripe_full[buffer]);
+        for (int k = 0; k < term.rank; k += depth, to += depth * 256) {
+            load_box(to, map, k, entry.header.row, s.stripe_full[buffer]);
         }
     }
 }
 
 template <class T> __device__ void run_panels(const LswSwitchArgs& args, Shared& s) {
     const bool leader = threadIdx.x % 32 == 0;
-    const uint32_t stripes = s.geometry.stripes;
+    const uint32_t stripes = s.geometry.stripes, panel_bytes = s.geometry.panel_bytes;
+    unsigned char* ring = ring_of_panels(s);
     Ring entries(kEntries), panels(s.geometry.panels);
-    uint32_t fenced = kEnd, stripe = 0;
+    uint32_t fenced = kEnd, buffer = 0;
     uint32_t issued = 0, run_start = 0;  // panels so far, and when the current run began
     for (;; entries.advance()) {
         const Entry& entry = next_entry(s, entries);
-        const uint32_t target = take(entry.target), term_count = take(entry.term_count);
-        const int row = take(entry.row), col = take(entry.col);
+        const auto [target, row, col, terms] = take(entry.header);
         if (target == kEnd) return;
-        const bool is_new = take(entry.stripe) != stripe;
-        stripe = take(entry.stripe);
+        const uint32_t term_count = terms & ~kNewRun;
         if (leader && fenced != target) {
             for (uint32_t i = 0; i < term_count; ++i) {
                 const LswMap* maps = factor_maps(args, target, entry.terms[i].slot);
@@ -365,23 +372,24 @@ template <class T> __device__ void run_panels(const LswSwitchArgs& args, Shared&
             }
         }
         fenced = target;
-        if (stripes && is_new) {
+        if (stripes && (terms & kNewRun)) {
             // The buffer's former run has ended when its last panel was given back: that of the last run, or of the one before.
             const uint32_t before = stripes == 2 ? run_start : issued;
             if (before > 0 && issued - before < panels.size) {
                 s.panel_empty[(before - 1) % panels.size].wait((before - 1) / panels.size & 1);
             }
             run_start = issued;
-            if (leader && term_count > 0) load_stripes(args, s, entry, stripe % stripes);
+            if (leader && term_count > 0) load_stripes(args, s, entry, term_count, buffer);
+            if (stripes == 2) buffer ^= 1;
             __syncwarp();
         }
         for (uint32_t i = 0; i < term_count; ++i) {
             const Term term = take(entry.terms[i]);
             const LswMap* maps = factor_maps(args, target, term.slot);
             const int depth = panel_depth(term.rank);
-            for (int k = 0; k < static_cast<int>(term.rank); k += depth, panels.advance(), ++issued) {
+            for (int k = 0; k < term.rank; k += depth, panels.advance(), ++issued) {
                 s.panel_empty[panels.slot].wait(panels.parity ^ 1);
-                unsigned char* panel = panel_at(s, panels.slot);
+                unsigned char* panel = ring + panels.slot * panel_bytes;
                 Barrier& full = s.panel_full[panels.slot];
                 if (term.flags != (LSW_A_ALIGNED | LSW_B_ALIGNED)) {
                     load_slowly<T>(factor(args, target, term.slot), panel, row, col, target_of(args, target), k, depth);
@@ -406,15 +414,15 @@ __device__ void run_stores(const LswSwitchArgs& args, Shared& s, int consumer) {
     Ring weights(kWeights);
     for (;; entries.advance(), weights.advance()) {
         const Entry& entry = next_entry(s, entries);
-        const uint32_t target = take(entry.target);
-        const int row = take(entry.row) + 64 * consumer, col = take(entry.col);
+        const Header tile = take(entry.header);
         if (leader) s.entry_empty[entries.slot].arrive();
-        if (target == kEnd) break;
+        if (tile.target == kEnd) break;
         s.weight_done[consumer][weights.slot].wait(weights.parity);
         if (leader) {
             const unsigned char* granule = s.weight[consumer][weights.slot];
-            store_box(target_maps(args, target), col, row, granule);
-            store_box(target_maps(args, target), col + 64, row, granule + kHalf);
+            const LswMap* map = target_maps(args, tile.target);
+            store_box(map, tile.col, tile.row + 64 * consumer, granule);
+            store_box(map, tile.col + 64, tile.row + 64 * consumer, granule + kHalf);
             store_commit();
             store_wait_read();
             s.weight_empty[consumer][weights.slot].arrive();
@@ -424,29 +432,21 @@ __device__ void run_stores(const LswSwitchArgs& args, Shared& s, int consumer) {
     if (leader) store_wait();
 }
 
-// A wgmma descriptor: address, the two strides and the swizzle (1: 128 bytes, 2: 64, 3: 32).
-__device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride, uint32_t swizzle) {
-    return (address >> 4 & 0x3fff) | static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32 |
-           static_cast<uint64_t>(swizzle) << 62;
+// A wgmma descriptor but for the address: the two strides in bytes and the swizzle (1: 128 bytes, 2: 64, 3: 32).
+__device__ __forceinline__ uint64_t layout(uint32_t leading, uint32_t stride, uint32_t swizzle) {
+    return static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4 | swizzle << 30) << 32;
 }
 
-// kSteps times 16 of the rank. Straight-line code: around a loop ptxas would put a group of its own on every wgmma.
+// product = or += B_j A_j over kSteps times 16 of the rank. Straight-line code: around a loop ptxas would put a group of its own on every
+// wgmma. 16 columns of B are 32 bytes along its rows; 16 rows of A are 2,048 bytes.
 template <int kSteps, class T> __device__ __forceinline__ void multiply_steps(float (&product)[64], uint64_t b, uint64_t a, bool add) {
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-        // 16 columns of B are 32 bytes along its rows; 16 rows of A are 2,048 bytes.
-        wgmma(product, b + (32 * i >> 4), a + (2048 * i >> 4), add || i > 0, T{});
-    }
+    for (int i = 0; i < kSteps; ++i) wgmma(product, b + (32 * i >> 4), a + (2048 * i >> 4), add || i > 0, T{});
     wgmma_commit();
-    wgmma_wait();
 }
-
-// product = or += B_j A_j over one panel. B: rows of `depth` elements, swizzled over that width. A: two blocks of 64 columns.
-template <class T> __device__ __forceinline__ void multiply(float (&product)[64], const unsigned char* a_panel, const unsigned char* b_panel, int depth, int used, bool add) {
-    const uint64_t b = descriptor(shared_address(b_panel), 16, depth * 16, depth == 64 ? 1 : depth == 32 ? 2 : 3);
-    const uint64_t a = descriptor(shared_address(a_panel), depth * 128, 1024, 1);
-    switch ((used + 15) / 16) {
+template <class T> __device__ __forceinline__ void multiply(float (&product)[64], uint64_t b, uint64_t a, int steps, bool add) {
+    switch (steps) {
         case 1: return multiply_steps<1, T>(product, b, a, add);
         case 2: return multiply_steps<2, T>(product, b, a, add);
         case 3: return multiply_steps<3, T>(product, b, a, add);
@@ -458,56 +458,66 @@ template <class T> __device__ __forceinline__ void multiply(float (&product)[64]
 // of each 8: the layout of ldmatrix.
 template <class T> __device__ __forceinline__ void add_to(unsigned char* granule, const float (&sum)[64]) {
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+    auto place = [&](int j) { return granule + j / 4 * kHalf + row * 128 + ((j % 4 * 2 + lane / 16) ^ (row & 7)) * 16; };
+    uint32_t w[8][4];  // all loads before the first use
+#pragma unroll
+    for (int j = 0; j < 8; ++j) ldmatrix4(w[j], place(j));
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-        const int chunk = (j % 4 * 2 + lane / 16) ^ (row & 7);
-        unsigned char* at = granule + j / 4 * kHalf + row * 128 + chunk * 16;
-        uint32_t w[4];
-        ldmatrix4(w, at);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            T pair[2];
-            memcpy(pair, &w[i], 4);
-            pair[0] = from_float<T>(to_float(pair[0]) + sum[8 * j + 2 * i]);
-            pair[1] = from_float<T>(to_float(pair[1]) + sum[8 * j + 2 * i + 1]);
-            memcpy(&w[i], pair, 4);
+            const float2 old = unpack(w[j][i], T{});
+            w[j][i] = pack({old.x + sum[8 * j + 2 * i], old.y + sum[8 * j + 2 * i + 1]}, T{});
         }
-        stmatrix4(at, w);
+        stmatrix4(place(j), w[j]);
     }
 }
 
 template <class T> __device__ void run_consumer(Shared& s, int consumer) {
     const bool leader = threadIdx.x % 32 == 0;
-    const uint32_t stripes = s.geometry.stripes;
-    uint32_t stripe = 0, stripe_parity = 0;
-    Ring entries(kEntries);
-    Ring weights(kWeights);
-    Ring panels(s.geometry.panels);
+    const uint32_t stripes = s.geometry.stripes, panel_bytes = s.geometry.panel_bytes;
+    const uint32_t ring = shared_address(ring_of_panels(s)), stripe = shared_address(s.pool);
+    Ring entries(kEntries), weights(kWeights), panels(s.geometry.panels);
+    uint32_t buffer = 1, stripe_parity = 3;  // as after a run before the first
     for (;; entries.advance(), weights.advance()) {
         const Entry& entry = next_entry(s, entries);
-        if (take(entry.target) == kEnd) return;
-        const uint32_t term_count = take(entry.term_count);
-        const uint32_t new_stripe = take(entry.stripe);
-        const uint32_t buffer = stripes ? new_stripe % stripes : 0;
-        if (stripes && new_stripe != stripe && term_count > 0) {
-            s.stripe_full[buffer].wait(stripe_parity >> buffer & 1);
-            stripe_parity ^= 1u << buffer;
-        }
-        stripe = new_stripe;
-        const unsigned char* b = stripe_at(s, buffer);
-        float sum[64] = {};
-        for (uint32_t i = 0; i < term_count; ++i) {
-            const int rank = take(entry.terms[i].rank), depth = panel_depth(rank);
-            const float coefficient = take(entry.terms[i].coefficient);
-            float product[64];
-            for (int k = 0; k < rank; k += depth, panels.advance(), b += depth * 256) {
-                s.panel_full[panels.slot].wait(panels.parity);
-                const unsigned char* a = panel_at(s, panels.slot);
-                multiply<T>(product, a, (stripes ? b : a + depth * 256) + consumer * depth * 128, depth, min(depth, rank - k), k > 0);
-                if (leader) s.panel_empty[panels.slot].arrive();
+        const Header tile = take(entry.header);
+        if (tile.target == kEnd) return;
+        const uint32_t term_count = tile.terms & ~kNewRun;
+        if (stripes && (tile.terms & kNewRun)) {
+            buffer = stripes == 2 ? buffer ^ 1 : 0;
+            if (term_count > 0) {
+                stripe_parity ^= 1u << buffer;
+                s.stripe_full[buffer].wait(stripe_parity >> buffer & 1);
             }
+        }
+        uint32_t stripe_at = stripe + buffer * (kStripes / 2);
+        float sum[64] = {};
+        Term next = take(entry.terms[0]);
+        for (uint32_t i = 0; i < term_count; ++i) {
+            const Term term = next;
+            if (i + 1 < term_count) next = take(entry.terms[i + 1]);
+            const int depth = panel_depth(term.rank);
+            // B: rows of `depth` elements, swizzled over that width. A: two blocks of 64 columns.
+            const uint64_t b_layout = layout(16, depth * 16, depth == 64 ? 1 : depth == 32 ? 2 : 3), a_layout = layout(depth * 128, 1024, 1);
+            float product[64];
+            uint32_t former = 0;
+            for (int k = 0; k < term.rank; k += depth, panels.advance(), stripe_at += depth * 256) {
+                const uint32_t a = ring + panels.slot * panel_bytes;
+                const uint32_t b = (stripes ? stripe_at : a + depth * 256) + consumer * depth * 128;
+                s.panel_full[panels.slot].wait(panels.parity);
+                multiply<T>(product, b_layout | b >> 4, a_layout | a >> 4, (min(depth, term.rank - k) + 15) / 16, k > 0);
+                // One panel's wgmmas stay in flight; the panel before it is free.
+                if (k > 0) {
+                    wgmma_wait<1>();
+                    if (leader) s.panel_empty[former].arrive();
+                }
+                former = panels.slot;
+            }
+            wgmma_wait<0>();
+            if (leader) s.panel_empty[former].arrive();
 #pragma unroll
-            for (int j = 0; j < 64; ++j) sum[j] = fmaf(coefficient, product[j], sum[j]);
+            for (int j = 0; j < 64; ++j) sum[j] = fmaf(term.coefficient, product[j], sum[j]);
         }
         if (leader) s.entry_empty[entries.slot].arrive();
 
@@ -535,9 +545,11 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
     Shared& s = *reinterpret_cast<Shared*>(raw + (-shared_address(raw) & 1023));
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0);  // uniform, and the compiler knows
     if (warp == 0) canonical_route(args, s.route);
-    if (threadIdx.x == 32) init_barriers(s), s.geometry = {};
+    if (threadIdx.x == 32) init_barriers(s), s.geometry = {}, s.groups = (args.last - args.first + 31) / 32;
     __syncthreads();
     plan(args, s);
+    // Nothing to do: every block finds the same, so there is no queue to reset and nothing to record.
+    if (s.group[s.groups] == 0) return;
 
     if (warp < 4) {
         give_registers<kProducerRegisters>();

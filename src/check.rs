@@ -43,7 +43,7 @@ impl Named<'_> {
         if mat.addr == 0 {
             return Err(self.error("data", "null", "an address"));
         }
-        if mat.addr % mat.dtype.size() != 0 {
+        if !mat.addr.is_multiple_of(mat.dtype.size()) {
             return Err(self.error("data", format!("{:#x}", mat.addr), format!("a multiple of {} bytes", mat.dtype.size())));
         }
         Ok(self)

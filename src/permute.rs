@@ -57,11 +57,11 @@ fn check_experts(experts: u64) -> Result<u32> {
 
 /// Sorts the items (t, j) of `ids` by expert, stably: items of one expert keep their order t k + j.
 ///
-/// - `ids` [T, k] i32, k at most 32; -1, or any id outside 0..experts, drops the item (ids other than -1 are reported by
+/// - `ids [T, k]` i32, k at most 32; -1, or any id outside 0..experts, drops the item (ids other than -1 are reported by
 ///   [`take_odd`](Stream::take_odd)).
-/// - `offsets` [experts + 1] i32: expert e has rows offsets[e]..offsets[e + 1]; the last is the number of rows R.
-/// - `row_map` [T k] i32: row -> item t k + j; -1 from R on.
-/// - `inverse` [T, k] i32: item -> row; -1 for a dropped one.
+/// - `offsets [experts + 1]` i32: expert e has rows `offsets[e]..offsets[e + 1]`; the last is the number of rows R.
+/// - `row_map [T k]` i32: row -> item t k + j; -1 from R on.
+/// - `inverse [T, k]` i32: item -> row; -1 for a dropped one.
 /// - `workspace` u8, at least [`permute_workspace_bytes`], a multiple of 4 bytes in address; its content does not matter.
 ///
 /// experts from 1 to 1024, T k below 2^31. Exact and deterministic. On CUDA two launches are enqueued.
@@ -141,10 +141,10 @@ fn check_k(name: &str, k: u64) -> Result<u32> {
     narrow(name, k, u64::from(LSW_MAX_K))
 }
 
-/// Copies each token's row to the rows of its experts: rows[r] = x[row_map[r] / k].
+/// Copies each token's row to the rows of its experts: `rows[r] = x[row_map[r] / k]`.
 ///
-/// - `x` [T, D], `rows` [R, D]: any element type, the same for both; bytes are moved as they are.
-/// - `row_map` [R] i32 from [`permute`]; R may be anything up to T k. Rows whose entry names no token (-1) are left alone.
+/// - `x [T, D]`, `rows [R, D]`: any element type, the same for both; bytes are moved as they are.
+/// - `row_map [R]` i32 from [`permute`]; R may be anything up to T k. Rows whose entry names no token (-1) are left alone.
 ///
 /// Every D, stride and offset works; 16-byte accesses serve where addresses and row bytes are multiples of 16. Deterministic. One
 /// launch.
@@ -174,9 +174,9 @@ fn check_gather(stream: &Stream, x: RawMat, row_map: RawMat, k: u64, rows: RawMa
     Ok(GatherPlan { x: x.mat, row_map: row_map.mat, rows: rows.mat, k })
 }
 
-/// Adds up each token's weighted results: y[t] = sum over j of gates[t, j] rows[inverse[t, j]].
+/// Adds up each token's weighted results: `y[t]` = sum over j of `gates[t, j] * rows[inverse[t, j]]`.
 ///
-/// - `rows` [R, D] and `y` [T, D]: f32, f16 or bf16, the same for both. `inverse` [T, k] i32, `gates` [T, k] f32, k at most 32.
+/// - `rows [R, D]` and `y [T, D]`: f32, f16 or bf16, the same for both. `inverse [T, k]` i32, `gates [T, k]` f32, k at most 32.
 /// - Entries of `inverse` that name no row (-1) add nothing; a token with none gets zeros.
 ///
 /// Sums in f32, j ascending, one rounding: deterministic, no atomics, and a token's bits do not depend on the other tokens. One launch.

@@ -33,8 +33,8 @@ pub(crate) struct Plan {
 
 /// Routes each token to its k best experts: softmax over N logits, top-k, gates (LoRA-Switch, arXiv 2405.17741, section 4.1).
 ///
-/// - `logits` [T, N] f32, f16 or bf16; N from 1 to 1024.
-/// - `ids` [T, k] i32 and `gates` [T, k] f32, both written; k is their width, at most min(N, 32). Descending by score, ties to the
+/// - `logits [T, N]` f32, f16 or bf16; N from 1 to 1024.
+/// - `ids [T, k]` i32 and `gates [T, k]` f32, both written; k is their width, at most min(N, 32). Descending by score, ties to the
 ///   lower id. Row strides are free everywhere. Addresses need the alignment of an element.
 ///
 /// Odd values: NaN counts as -inf. If some logits are +inf, those share the softmax equally. In a row with nothing above -inf every

@@ -139,11 +139,12 @@ impl Context {
     /// Launches every kernel once with nothing to do, so that no later launch is a first one (a captured one, say).
     ///
     /// # Errors
-    /// Where a launch fails.
+    /// On a stream of another context, or where a launch fails.
     pub fn warm(&self, stream: &Stream) -> Result<()> {
-        match &stream.0 {
-            StreamKind::Cpu(_) => Ok(()),
-            StreamKind::Cuda(stream) => crate::cuda::warm(stream),
+        match (&self.0, &stream.0) {
+            (ContextKind::Cpu(_), StreamKind::Cpu(_)) => Ok(()),
+            (ContextKind::Cuda(device), StreamKind::Cuda(stream)) if device.raw() == stream.device().raw() => crate::cuda::warm(stream),
+            _ => Err(Error::argument("stream", "of another context", "of this context")),
         }
     }
 

@@ -92,7 +92,7 @@ pub(crate) struct ToPlan {
 
 /// All adapted weights of a model and the adapters that they may carry.
 ///
-/// A *route* is `ids` [k] and `gates` [k], as the router writes them. Canonical form: an id outside the bank's slots is none; duplicates
+/// A *route* is `ids [k]` and `gates [k]`, as the router writes them. Canonical form: an id outside the bank's slots is none; duplicates
 /// add up in f32 in order of appearance; entries sort by id, so a permuted route gives the same bits. The coefficient of a slot at a
 /// target is gate * scale, in f32; where it is zero, or the rank is, the adapter is not touched at all.
 ///
@@ -154,7 +154,7 @@ impl SwitchSet {
         })
     }
 
-    /// Brings all targets to a route: `ids` [k] i32 and `gates` [k] f32 (vectors, 1 x k), k at most k_max. One launch on CUDA.
+    /// Brings all targets to a route: `ids [k]` i32 and `gates [k]` f32 (vectors, 1 x k), k at most k_max. One launch on CUDA.
     ///
     /// # Errors
     /// On shapes, dtypes, places and streams that do not fit; nothing is launched then.
@@ -211,7 +211,7 @@ impl SwitchSet {
         }
     }
 
-    /// Copies what a target holds: `ids` [k_max] i32 ascending and `coefficients` [k_max] f32, padded with -1 and 0. Before the first
+    /// Copies what a target holds: `ids [k_max]` i32 ascending and `coefficients [k_max]` f32, padded with -1 and 0. Before the first
     /// `to`, nothing. Enqueued.
     ///
     /// # Errors

@@ -87,7 +87,7 @@ impl RawMat {
     /// Address and row bytes are multiples of 16.
     pub fn aligned16(&self) -> bool {
         // Wrapping, since a single row's stride is unbounded: modulo 16 that is exact.
-        self.addr % 16 == 0 && self.stride.wrapping_mul(self.dtype.size()) % 16 == 0
+        self.addr.is_multiple_of(16) && self.stride.wrapping_mul(self.dtype.size()).is_multiple_of(16)
     }
 
     fn sub(&self, rows: Range<u64>, cols: Range<u64>) -> Result<Self> {
@@ -118,7 +118,6 @@ impl RawMat {
     ///
     /// # Safety
     /// As for [`RawMat::row`], and nothing else reads or writes this row for `'a`.
-    #[expect(clippy::mut_from_ref, reason = "the matrix is only an address")]
     pub unsafe fn row_mut<'a, T: Element>(&self, row: u64) -> &'a mut [T] {
         debug_assert!(self.place == Place::Host && self.dtype == T::DTYPE && row < self.rows);
         if self.cols == 0 {
@@ -133,11 +132,9 @@ fn shaped<T: Element>(addr: u64, len: usize, rows: usize, cols: usize, stride: u
     let mat = RawMat { addr, dtype: T::DTYPE, rows: rows as u64, cols: cols as u64, stride: stride as u64, place };
     match mat.span() {
         Some(span) if span <= len as u64 => Ok(mat),
-        _ => Err(Error::argument(
-            "shape",
-            format!("{rows} x {cols} at stride {stride}"),
-            format!("inside the {len} elements of the memory"),
-        )),
+        _ => {
+            Err(Error::argument("shape", format!("{rows} x {cols} at stride {stride}"), format!("inside the {len} elements of the memory")))
+        }
     }
 }
 
@@ -253,7 +250,13 @@ impl<'a> MatMut<'a> {
     }
 
     /// A cudarc slice or view, written by work on `stream`. See [`Mat::cuda`].
-    pub fn cuda<T: Element>(data: &'a mut impl DevicePtrMut<T>, stream: &'a Stream, rows: usize, cols: usize, stride: usize) -> Result<Self> {
+    pub fn cuda<T: Element>(
+        data: &'a mut impl DevicePtrMut<T>,
+        stream: &'a Stream,
+        rows: usize,
+        cols: usize,
+        stride: usize,
+    ) -> Result<Self> {
         let (owner, place) = stream.tracked("stream", data.stream())?;
         let len = data.len();
         let (addr, sync) = data.device_ptr_mut(owner);
@@ -319,10 +322,7 @@ macro_rules! held {
             /// Device memory. It belongs to its slice's stream: objects that hold it work on that stream only.
             pub fn from_cuda<T: Element>(data: CudaSlice<T>, rows: usize, cols: usize, stride: usize) -> Result<Self> {
                 let stream = data.stream().clone();
-                let place = Place::Device {
-                    context: stream.context().cu_ctx() as usize,
-                    stream: Some(stream.cu_stream() as usize),
-                };
+                let place = Place::Device { context: stream.context().cu_ctx() as usize, stream: Some(stream.cu_stream() as usize) };
                 let (addr, sync) = data.device_ptr(&stream);
                 drop(sync);
                 let raw = shaped::<T>(addr, data.len(), rows, cols, stride, place)?;

@@ -6,7 +6,7 @@
 
 #![cfg(feature = "capi")]
 
-use crate::generated::skip;
+use crate::common::skip;
 use regex::Regex;
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -60,10 +60,7 @@ fn here() -> PathBuf {
 /// Beside the test binary, or one directory above it (where `cargo build` would put it).
 fn library(name: &str) -> PathBuf {
     let places = [here().join(name), here().join("..").join(name)];
-    places
-        .into_iter()
-        .find(|path| path.is_file())
-        .unwrap_or_else(|| panic!("{name} is not beside the test binary"))
+    places.into_iter().find(|path| path.is_file()).unwrap_or_else(|| panic!("{name} is not beside the test binary"))
 }
 
 /// Compiles a program with the libraries that are given, and runs it.
@@ -127,12 +124,7 @@ fn declared() -> BTreeSet<String> {
 /// The last word of each line of nm's in which `wanted` matches the rest.
 fn symbols(listing: &str, wanted: impl Fn(&str, &str) -> bool) -> BTreeSet<String> {
     let split = |line: &str| line.rsplit_once(' ').map(|(kind, name)| (kind.to_owned(), name.to_owned()));
-    listing
-        .lines()
-        .filter_map(split)
-        .filter(|(kind, name)| wanted(kind, name))
-        .map(|(_, name)| name)
-        .collect()
+    listing.lines().filter_map(split).filter(|(kind, name)| wanted(kind, name)).map(|(_, name)| name).collect()
 }
 
 #[test]

@@ -25,8 +25,7 @@ fn program() -> Option<PathBuf> {
     let this = std::env::current_exe().unwrap();
     let beside = this.parent().unwrap();
     let name = format!("decode{}", std::env::consts::EXE_SUFFIX);
-    let candidates =
-        [beside.parent().map(|profile| profile.join("examples").join(&name)), Some(beside.join(&name))];
+    let candidates = [beside.parent().map(|profile| profile.join("examples").join(&name)), Some(beside.join(&name))];
     let found = candidates.into_iter().flatten().find(|path| path.is_file());
     if found.is_none() {
         eprintln!("skipped: the example `decode` has not been built (cargo build --example decode)");
@@ -104,10 +103,7 @@ impl Scratch {
                 (name, view.dtype(), shape, bytes)
             })
             .collect();
-        self.write(
-            file,
-            edited.iter().map(|(n, d, s, b)| (n.as_str(), TensorView::new(*d, s.clone(), b).unwrap())),
-        )
+        self.write(file, edited.iter().map(|(n, d, s, b)| (n.as_str(), TensorView::new(*d, s.clone(), b).unwrap())))
     }
 
     fn write<'a>(&self, file: &str, tensors: impl IntoIterator<Item = (&'a str, TensorView<'a>)>) -> String {
@@ -127,14 +123,10 @@ impl Drop for Scratch {
 #[test]
 fn prints_a_line_for_each_token() {
     let Some(program) = program() else { return };
-    let text =
-        good(&program, &["--model", BASE, "--adapters", ADAPTERS, "--tokens", "5", "--backend", "cpu"]);
-    let starts_with_number =
-        |line: &&str| line.split_whitespace().next().is_some_and(|w| w.parse::<u64>().is_ok());
+    let text = good(&program, &["--model", BASE, "--adapters", ADAPTERS, "--tokens", "5", "--backend", "cpu"]);
+    let starts_with_number = |line: &&str| line.split_whitespace().next().is_some_and(|w| w.parse::<u64>().is_ok());
     assert_eq!(text.lines().filter(starts_with_number).count(), 5, "{text}");
-    for word in
-        ["14 adapted projections", "1 plain-r4", "converted to f32, once: regex-bf16", "GB/s", "x the floor"]
-    {
+    for word in ["14 adapted projections", "1 plain-r4", "converted to f32, once: regex-bf16", "GB/s", "x the floor"] {
         assert!(text.contains(word), "{word} is missing in:\n{text}");
     }
     let quiet = good(&program, &["--model", BASE, "--adapters", ADAPTERS, "--backend", "cpu", "--quiet"]);
@@ -192,10 +184,7 @@ fn a_gate_from_a_file_routes() {
     let gate = scratch.tensor("gate.safetensors", "gate.weight", [SLOTS, HIDDEN], 0.0);
     let (tokens, _) = json(&program, &["--backend", "cpu", "--tokens", "3", "--gate", &gate]);
     for token in &tokens {
-        assert_eq!(
-            (&token["ids"], &token["gates"]),
-            (&serde_json::json!([0, 1]), &serde_json::json!([0.5, 0.5]))
-        );
+        assert_eq!((&token["ids"], &token["gates"]), (&serde_json::json!([0, 1]), &serde_json::json!([0.5, 0.5])));
     }
 }
 
@@ -221,8 +210,7 @@ fn a_wrong_command_line_is_named() {
 fn a_wrong_input_is_named() {
     let Some(program) = program() else { return };
     let scratch = Scratch::new("inputs");
-    let fails =
-        |args: &[&str], names: &[&str]| bad(&program, 1, &[&["--backend", "cpu"], args].concat(), names);
+    let fails = |args: &[&str], names: &[&str]| bad(&program, 1, &[&["--backend", "cpu"], args].concat(), names);
 
     let whole = fs::read(format!("{BASE}/model.safetensors")).unwrap();
     let truncated = scratch.path("truncated.safetensors");
@@ -230,23 +218,17 @@ fn a_wrong_input_is_named() {
     fails(&["--model", &truncated, "--adapters", ADAPTERS], &["truncated.safetensors: truncated"]);
 
     let lone = scratch.tensor("lone.safetensors", &format!("{Q_PROJ}.weight"), [HIDDEN, HIDDEN], 0.0);
-    fails(
-        &["--model", &lone, "--adapters", PLAIN],
-        &["adapter_model.safetensors", "the base model's", "lone.safetensors"],
-    );
+    fails(&["--model", &lone, "--adapters", PLAIN], &["adapter_model.safetensors", "the base model's", "lone.safetensors"]);
     let wide = scratch.edited_base("wide.safetensors", |_, shape| *shape = vec![HIDDEN / 2, 2 * HIDDEN]);
     fails(&["--model", &wide, "--adapters", ADAPTERS], &["adapter_model.safetensors", Q_PROJ, "[36, 144]"]);
-    let nan = scratch
-        .edited_base("nan.safetensors", |bytes, _| bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes()));
+    let nan = scratch.edited_base("nan.safetensors", |bytes, _| bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes()));
     fails(&["--model", &nan, "--adapters", ADAPTERS], &[Q_PROJ, "[0, 0] is NaN"]);
-    let large = scratch
-        .edited_base("large.safetensors", |bytes, _| bytes[..4].copy_from_slice(&1e6f32.to_le_bytes()));
+    let large = scratch.edited_base("large.safetensors", |bytes, _| bytes[..4].copy_from_slice(&1e6f32.to_le_bytes()));
     fails(&["--model", &large, "--adapters", ADAPTERS, "--dtype", "f16"], &[Q_PROJ, "not finite in f16"]);
 
     let adapter = Path::new(PLAIN);
     fs::create_dir(scratch.0.join("rank")).unwrap();
-    fs::copy(adapter.join("adapter_model.safetensors"), scratch.0.join("rank/adapter_model.safetensors"))
-        .unwrap();
+    fs::copy(adapter.join("adapter_model.safetensors"), scratch.0.join("rank/adapter_model.safetensors")).unwrap();
     let config = fs::read_to_string(adapter.join("adapter_config.json")).unwrap();
     let mut config: Value = serde_json::from_str(&config).unwrap();
     config["r"] = 3.into();

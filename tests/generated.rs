@@ -1,20 +1,11 @@
 //! Committed files that are generated: the C header, and the Rust side of kernels/args.h. They are compared with what their
 //! generators say now; LORA_SWITCH_REGENERATE=1 (`make gen`) writes them instead.
 
+use crate::common::{is_set, skip};
 use std::panic::catch_unwind;
 use std::path::Path;
 use std::process::Command;
 use std::{env, fs};
-
-fn is_set(name: &str) -> bool {
-    env::var(name).is_ok_and(|value| !value.is_empty() && value != "0")
-}
-
-/// Says aloud what this machine lacks for a test. Where the tools are required, that is a failure.
-pub fn skip(why: &str) {
-    assert!(!is_set("LORA_SWITCH_REQUIRE_NVCC"), "LORA_SWITCH_REQUIRE_NVCC is set, but {why}");
-    eprintln!("skipped: {why}");
-}
 
 /// `essence` is what has to agree.
 fn check(path: &str, fresh: &str, essence: impl Fn(&str) -> String) {
@@ -22,10 +13,7 @@ fn check(path: &str, fresh: &str, essence: impl Fn(&str) -> String) {
         return fs::write(path, fresh).unwrap();
     }
     let committed = fs::read_to_string(path).unwrap_or_default();
-    assert!(
-        essence(&committed) == essence(fresh),
-        "{path} is stale: run `make gen` and commit what it writes"
-    );
+    assert!(essence(&committed) == essence(fresh), "{path} is stale: run `make gen` and commit what it writes");
 }
 
 /// The version macros come from Cargo.toml: there is no second place to keep.
@@ -37,9 +25,7 @@ fn version_macros() -> String {
     ];
     let macros = numbers.map(|(part, number)| format!("#define LSW_VERSION_{part} {number}\n")).concat();
     let packed = "LSW_VERSION_MAJOR << 16 | LSW_VERSION_MINOR << 8 | LSW_VERSION_PATCH";
-    format!(
-        "\n/* The version of this header; lsw_version says the library's. */\n{macros}#define LSW_VERSION ({packed})\n"
-    )
+    format!("\n/* The version of this header; lsw_version says the library's. */\n{macros}#define LSW_VERSION ({packed})\n")
 }
 
 #[test]
@@ -68,8 +54,7 @@ fn kernel_arguments_are_fresh() {
     }
     // libclang from PyPI brings no headers of its own.
     let include = Command::new("gcc").arg("-print-file-name=include").output();
-    let include =
-        include.map(|out| String::from_utf8_lossy(&out.stdout).trim().to_owned()).unwrap_or_default();
+    let include = include.map(|out| String::from_utf8_lossy(&out.stdout).trim().to_owned()).unwrap_or_default();
     let fresh = bindgen::builder()
         .header("kernels/args.h")
         .clang_arg(format!("-I{include}"))

@@ -1,6 +1,6 @@
 //! What is right, in float64 and as plainly as it can be said, and how far a result may be from it. No code of the crate.
 
-use crate::common::decode;
+use crate::values::decode;
 use lora_switch::DType;
 
 /// Unit roundoff of f32: sums are in f32.
@@ -137,6 +137,10 @@ pub fn assert_close(dtype: DType, got: &[f64], exact: &[f64], bounds: &[f64], wh
     assert_eq!(got.len(), exact.len(), "{what}");
     for (i, ((got, exact), bound)) in got.iter().zip(exact).zip(bounds).enumerate() {
         let allowed = bound + half_ulp(dtype, exact.abs() + bound);
-        assert!((got - exact).abs() <= allowed, "{what}: element {i} is {got}, exactly {exact}, off by {} of {allowed}", (got - exact).abs());
+        assert!(
+            (got - exact).abs() <= allowed,
+            "{what}: element {i} is {got}, exactly {exact}, off by {} of {allowed}",
+            (got - exact).abs()
+        );
     }
 }

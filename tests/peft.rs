@@ -3,9 +3,7 @@
 use crate::common::{Backend, Grid, Layout, encode};
 use crate::oracle::{Exact, Term, assert_close, half_ulp, merge};
 use crate::peft_loader::peft::{Adapter, BaseModel, LoraFactor, Matrix, load_adapter};
-use lora_switch::{
-    AdapterBank, DType, Factor, Form, StateMemory, SwitchOptions, SwitchSet, Target, TargetShape,
-};
+use lora_switch::{AdapterBank, DType, Factor, Form, StateMemory, SwitchOptions, SwitchSet, Target, TargetShape};
 use serde::Deserialize;
 use std::path::Path;
 
@@ -155,13 +153,7 @@ fn reproduces_pefts_own_merges(backend: &Backend) {
                 assert_close(DType::F32, got, &exact.x, &bounds, &what);
                 let peft = self::exact(&module.merged, DType::F32).x;
                 let both = peft.iter().zip(&bounds).map(|(w, b)| 2.0 * b + half_ulp(DType::F32, w.abs() + b));
-                assert_close(
-                    DType::F32,
-                    got,
-                    &peft,
-                    &both.collect::<Vec<_>>(),
-                    &format!("{what}, beside PEFT"),
-                );
+                assert_close(DType::F32, got, &peft, &both.collect::<Vec<_>>(), &format!("{what}, beside PEFT"));
             }
         }
     }

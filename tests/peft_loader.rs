@@ -108,9 +108,7 @@ fn read_tensors(path: &Path) -> Tensors {
 }
 
 fn write_tensors(path: &Path, tensors: &Tensors) {
-    let views = tensors
-        .iter()
-        .map(|(name, (dtype, shape, bytes))| (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+    let views = tensors.iter().map(|(name, (dtype, shape, bytes))| (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
     fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
 }
 
@@ -218,9 +216,7 @@ fn apart(left: &[f64], right: &[f32]) -> f64 {
 
 #[test]
 fn half_precision_adapters_keep_their_bits() {
-    assert!(
-        golden("regex-bf16").modules.values().all(|f| (f.a.dtype, f.b.dtype) == (Dtype::Bf16, Dtype::Bf16))
-    );
+    assert!(golden("regex-bf16").modules.values().all(|f| (f.a.dtype, f.b.dtype) == (Dtype::Bf16, Dtype::Bf16)));
 
     let adapter = Scratch::adapter("plain-r4");
     let plain = golden("plain-r4").modules[Q0].a.to_dtype(Dtype::F16);
@@ -279,10 +275,8 @@ fn base_is_the_same_from_a_file_a_directory_and_shards() {
     let tail = whole.split_off("model.layers.1");
     write_tensors(&shards.0.join("one.safetensors"), &whole);
     write_tensors(&shards.0.join("two.safetensors"), &tail);
-    let place =
-        |tensors: &Tensors, file: &str| tensors.keys().map(|k| (k.clone(), json!(file))).collect::<Vec<_>>();
-    let map: serde_json::Map<_, _> =
-        place(&whole, "one.safetensors").into_iter().chain(place(&tail, "two.safetensors")).collect();
+    let place = |tensors: &Tensors, file: &str| tensors.keys().map(|k| (k.clone(), json!(file))).collect::<Vec<_>>();
+    let map: serde_json::Map<_, _> = place(&whole, "one.safetensors").into_iter().chain(place(&tail, "two.safetensors")).collect();
     let index = shards.0.join("model.safetensors.index.json");
     fs::write(&index, json!({"metadata": {"total_size": 1}, "weight_map": map}).to_string()).unwrap();
 
@@ -296,9 +290,7 @@ fn base_is_the_same_from_a_file_a_directory_and_shards() {
     }
 
     // A tensor that its shard lacks, a shard that is missing, a shard elsewhere.
-    for (file, kind) in
-        [("one.safetensors", "MissingTensor"), ("three", "Io"), ("../two.safetensors", "Json")]
-    {
+    for (file, kind) in [("one.safetensors", "MissingTensor"), ("three", "Io"), ("../two.safetensors", "Json")] {
         let mut map = map.clone();
         map.insert("model.norm.weight".into(), json!(file));
         fs::write(&index, json!({ "weight_map": map }).to_string()).unwrap();
@@ -310,10 +302,7 @@ fn base_is_the_same_from_a_file_a_directory_and_shards() {
 #[test]
 fn base_says_what_it_lacks() {
     let error = base().load("model.layers.7.mlp.up_proj.weight").unwrap_err();
-    assert!(
-        matches!(&error, PeftError::NoSuchWeight { weight, .. } if weight.contains("layers.7")),
-        "{error}"
-    );
+    assert!(matches!(&error, PeftError::NoSuchWeight { weight, .. } if weight.contains("layers.7")), "{error}");
     assert!(error.to_string().contains(DATA));
     assert!(matches!(base().load("model.norm.weight"), Err(PeftError::Shape { .. })));
     let error = BaseModel::open(&data("nowhere")).err().unwrap();
@@ -337,10 +326,7 @@ fn quantized_base_weights_are_refused_when_adapted() {
     assert_eq!(model.path(), dir.0);
     assert_eq!(model.weights().len(), base().weights().len() - 1);
     let error = load_adapter(&data("adapters/rank1"), &model).unwrap_err();
-    assert!(
-        matches!(&error, PeftError::Dtype { path, found, .. } if path == &file && found == "I8"),
-        "{error}"
-    );
+    assert!(matches!(&error, PeftError::Dtype { path, found, .. } if path == &file && found == "I8"), "{error}");
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -507,9 +493,7 @@ fn target_modules_decide_which_modules_may_come() {
         ("layers_to_transform", json!(1)),
         ("layers_to_transform", json!([0])),
     ] {
-        Scratch::adapter("rank1")
-            .set(key, value)
-            .fails("NotTargeted", &["module `model.layers.", "expected"]);
+        Scratch::adapter("rank1").set(key, value).fails("NotTargeted", &["module `model.layers.", "expected"]);
     }
 }
 
@@ -654,8 +638,6 @@ fn foreign_modules_are_refused() {
 #[test]
 fn other_dtypes_are_refused() {
     let adapter = Scratch::adapter("rank1");
-    adapter.edit(|tensors| {
-        drop(tensors.insert(tensor(Q0, 'B'), (FileDtype::F64, vec![72, 1], vec![0; 72 * 8])))
-    });
+    adapter.edit(|tensors| drop(tensors.insert(tensor(Q0, 'B'), (FileDtype::F64, vec![72, 1], vec![0; 72 * 8]))));
     adapter.fails("Dtype", &[&tensor(Q0, 'B'), "F64", "F32, F16 or BF16"]);
 }

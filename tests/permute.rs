@@ -144,7 +144,8 @@ fn round_trip(backend: &Backend) {
 
 fn bad_arguments_are_named(backend: &Backend) {
     let grid = |dtype, rows, cols| Grid::poisoned(backend, dtype, rows, cols, Layout::dense(cols));
-    let named = |error: Error, name: &str| assert!(matches!(&error, Error::Argument { name: n, .. } if n == name), "{error} should name {name}");
+    let named =
+        |error: Error, name: &str| assert!(matches!(&error, Error::Argument { name: n, .. } if n == name), "{error} should name {name}");
     let (i32, bf16) = (DType::I32, DType::Bf16);
     let maps = |experts: u64, offsets: usize, row_map: usize, workspace_less: usize| {
         let ids = grid(i32, 3, 2);
@@ -177,7 +178,10 @@ fn bad_arguments_are_named(backend: &Backend) {
     named(gather(&backend.stream, &x.mat(), &map.mat(), 2, &mut grid(bf16, 5, 8).mat_mut()).unwrap_err(), "row_map.cols");
     let (rows, inverse, gates) = (grid(bf16, 6, 8), grid(i32, 3, 2), grid(DType::F32, 3, 2));
     named(combine(&backend.stream, &rows.mat(), &inverse.mat(), &gates.mat(), &mut grid(bf16, 3, 9).mat_mut()).unwrap_err(), "y.cols");
-    named(combine(&backend.stream, &rows.mat(), &inverse.mat(), &gates.mat(), &mut grid(bf16, 4, 8).mat_mut()).unwrap_err(), "inverse.rows");
+    named(
+        combine(&backend.stream, &rows.mat(), &inverse.mat(), &gates.mat(), &mut grid(bf16, 4, 8).mat_mut()).unwrap_err(),
+        "inverse.rows",
+    );
     named(combine(&backend.stream, &x.mat(), &map.mat(), &gates.mat(), &mut grid(i32, 1, 8).mat_mut()).unwrap_err(), "gates.rows");
 }
 

@@ -4,6 +4,7 @@
 //! build.rs keeps what ptxas said beside each fatbin and lists it in OUT_DIR/reports.rs, so that what is
 //! read here belongs to the very images under test.
 
+use crate::common::skip;
 use regex::Regex;
 use std::collections::BTreeMap;
 
@@ -11,10 +12,8 @@ include!(concat!(env!("OUT_DIR"), "/reports.rs"));
 
 /// False, aloud, if the kernels were not built.
 fn kernels_were_built() -> bool {
-    let required = std::env::var("LORA_SWITCH_REQUIRE_NVCC").is_ok_and(|v| !v.is_empty() && v != "0");
-    assert!(!(required && REPORTS.is_empty()), "LORA_SWITCH_REQUIRE_NVCC is set, but: {BUILT_WITH}");
     if REPORTS.is_empty() {
-        eprintln!("skipped: kernel resources: {BUILT_WITH}");
+        skip(&format!("the kernels were not built: {BUILT_WITH}"));
     }
     !REPORTS.is_empty()
 }
@@ -99,8 +98,7 @@ fn every_kernel_file_is_built() {
     let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/kernels");
     let files = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
     let sources = files.filter(|file| file.extension().is_some_and(|e| e == "cu"));
-    let mut stems: Vec<_> =
-        sources.map(|file| file.file_stem().unwrap().to_str().unwrap().to_owned()).collect();
+    let mut stems: Vec<_> = sources.map(|file| file.file_stem().unwrap().to_str().unwrap().to_owned()).collect();
     stems.sort();
     assert_eq!(stems, REPORTS.iter().map(|(stem, _)| *stem).collect::<Vec<_>>());
 }

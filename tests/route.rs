@@ -21,9 +21,21 @@ struct Case {
 
 /// Expert counts around each change of the kernel's layout (32 experts a step), and anything else.
 fn case() -> impl Strategy<Value = Case> {
-    let experts = prop_oneof![Just(1usize), Just(31), Just(32), Just(33), Just(64), Just(65), Just(256), Just(257), Just(513), Just(1024), 1usize..1024];
-    (0usize..3, 0usize..20, experts, 1usize..33, any::<bool>(), [0usize..4, 0usize..4, 0usize..4], 0usize..4, 2usize..2000, any::<u64>()).prop_map(
-        |(dtype, tokens, experts, k, renormalize, pads, shift, levels, seed)| Case {
+    let experts = prop_oneof![
+        Just(1usize),
+        Just(31),
+        Just(32),
+        Just(33),
+        Just(64),
+        Just(65),
+        Just(256),
+        Just(257),
+        Just(513),
+        Just(1024),
+        1usize..1024
+    ];
+    (0usize..3, 0usize..20, experts, 1usize..33, any::<bool>(), [0usize..4, 0usize..4, 0usize..4], 0usize..4, 2usize..2000, any::<u64>())
+        .prop_map(|(dtype, tokens, experts, k, renormalize, pads, shift, levels, seed)| Case {
             dtype: FLOATS[dtype],
             tokens,
             experts,
@@ -33,8 +45,7 @@ fn case() -> impl Strategy<Value = Case> {
             shift,
             levels,
             seed,
-        },
-    )
+        })
 }
 
 /// Runs a route over given logits; returns ids and gates.
@@ -73,7 +84,9 @@ fn matches_oracle(backend: &Backend) {
 fn odd_rows_have_a_documented_effect(backend: &Backend) {
     const NAN: f32 = f32::NAN;
     const INF: f32 = f32::INFINITY;
-    let rows: [([f32; 5], [i32; 3], [f32; 3], bool); 8] = [
+    /// Logits, ids, gates, and whether the stream tells.
+    type Row = ([f32; 5], [i32; 3], [f32; 3], bool);
+    let rows: [Row; 8] = [
         ([NAN; 5], [0, 1, 2], [0.0; 3], true),
         ([-INF; 5], [0, 1, 2], [0.0; 3], true),
         ([1.0; 5], [0, 1, 2], [1.0 / 3.0; 3], false),
@@ -146,9 +159,13 @@ fn bad_arguments_are_named(backend: &Backend) {
     // Null, misaligned, an output over an input, rows that overlap.
     let x = grid(f32, 4, 8);
     let mut gates = grid(f32, 4, 2);
+    // SAFETY: a call refuses it before anything is touched.
     let raw = |addr, dtype, stride| unsafe { lora_switch::MatMut::raw(&backend.context, addr, dtype, 4, 2, stride) };
-    for (addr, stride, name) in [(0, 2, "ids.data"), (x.addr() + 2, 2, "ids.data"), (x.addr() + 8, 2, "ids.data"), (x.addr(), 1, "ids.stride")] {
-        let error = route(&backend.stream, &RouteOptions::default(), &x.mat(), &mut raw(addr, i32, stride), &mut gates.mat_mut()).unwrap_err();
+    for (addr, stride, name) in
+        [(0, 2, "ids.data"), (x.addr() + 2, 2, "ids.data"), (x.addr() + 8, 2, "ids.data"), (x.addr(), 1, "ids.stride")]
+    {
+        let error =
+            route(&backend.stream, &RouteOptions::default(), &x.mat(), &mut raw(addr, i32, stride), &mut gates.mat_mut()).unwrap_err();
         assert!(matches!(&error, Error::Argument { name: n, .. } if n == name), "{error} should name {name}");
     }
 }

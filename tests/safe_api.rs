@@ -24,10 +24,8 @@ fn on_the_cpu() {
     let context = Context::cpu(1).unwrap();
     let stream = context.cpu_stream().unwrap();
     let bank = AdapterBank::new(&stream, DType::Bf16, 2, &[SHAPE], StateMemory::allocate()).unwrap();
-    let target = Target {
-        weight: Weight::from_vec(bf(&[0.0; 12]), 3, 4).unwrap(),
-        base: Some(Tensor::from_vec(bf(&[1.0; 12]), 3, 4).unwrap()),
-    };
+    let target =
+        Target { weight: Weight::from_vec(bf(&[0.0; 12]), 3, 4).unwrap(), base: Some(Tensor::from_vec(bf(&[1.0; 12]), 3, 4).unwrap()) };
     let mut set = SwitchSet::new(&stream, &bank, vec![target], SwitchOptions::default()).unwrap();
     let factor = Factor { a: Tensor::from_vec(bf(&A), 2, 4).unwrap(), b: Tensor::from_vec(bf(&B), 3, 2).unwrap(), scale: 2.0 };
     bank.set_slot(&stream, 1, &[Some(factor)]).unwrap();

@@ -5,10 +5,12 @@
 #[macro_use]
 mod common;
 mod oracle;
+mod values;
 
-// mod c_examples;
-// mod generated;
+mod backend;
+mod c_examples;
 mod demo;
+mod generated;
 mod graph;
 mod peft;
 mod peft_loader;

@@ -58,27 +58,48 @@ fn grid(backend: &Backend, rng: &mut Rng, spec: &Spec, rows: usize, cols: usize,
     Grid::with_gap(backend, spec.dtype, rows, cols, layout, 0xff, &bits)
 }
 
+/// A set from base over these weights, or in place.
+fn set_over(
+    backend: &Backend,
+    spec: &Spec,
+    bank: &AdapterBank,
+    memory: StateMemory,
+    weights: &[Grid],
+    bases: &[Grid],
+) -> Result<SwitchSet, Error> {
+    let base = |base: &Grid| (spec.form == Form::FromBase).then(|| base.tensor());
+    let targets = weights.iter().zip(bases).map(|(w, b)| Target { weight: w.weight(), base: base(b) }).collect();
+    let options = SwitchOptions { form: spec.form, k_max: spec.k_max as u64, portable: backend.portable, memory };
+    SwitchSet::new(&backend.stream, bank, targets, options)
+}
+
 impl Model {
     pub fn new(backend: &Backend, spec: &Spec) -> Self {
+        Self::with_bank_memory(backend, spec, StateMemory::allocate())
+    }
+
+    pub fn with_bank_memory(backend: &Backend, spec: &Spec, memory: StateMemory) -> Self {
         let mut rng = Rng(spec.seed);
         let bases: Vec<Grid> = spec.shapes.iter().map(|&(o, i)| grid(backend, &mut rng, spec, o, i, 1.0)).collect();
         let weights: Vec<Grid> = bases.iter().map(|base| initial_weight(backend, &mut rng, spec, base)).collect();
         let cap = spec.max_rank as u64;
         let shapes: Vec<TargetShape> =
             spec.shapes.iter().map(|&(o, i)| TargetShape { out_features: o as u64, in_features: i as u64, rank_cap: cap }).collect();
-        let bank = AdapterBank::new(&backend.stream, spec.dtype, spec.slots as u64, &shapes, StateMemory::allocate()).unwrap();
-        let targets = weights.iter().zip(&bases).map(|(w, b)| Target {
-            weight: w.weight(),
-            base: (spec.form == Form::FromBase).then(|| b.tensor()),
-        });
-        let options = SwitchOptions { form: spec.form, k_max: spec.k_max as u64, portable: backend.portable, memory: StateMemory::allocate() };
-        let set = SwitchSet::new(&backend.stream, &bank, targets.collect(), options).unwrap();
+        let bank = AdapterBank::new(&backend.stream, spec.dtype, spec.slots as u64, &shapes, memory).unwrap();
+        let set = set_over(backend, spec, &bank, StateMemory::allocate(), &weights, &bases).unwrap();
         let pairs = (0..spec.slots).map(|_| Vec::new()).collect();
         let mut model = Self { set, bank, spec: spec.clone(), weights, bases, pairs, backend: backend.clone(), rng };
         for slot in 0..spec.slots {
             model.refill(slot);
         }
         model
+    }
+
+    /// More weights, and another set over them, on the same bank and bases.
+    pub fn another_set(&mut self) -> (Vec<Grid>, SwitchSet) {
+        let weights: Vec<Grid> = self.bases.iter().map(|base| initial_weight(&self.backend, &mut self.rng, &self.spec, base)).collect();
+        let set = set_over(&self.backend, &self.spec, &self.bank, StateMemory::allocate(), &weights, &self.bases).unwrap();
+        (weights, set)
     }
 
     /// Gives a slot new random adapters; some targets get none, ranks run from 0 to the largest.
@@ -145,6 +166,19 @@ impl Model {
         oracle::merge(&base, &list.iter().map(term).collect::<Vec<_>>())
     }
 
+    /// From base, every target is the sum of its list, within the bound; of an empty list, the base's bits.
+    pub fn assert_holds(&self, ids: &[i32], gates: &[f32], what: &str) {
+        for (t, weight) in self.weights.iter().enumerate() {
+            let list = self.list(t, ids, gates);
+            if list.is_empty() {
+                assert_eq!(weight.bits(), self.bases[t].bits(), "{what}: target {t}: an empty sum copies bits");
+            } else {
+                let (exact, bounds) = self.exact(t, &list);
+                oracle::assert_close(self.spec.dtype, &weight.values(), &exact.x, &bounds, &format!("{what}: target {t}"));
+            }
+        }
+    }
+
     pub fn all_bits(&self) -> Vec<Vec<u32>> {
         self.weights.iter().map(Grid::bits).collect()
     }
@@ -191,12 +225,21 @@ fn spec() -> impl Strategy<Value = Spec> {
     let size = || (0..SIZES.len()).prop_map(|i| SIZES[i]);
     let shapes = prop::collection::vec((size(), size()), 0..5);
     let rank = (0..RANKS.len()).prop_map(|i| RANKS[i]);
-    (0usize..3, shapes, 1usize..9, 1usize..9, any::<bool>(), rank, any::<u64>()).prop_map(|(d, shapes, slots, k_max, aligned, max_rank, seed)| {
-        Spec { dtype: FLOATS[d], form: Form::FromBase, slots, k_max, shapes, aligned, max_rank, seed }
-    })
+    (0usize..3, shapes, 1usize..9, 1usize..9, any::<bool>(), rank, any::<u64>()).prop_map(
+        |(d, shapes, slots, k_max, aligned, max_rank, seed)| Spec {
+            dtype: FLOATS[d],
+            form: Form::FromBase,
+            slots,
+            k_max,
+            shapes,
+            aligned,
+            max_rank,
+            seed,
+        },
+    )
 }
 
-fn small(dtype: DType, form: Form) -> Spec {
+pub fn small(dtype: DType, form: Form) -> Spec {
     Spec { dtype, form, slots: 4, k_max: 4, shapes: vec![(48, 80), (33, 65)], aligned: true, max_rank: 20, seed: 11 }
 }
 
@@ -210,14 +253,9 @@ fn from_base_matches_oracle(backend: &Backend) {
                 model.refill(rng.below(spec.slots));
             }
             model.to(&ids, &gates);
+            model.assert_holds(&ids, &gates, "from base");
             for t in 0..spec.shapes.len() {
                 let list = model.list(t, &ids, &gates);
-                let (exact, bounds) = model.exact(t, &list);
-                if list.is_empty() {
-                    prop_assert_eq!(model.weights[t].bits(), model.bases[t].bits(), "an empty sum copies bits");
-                } else {
-                    oracle::assert_close(spec.dtype, &model.weights[t].values(), &exact.x, &bounds, "from base");
-                }
                 let held: Vec<(usize, f32)> =
                     model.current(t).iter().filter(|(id, _)| *id >= 0).map(|&(id, c)| (id as usize, c)).collect();
                 prop_assert_eq!(held, list, "what the set says it holds");
@@ -226,32 +264,74 @@ fn from_base_matches_oracle(backend: &Backend) {
     });
 }
 
-/// Each switch may round W once and err by its own sum: the bounds of all switches add up.
+/// What switches in place may have cost so far: each rounds W once and errs by its own sum, so the bounds of all switches add up.
+struct Drift {
+    bounds: Vec<Vec<f64>>,
+    /// What the targets held before.
+    held: Vec<Vec<(usize, f32)>>,
+}
+
+impl Drift {
+    fn new(spec: &Spec) -> Self {
+        let bounds = spec.shapes.iter().map(|&(o, i)| vec![0.0; o * i]).collect();
+        Self { bounds, held: vec![Vec::new(); spec.shapes.len()] }
+    }
+
+    /// Judges one more switch.
+    fn assert_holds(&mut self, model: &Model, ids: &[i32], gates: &[f32], what: &str) {
+        let dtype = model.spec.dtype;
+        for (t, bounds) in self.bounds.iter_mut().enumerate() {
+            let list = model.list(t, ids, gates);
+            let (exact, own) = model.exact(t, &list);
+            let (_, former) = model.exact(t, &self.held[t]);
+            for (i, bound) in bounds.iter_mut().enumerate() {
+                // The difference of two coefficients is itself rounded: one more of each term, within twice the terms' bounds.
+                *bound += 2.0 * (own[i] + former[i]);
+                *bound += oracle::half_ulp(dtype, exact.x[i].abs() + *bound);
+            }
+            oracle::assert_close(dtype, &model.weights[t].values(), &exact.x, bounds, &format!("{what}: target {t}"));
+            self.held[t] = list;
+        }
+    }
+}
+
 fn in_place_matches_oracle(backend: &Backend) {
     proptest!(cases(50), |(mut spec in spec())| {
         spec.form = Form::InPlace;
         let mut model = Model::new(backend, &spec);
         let mut rng = Rng(spec.seed ^ 2);
-        let mut bounds: Vec<Vec<f64>> = spec.shapes.iter().map(|&(o, i)| vec![0.0; o * i]).collect();
-        let mut held: Vec<Vec<(usize, f32)>> = vec![Vec::new(); spec.shapes.len()];
+        let mut drift = Drift::new(&spec);
         for step in 0..5 {
             let (ids, gates) = if step == 4 { (vec![], vec![]) } else { random_route(&mut rng, &spec) };
             model.to(&ids, &gates);
-            for t in 0..spec.shapes.len() {
-                let list = model.list(t, &ids, &gates);
-                let (exact, own) = model.exact(t, &list);
-                let (_, former) = model.exact(t, &held[t]);
-                for (i, bound) in bounds[t].iter_mut().enumerate() {
-                    // The difference of two coefficients is itself rounded: one more of each term, within twice the terms' bounds.
-                    *bound += 2.0 * (own[i] + former[i]);
-                    *bound += oracle::half_ulp(spec.dtype, exact.x[i].abs() + *bound);
-                }
-                oracle::assert_close(spec.dtype, &model.weights[t].values(), &exact.x, &bounds[t], "in place");
-                held[t] = list;
-            }
+            drift.assert_holds(&model, &ids, &gates, "in place");
         }
         prop_assert!(!model.set.odd(&backend.stream).unwrap().contains(Odd::STALE_MERGE));
     });
+}
+
+/// Targets that a fast path serves among others that it does not, and slots that change between adapters at multiples of 16 bytes and
+/// anywhere, so that both kinds meet in one target.
+fn ragged_mixture(backend: &Backend) {
+    for (dtype, form) in FLOATS.into_iter().flat_map(|dtype| [(dtype, Form::FromBase), (dtype, Form::InPlace)]) {
+        let shapes = vec![(64, 128), (33, 65), (128, 130), (200, 72)];
+        let spec = Spec { shapes, ..small(dtype, form) };
+        let mut model = Model::new(backend, &spec);
+        let mut drift = Drift::new(&spec);
+        // Slots 0 and 1 leave the multiples, one after the other, and come back.
+        for step in 0..4 {
+            model.spec.aligned = step >= 2;
+            model.refill(step % 2);
+            // The last route is none: in place, nothing may be merged at a refill.
+            for (ids, gates) in [([0, 1, 2, 3], [0.4, 0.3, 0.2, -0.1]), ([3, -1, 2, 0], [0.5, 0.5, 0.25, 0.25]), ([-1; 4], [0.0; 4])] {
+                model.to(&ids, &gates);
+                match form {
+                    Form::FromBase => model.assert_holds(&ids, &gates, &format!("step {step}")),
+                    Form::InPlace => drift.assert_holds(&model, &ids, &gates, &format!("step {step}")),
+                }
+            }
+        }
+    }
 }
 
 /// From base, the result depends on the current route alone, bit for bit; unmerge gives the base back.
@@ -374,10 +454,7 @@ fn refilling_a_merged_slot(backend: &Backend) {
     model.to(&[1, 2], &[0.5, 0.5]);
     model.refill(2);
     model.to(&[1, 2], &[0.5, 0.5]);
-    for t in 0..2 {
-        let (exact, bounds) = model.exact(t, &model.list(t, &[1, 2], &[0.5, 0.5]));
-        oracle::assert_close(spec.dtype, &model.weights[t].values(), &exact.x, &bounds, "healed");
-    }
+    model.assert_holds(&[1, 2], &[0.5, 0.5], "healed");
 
     let mut model = Model::new(backend, &small(DType::Bf16, Form::InPlace));
     let pairs = vec![Some(model.pair(48, 80, 4, 1.0, 1.0)), None];
@@ -423,10 +500,7 @@ fn many_targets(backend: &Backend) {
     let mut model = Model::new(backend, &spec);
     for (ids, gates) in [([0, 1], [0.5f32, 0.5]), ([0, -1], [0.5, 0.5]), ([1, 0], [1.0, 0.5])] {
         model.to(&ids, &gates);
-        for t in 0..spec.shapes.len() {
-            let (exact, bounds) = model.exact(t, &model.list(t, &ids, &gates));
-            oracle::assert_close(spec.dtype, &model.weights[t].values(), &exact.x, &bounds, &format!("target {t}"));
-        }
+        model.assert_holds(&ids, &gates, "many targets");
     }
 }
 
@@ -442,8 +516,7 @@ fn largest_rank_and_k(backend: &Backend) {
         let ids: Vec<i32> = (0..32).rev().collect();
         let gates = vec![1.0 / 32.0; 32];
         model.to(&ids, &gates);
-        let (exact, bounds) = model.exact(0, &model.list(0, &ids, &gates));
-        oracle::assert_close(dtype, &model.weights[0].values(), &exact.x, &bounds, "k = 32, rank 256");
+        model.assert_holds(&ids, &gates, "k = 32, rank 256");
     }
 }
 
@@ -483,7 +556,8 @@ fn fused_weights(backend: &Backend) {
         targets.push(Target { weight, base: Some(base.tensor().slice(start..start + h, 0..cols as u64).unwrap()) });
         start += h;
     }
-    let mut set = SwitchSet::new(&backend.stream, &bank, targets, SwitchOptions { portable: backend.portable, ..Default::default() }).unwrap();
+    let mut set =
+        SwitchSet::new(&backend.stream, &bank, targets, SwitchOptions { portable: backend.portable, ..Default::default() }).unwrap();
     set.unmerge(&backend.stream).unwrap();
     backend.synchronize();
     assert_eq!(fused.bits(), base.bits());
@@ -494,26 +568,25 @@ fn memory_from_the_caller(backend: &Backend) {
     let model = Model::new(backend, &spec);
     let bytes = SwitchSet::memory_bytes(&backend.stream, 2, 4).unwrap();
     let memory = Grid::poisoned(backend, DType::U8, 1, bytes as usize, Layout::dense(bytes as usize));
-    let targets = || {
-        let target = |(w, b): (&Grid, &Grid)| Target { weight: w.weight(), base: Some(b.tensor()) };
-        model.weights.iter().zip(&model.bases).map(target).collect::<Vec<_>>()
+    let set = |addr, bytes| {
+        // SAFETY: the grid outlives the set.
+        let memory = unsafe { StateMemory::at(addr, bytes) };
+        set_over(backend, &spec, &model.bank, memory, &model.weights, &model.bases)
     };
-    // SAFETY: the grid outlives the set.
-    let options = |bytes| SwitchOptions { k_max: 4, portable: backend.portable, memory: unsafe { StateMemory::at(memory.addr(), bytes) }, ..Default::default() };
-    let mut set = SwitchSet::new(&backend.stream, &model.bank, targets(), options(bytes)).unwrap();
+    let mut given = set(memory.addr(), bytes).unwrap();
     let (ids, gates) = (Grid::ids(backend, &[0, 1]), Grid::floats(backend, &[0.5, 0.5]));
-    set.to(&backend.stream, &ids.mat(), &gates.mat()).unwrap();
-    set.unmerge(&backend.stream).unwrap();
+    given.to(&backend.stream, &ids.mat(), &gates.mat()).unwrap();
+    given.unmerge(&backend.stream).unwrap();
     backend.synchronize();
     assert_eq!(model.all_bits(), model.base_bits());
     memory.bits(); // its canaries
     if backend.cuda.is_some() {
-        let error = SwitchSet::new(&backend.stream, &model.bank, targets(), options(bytes - 1)).unwrap_err();
-        assert!(matches!(&error, Error::Argument { name, .. } if name == "memory.bytes"), "{error}");
+        named(set(memory.addr(), bytes - 1), "memory.bytes");
+        named(set(memory.addr() + 64, bytes), "memory.addr");
     }
 }
 
-fn named<T>(result: Result<T, Error>, name: &str) {
+pub fn named<T>(result: Result<T, Error>, name: &str) {
     let error = result.err().unwrap_or_else(|| panic!("{name} should be refused"));
     assert!(matches!(&error, Error::Argument { name: n, .. } if n == name), "{error} should name {name}");
 }
@@ -534,9 +607,7 @@ fn bad_sets_are_refused(backend: &Backend) {
     let weight = |row: u64, col: u64, stride| unsafe {
         lora_switch::Weight::from_raw(&backend.context, big.addr() + 4 * (row * 16 + col), f32, 4, 8, stride)
     };
-    let set = |targets, form, k_max| {
-        SwitchSet::new(&backend.stream, &bank, targets, SwitchOptions { form, k_max, ..Default::default() })
-    };
+    let set = |targets, form, k_max| SwitchSet::new(&backend.stream, &bank, targets, SwitchOptions { form, k_max, ..Default::default() });
     let in_place = |weight| Target { weight, base: None };
     let pair = |a, b| vec![in_place(a), in_place(b)];
     named(set(vec![in_place(weight(0, 0, 16))], Form::InPlace, 2), "targets");
@@ -592,6 +663,7 @@ fn bad_refills_and_routes_are_refused(backend: &Backend) {
 on_paths!(
     from_base_matches_oracle,
     in_place_matches_oracle,
+    ragged_mixture,
     from_base_forgets_the_past,
     an_empty_route_copies_bits,
     an_unchanged_route_costs_nothing,

@@ -197,11 +197,7 @@ where
 {
     match value.parse() {
         Ok(number) if range.contains(&number) => Ok(number),
-        _ => Err(format!(
-            "{flag} is {value}; it must be a whole number from {} to {}",
-            range.start(),
-            range.end()
-        )),
+        _ => Err(format!("{flag} is {value}; it must be a whole number from {} to {}", range.start(), range.end())),
     }
 }
 

@@ -73,13 +73,7 @@ struct Probe {
 
 impl Check {
     /// `base` holds every W_base.
-    pub fn new<T: Scalar + Float>(
-        machine: &Machine,
-        targets: &[Target],
-        base: &Buffer<T>,
-        form: Form,
-        seed: u64,
-    ) -> Result<Self, Failure> {
+    pub fn new<T: Scalar + Float>(machine: &Machine, targets: &[Target], base: &Buffer<T>, form: Form, seed: u64) -> Result<Self, Failure> {
         let multiplies = machine.cuda.is_none();
         let mut probes = Vec::new();
         for (index, target) in targets.iter().enumerate().filter(|_| multiplies) {
@@ -91,10 +85,8 @@ impl Check {
         let step = targets.len().div_ceil(SAMPLED_TARGETS);
         let step = if step > 1 && step.is_multiple_of(7) { step + 1 } else { step };
         for (index, target) in targets.iter().enumerate().step_by(step.max(1)) {
-            let random =
-                uniform(!seed ^ index as u64).map(|u| ((u + 1.0) / 2.0 * target.rows as f64) as usize);
-            let mut rows: Vec<usize> =
-                [0, target.rows - 1].into_iter().chain(random).take(SAMPLED_ROWS).collect();
+            let random = uniform(!seed ^ index as u64).map(|u| ((u + 1.0) / 2.0 * target.rows as f64) as usize);
+            let mut rows: Vec<usize> = [0, target.rows - 1].into_iter().chain(random).take(SAMPLED_ROWS).collect();
             rows.sort_unstable();
             rows.dedup();
             probes.push(Probe::new(index, rows, None, target, base)?);
@@ -103,12 +95,7 @@ impl Check {
     }
 
     /// The next slot's pair for a target, if there is one.
-    pub fn learn<T: Scalar + Float>(
-        &mut self,
-        index: usize,
-        target: &Target,
-        pair: Option<&Pair<T>>,
-    ) -> Result<(), Failure> {
+    pub fn learn<T: Scalar + Float>(&mut self, index: usize, target: &Target, pair: Option<&Pair<T>>) -> Result<(), Failure> {
         for probe in self.probes.iter_mut().filter(|probe| probe.target == index) {
             let values = pair.map(|pair| probe.product(target, pair)).transpose()?;
             probe.slots.push(values);
@@ -117,12 +104,7 @@ impl Check {
     }
 
     /// After a switch to `route`, when the stream's work is done.
-    pub fn verify<T: Scalar + Float>(
-        &mut self,
-        targets: &[Target],
-        weights: &Buffer<T>,
-        route: &Route,
-    ) -> Result<Checked, Failure> {
+    pub fn verify<T: Scalar + Float>(&mut self, targets: &[Target], weights: &Buffer<T>, route: &Route) -> Result<Checked, Failure> {
         let mut checked = Checked { error: 0.0, multiply_us: self.multiplies.then_some(0.0) };
         for probe in &mut self.probes {
             let target = &targets[probe.target];
@@ -183,29 +165,15 @@ impl Probe {
             })
             .collect();
         let columns = 0..if self.x.is_some() { 1 } else { target.cols };
-        let value = |row: usize, column: usize| {
-            sum(b_row(row).zip(&inner).map(|(b, inner)| (b * inner[column].0, b.abs() * inner[column].1)))
-        };
-        Ok(self
-            .rows
-            .iter()
-            .flat_map(|&row| columns.clone().map(move |column| (row, column)))
-            .map(|(r, c)| value(r, c))
-            .collect())
+        let value =
+            |row: usize, column: usize| sum(b_row(row).zip(&inner).map(|(b, inner)| (b * inner[column].0, b.abs() * inner[column].1)));
+        Ok(self.rows.iter().flat_map(|&row| columns.clone().map(move |column| (row, column))).map(|(r, c)| value(r, c)).collect())
     }
 
     /// Compares; returns the largest error as a fraction of what is allowed.
-    fn judge(
-        &mut self,
-        target: &Target,
-        dtype: DType,
-        in_place: bool,
-        route: &Route,
-        got: &[Value],
-    ) -> Result<f64, Failure> {
-        let terms: Vec<(f64, &[Value])> = (route.at(target))
-            .map(|(slot, c)| (f64::from(c), self.slots[slot].as_deref().expect("a pair of rank > 0")))
-            .collect();
+    fn judge(&mut self, target: &Target, dtype: DType, in_place: bool, route: &Route, got: &[Value]) -> Result<f64, Failure> {
+        let terms: Vec<(f64, &[Value])> =
+            (route.at(target)).map(|(slot, c)| (f64::from(c), self.slots[slot].as_deref().expect("a pair of rank > 0"))).collect();
         let new: usize = route.at(target).map(|(slot, _)| target.slots[slot].0 + 2).sum();
         let (unit, least) = rounding(dtype);
         // The products that are compared are themselves float64 sums over the columns.

@@ -21,9 +21,7 @@ impl Files {
     pub fn open(model: &Path, adapters: &Path, quiet: bool) -> Result<Self, Failure> {
         let base = BaseModel::open(model)?;
         let adapters = peft::load_adapters(adapters, &base)?;
-        let is_adapted = |weight: &peft::Weight| {
-            adapters.iter().any(|adapter| adapter.modules.contains_key(weight.module()))
-        };
+        let is_adapted = |weight: &peft::Weight| adapters.iter().any(|adapter| adapter.modules.contains_key(weight.module()));
         let weights: Vec<peft::Weight> = base.weights().into_iter().filter(is_adapted).collect();
         if let Some(empty) = weights.iter().find(|weight| weight.bytes() == 0) {
             return Err(Failure::Run(format!("{}: {} is empty", base.path().display(), empty.name)));
@@ -36,8 +34,7 @@ impl Files {
     }
 
     pub fn projections(&self) -> Vec<Projection> {
-        let projection =
-            |w: &peft::Weight| Projection { name: w.module().into(), rows: w.rows, cols: w.cols };
+        let projection = |w: &peft::Weight| Projection { name: w.module().into(), rows: w.rows, cols: w.cols };
         self.weights.iter().map(projection).collect()
     }
 
@@ -71,12 +68,7 @@ impl Files {
         bar.with_style(ProgressStyle::with_template(style).expect("a valid template"))
     }
 
-    pub fn pair<T: Scalar + Float>(
-        &self,
-        machine: &Machine,
-        target: usize,
-        slot: usize,
-    ) -> Result<Option<Pair<T>>, Failure> {
+    pub fn pair<T: Scalar + Float>(&self, machine: &Machine, target: usize, slot: usize) -> Result<Option<Pair<T>>, Failure> {
         let (adapter, module) = (&self.adapters[slot], self.weights[target].module());
         let Some(factor) = adapter.modules.get(module) else { return Ok(None) };
         let name = |part| format!("{}: {module}.{part}", adapter.name);
@@ -108,10 +100,7 @@ fn convert<T: Scalar + Float>(matrix: &Matrix, name: &str) -> Result<Vec<T>, Fai
         None => Ok(converted),
         Some(at) => {
             let (row, col, dtype) = (at / matrix.cols, at % matrix.cols, T::DTYPE);
-            Err(Failure::Run(format!(
-                "{name}: [{row}, {col}] is {}, which is not finite in {dtype}",
-                values[at]
-            )))
+            Err(Failure::Run(format!("{name}: [{row}, {col}] is {}, which is not finite in {dtype}", values[at])))
         }
     }
 }

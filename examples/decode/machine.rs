@@ -2,9 +2,7 @@
 
 use crate::Failure;
 use crate::args::Choice;
-use cudarc::driver::{
-    CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, ValidAsZeroBits, sys,
-};
+use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, ValidAsZeroBits, sys};
 use lora_switch::{Context, Element, Error, Mat, MatMut, Stream, Tensor};
 use std::borrow::Cow;
 use std::ops::Range;
@@ -75,8 +73,7 @@ impl Machine {
             return Ok(Buffer::Host(vec![T::default(); len]));
         };
         let gigabytes = (len * size_of::<T>()) as f64 / 1e9;
-        let failed =
-            |e: DriverError| Failure::Run(format!("no {gigabytes:.2} GB of device memory could be had: {e}"));
+        let failed = |e: DriverError| Failure::Run(format!("no {gigabytes:.2} GB of device memory could be had: {e}"));
         Ok(Buffer::Cuda(stream.alloc_zeros(len).map_err(failed)?))
     }
 

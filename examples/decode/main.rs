@@ -94,9 +94,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), Failure> {
-    let words = std::env::args_os()
-        .skip(1)
-        .map(|word| word.into_string().map_err(|word| format!("{word:?} is not UTF-8")));
+    let words = std::env::args_os().skip(1).map(|word| word.into_string().map_err(|word| format!("{word:?} is not UTF-8")));
     let words: Vec<String> = words.collect::<Result<_, _>>().map_err(Failure::Usage)?;
     let Some(args) = args::parse(words).map_err(Failure::Usage)? else {
         use std::io::Write;
@@ -104,10 +102,7 @@ fn run() -> Result<(), Failure> {
     };
     let machine = machine::Machine::open(args.backend, args.threads)?;
     // The products that check the CPU's switches use as many threads.
-    rayon::ThreadPoolBuilder::new()
-        .num_threads(args.threads)
-        .build_global()
-        .map_err(|e| Failure::Run(e.to_string()))?;
+    rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global().map_err(|e| Failure::Run(e.to_string()))?;
     let source = model::Source::open(&args.input, args.seed, args.quiet)?;
     let mut report = report::Report::new(&args);
     match args.dtype.unwrap_or(source.dtype()) {

@@ -7,10 +7,7 @@ use crate::check::Check;
 use crate::files::Files;
 use crate::machine::{Buffer, Machine, Scalar};
 use crate::shape::Shape;
-use lora_switch::{
-    AdapterBank, DType, Factor, Float, Form, StateMemory, SwitchOptions, SwitchSet, TargetShape, Tensor,
-    Weight,
-};
+use lora_switch::{AdapterBank, DType, Factor, Float, Form, StateMemory, SwitchOptions, SwitchSet, TargetShape, Tensor, Weight};
 
 /// A linear module that adapters change.
 pub struct Projection {
@@ -95,24 +92,14 @@ impl Source {
         }
     }
 
-    fn fill<T: Scalar + Float>(
-        &self,
-        machine: &Machine,
-        targets: &[Target],
-        buffer: &mut Buffer<T>,
-    ) -> Result<(), Failure> {
+    fn fill<T: Scalar + Float>(&self, machine: &Machine, targets: &[Target], buffer: &mut Buffer<T>) -> Result<(), Failure> {
         match self {
             Self::Files(files) => files.fill(targets, buffer),
             Self::Shape(shape) => shape.fill(&machine.stream, buffer),
         }
     }
 
-    fn pair<T: Scalar + Float>(
-        &self,
-        machine: &Machine,
-        target: usize,
-        slot: usize,
-    ) -> Result<Option<Pair<T>>, Failure> {
+    fn pair<T: Scalar + Float>(&self, machine: &Machine, target: usize, slot: usize) -> Result<Option<Pair<T>>, Failure> {
         match self {
             Self::Files(files) => files.pair(machine, target, slot),
             Self::Shape(shape) => shape.pair(machine, target, slot),
@@ -121,13 +108,7 @@ impl Source {
 }
 
 /// Loads everything. Also returns what is needed to check each switch.
-pub fn build<T: Scalar + Float>(
-    machine: &Machine,
-    source: &Source,
-    form: Form,
-    k: u64,
-    seed: u64,
-) -> Result<(Model<T>, Check), Failure> {
+pub fn build<T: Scalar + Float>(machine: &Machine, source: &Source, form: Form, k: u64, seed: u64) -> Result<(Model<T>, Check), Failure> {
     // All weights in one buffer, so that one launch can measure what the machine allows; each at a multiple
     // of 16 bytes.
     let (mut targets, len) = lay_out::<T>(source.projections());
@@ -141,8 +122,7 @@ pub fn build<T: Scalar + Float>(
         Form::FromBase => (machine.zeros(len)?, Some(loaded)),
         Form::InPlace => (loaded, None),
     };
-    let of_set =
-        targets.iter().map(|target| switch_target(machine, target, &mut weights, base.as_mut())).collect();
+    let of_set = targets.iter().map(|target| switch_target(machine, target, &mut weights, base.as_mut())).collect();
     let options = SwitchOptions { form, k_max: k, ..SwitchOptions::default() };
     let set = SwitchSet::new(&machine.stream, &bank, of_set, options)?;
     Ok((Model { set, weights, base, targets }, check))
@@ -188,11 +168,7 @@ fn factor<T: Scalar>(target: &Target, pair: Pair<T>) -> Result<Factor, Failure> 
     })
 }
 
-fn fill_bank<T: Float>(
-    machine: &Machine,
-    targets: &[Target],
-    slots: Vec<Vec<Option<Factor>>>,
-) -> Result<AdapterBank, Failure> {
+fn fill_bank<T: Float>(machine: &Machine, targets: &[Target], slots: Vec<Vec<Option<Factor>>>) -> Result<AdapterBank, Failure> {
     let shape = |target: &Target| TargetShape {
         out_features: target.rows as u64,
         in_features: target.cols as u64,
@@ -200,8 +176,7 @@ fn fill_bank<T: Float>(
         rank_cap: target.slots.iter().map(|(rank, _)| *rank as u64).max().unwrap_or(0),
     };
     let shapes: Vec<TargetShape> = targets.iter().map(shape).collect();
-    let bank =
-        AdapterBank::new(&machine.stream, T::DTYPE, slots.len() as u64, &shapes, StateMemory::allocate())?;
+    let bank = AdapterBank::new(&machine.stream, T::DTYPE, slots.len() as u64, &shapes, StateMemory::allocate())?;
     for (slot, factors) in slots.iter().enumerate() {
         bank.set_slot(&machine.stream, slot as u64, factors)?;
     }
@@ -222,7 +197,6 @@ fn switch_target<T: Scalar>(
     // (`Model`); all that touches it goes to one stream, or runs when that stream's work is done.
     let weight = unsafe { Weight::from_raw(&machine.context, at(weights), T::DTYPE, rows, cols, cols) };
     // SAFETY: as above; nobody writes the base.
-    let base =
-        base.map(|base| unsafe { Tensor::from_raw(&machine.context, at(base), T::DTYPE, rows, cols, cols) });
+    let base = base.map(|base| unsafe { Tensor::from_raw(&machine.context, at(base), T::DTYPE, rows, cols, cols) });
     lora_switch::Target { weight, base }
 }

@@ -93,25 +93,21 @@ impl fmt::Display for PeftError {
             MissingTensor { tensor, needed_by, .. } => {
                 write!(f, "no tensor `{tensor}`, expected for {needed_by}")
             }
-            UnexpectedTensor { tensor, .. } => write!(
-                f,
-                "tensor `{tensor}` is not supported: expected only {PREFIX}MODULE.lora_A.weight and .lora_B.weight"
-            ),
-            Rank { module, config, a, b, .. } => write!(
-                f,
-                "module `{module}`: lora_A has rank {a} and lora_B rank {b}, expected {config} (at least 1) by {CONFIG}"
-            ),
+            UnexpectedTensor { tensor, .. } => {
+                write!(f, "tensor `{tensor}` is not supported: expected only {PREFIX}MODULE.lora_A.weight and .lora_B.weight")
+            }
+            Rank { module, config, a, b, .. } => {
+                write!(f, "module `{module}`: lora_A has rank {a} and lora_B rank {b}, expected {config} (at least 1) by {CONFIG}")
+            }
             Shape { tensor, found, expected, .. } => {
                 write!(f, "tensor `{tensor}` has the shape {found:?}, expected {expected}")
             }
             Dtype { tensor, found, .. } => {
                 write!(f, "tensor `{tensor}` has the dtype {found}, expected F32, F16 or BF16")
             }
-            NotInBase { module, base, .. } => write!(
-                f,
-                "adapts the module `{module}`, expected one of the base model's: {} has no `{module}.weight`",
-                base.display()
-            ),
+            NotInBase { module, base, .. } => {
+                write!(f, "adapts the module `{module}`, expected one of the base model's: {} has no `{module}.weight`", base.display())
+            }
             NotTargeted { module, target_modules, .. } => write!(
                 f,
                 "has weights for the module `{module}`, expected only what {CONFIG} targets: {target_modules} \
@@ -141,9 +137,7 @@ impl PeftError {
         match self {
             Io { path, .. } | Truncated { path, .. } | Malformed { path, .. } | Json { path, .. } => path,
             Unsupported { path, .. } | Pattern { path, .. } | MissingTensor { path, .. } => path,
-            UnexpectedTensor { path, .. } | Rank { path, .. } | Shape { path, .. } | Dtype { path, .. } => {
-                path
-            }
+            UnexpectedTensor { path, .. } | Rank { path, .. } | Shape { path, .. } | Dtype { path, .. } => path,
             NotInBase { path, .. } | NotTargeted { path, .. } | NoSuchWeight { path, .. } => path,
             NoAdapters { path } => path,
         }
@@ -208,9 +202,7 @@ impl Matrix {
     pub fn to_f32(&self) -> Vec<f32> {
         let pairs = || self.bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
         match self.dtype {
-            Dtype::F32 => {
-                self.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
-            }
+            Dtype::F32 => self.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
             Dtype::F16 => pairs().map(|b| f16::from_le_bytes(b).to_f32()).collect(),
             Dtype::Bf16 => pairs().map(|b| bf16::from_le_bytes(b).to_f32()).collect(),
         }
@@ -259,8 +251,7 @@ impl TensorFile {
         let mut header = vec![0; size as usize];
         file.read_exact(&mut header).map_err(io_error(path))?;
         // Deserializing also checks that the tensors' ranges fit their shapes and leave no holes.
-        let header: Metadata =
-            serde_json::from_slice(&header).map_err(|e| malformed(format!("header: {e}")))?;
+        let header: Metadata = serde_json::from_slice(&header).map_err(|e| malformed(format!("header: {e}")))?;
 
         let start = 8 + size;
         let end = start.saturating_add(header.data_len() as u64);
@@ -300,9 +291,7 @@ impl TensorFile {
     }
 
     fn info(&self, tensor: &str) -> Result<&TensorInfo, PeftError> {
-        self.header
-            .info(tensor)
-            .ok_or_else(|| PeftError::NoSuchWeight { path: self.path.clone(), weight: tensor.into() })
+        self.header.info(tensor).ok_or_else(|| PeftError::NoSuchWeight { path: self.path.clone(), weight: tensor.into() })
     }
 }
 
@@ -548,12 +537,7 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, PeftError> {
 }
 
 fn unsupported(path: &Path, key: &str, found: impl fmt::Display, expected: impl Into<String>) -> PeftError {
-    PeftError::Unsupported {
-        path: path.into(),
-        key: key.into(),
-        found: found.to_string(),
-        expected: expected.into(),
-    }
+    PeftError::Unsupported { path: path.into(), key: key.into(), found: found.to_string(), expected: expected.into() }
 }
 
 /// Refuses every setting under which `W + scale * B * A` is not what the adapter means.
@@ -647,12 +631,7 @@ impl Rules {
         let layers = match config.layers_to_transform {
             None => None,
             Some(_) if !matches!(target, Matcher::List(_)) => {
-                return Err(unsupported(
-                    path,
-                    "layers_to_transform",
-                    "set",
-                    "null unless target_modules is a list",
-                ));
+                return Err(unsupported(path, "layers_to_transform", "set", "null unless target_modules is a list"));
             }
             Some(Layers::One(layer)) => Some(vec![layer]),
             Some(Layers::List(layers)) => (!layers.is_empty()).then_some(layers),
@@ -665,11 +644,7 @@ impl Rules {
             ranks: by_suffix(path, "rank_pattern", config.rank_pattern)?,
             alphas: by_suffix(path, "alpha_pattern", config.alpha_pattern)?,
             target,
-            exclude: Matcher::new(
-                path,
-                "exclude_modules",
-                config.exclude_modules.unwrap_or(Names::List(vec![])),
-            )?,
+            exclude: Matcher::new(path, "exclude_modules", config.exclude_modules.unwrap_or(Names::List(vec![])))?,
             layers,
             layer_index: layer_index(path, config.layers_pattern)?,
         })
@@ -696,8 +671,7 @@ impl Rules {
     }
 
     fn scale_of(&self, module: &str) -> Result<f32, PeftError> {
-        let (rank, alpha) =
-            (self.rank_of(module) as f64, first_match(&self.alphas, module).unwrap_or(self.alpha));
+        let (rank, alpha) = (self.rank_of(module) as f64, first_match(&self.alphas, module).unwrap_or(self.alpha));
         let scale = (alpha / if self.rslora { rank.sqrt() } else { rank }) as f32;
         match scale.is_finite() {
             true => Ok(scale),
@@ -709,9 +683,7 @@ impl Rules {
 impl Matcher {
     fn new(path: &Path, key: &'static str, names: Names) -> Result<Matcher, PeftError> {
         match names {
-            Names::One(pattern) => {
-                Ok(Matcher::Pattern(compile(path, key, &pattern, &format!("^(?:{pattern})$"))?))
-            }
+            Names::One(pattern) => Ok(Matcher::Pattern(compile(path, key, &pattern, &format!("^(?:{pattern})$"))?)),
             Names::List(names) => Ok(Matcher::List(names)),
         }
     }
@@ -721,9 +693,9 @@ impl Matcher {
         match self {
             Matcher::AllLinear => module != "lm_head",
             Matcher::Pattern(pattern) => pattern.is_match(module),
-            Matcher::List(names) => names.iter().any(|name| {
-                module.strip_suffix(name.as_str()).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
-            }),
+            Matcher::List(names) => {
+                names.iter().any(|name| module.strip_suffix(name.as_str()).is_some_and(|rest| rest.is_empty() || rest.ends_with('.')))
+            }
         }
     }
 }
@@ -740,24 +712,13 @@ impl fmt::Display for Matcher {
 
 /// Compiles `whole`, which embeds the user's `pattern`.
 fn compile(path: &Path, key: &'static str, pattern: &str, whole: &str) -> Result<Regex, PeftError> {
-    Regex::new(whole).map_err(|e| PeftError::Pattern {
-        path: path.into(),
-        key,
-        pattern: pattern.into(),
-        detail: e.to_string(),
-    })
+    Regex::new(whole).map_err(|e| PeftError::Pattern { path: path.into(), key, pattern: pattern.into(), detail: e.to_string() })
 }
 
 /// PEFT's `get_pattern_key`: a key is a regular expression for the whole name or for its end, from
 /// a dot on.
-fn by_suffix<T>(
-    path: &Path,
-    key: &'static str,
-    patterns: Option<Ordered<T>>,
-) -> Result<Vec<(Regex, T)>, PeftError> {
-    let compiled = |(pattern, value): (String, T)| {
-        Ok((compile(path, key, &pattern, &format!(r"^(?:.*\.)?(?:{pattern})$"))?, value))
-    };
+fn by_suffix<T>(path: &Path, key: &'static str, patterns: Option<Ordered<T>>) -> Result<Vec<(Regex, T)>, PeftError> {
+    let compiled = |(pattern, value): (String, T)| Ok((compile(path, key, &pattern, &format!(r"^(?:.*\.)?(?:{pattern})$"))?, value));
     patterns.map_or(vec![], |patterns| patterns.0).into_iter().map(compiled).collect()
 }
 
@@ -813,12 +774,7 @@ pub fn load_adapter(dir: &Path, base: &BaseModel) -> Result<Adapter, PeftError> 
     let rules = Rules::read(&dir.join(CONFIG))?;
     let path = dir.join(TENSORS);
     if !path.exists() && dir.join(PICKLE).exists() {
-        return Err(unsupported(
-            dir,
-            PICKLE,
-            "a pickle",
-            format!("{TENSORS} (PEFT's save_pretrained writes it)"),
-        ));
+        return Err(unsupported(dir, PICKLE, "a pickle", format!("{TENSORS} (PEFT's save_pretrained writes it)")));
     }
     let file = TensorFile::open(&path)?;
     let mut modules = BTreeMap::new();
@@ -840,8 +796,7 @@ pub fn load_adapters(dir: &Path, base: &BaseModel) -> Result<Vec<Adapter>, PeftE
     if is_adapter(&dir.into()) {
         return Ok(vec![load_adapter(dir, base)?]);
     }
-    let entries =
-        fs::read_dir(dir).and_then(|entries| entries.map(|e| Ok(e?.path())).collect::<io::Result<Vec<_>>>());
+    let entries = fs::read_dir(dir).and_then(|entries| entries.map(|e| Ok(e?.path())).collect::<io::Result<Vec<_>>>());
     let mut dirs: Vec<PathBuf> = entries.map_err(io_error(dir))?.into_iter().filter(is_adapter).collect();
     if dirs.is_empty() {
         return Err(PeftError::NoAdapters { path: dir.into() });
@@ -888,12 +843,7 @@ fn adapted_modules(file: &TensorFile) -> Result<Vec<String>, PeftError> {
     Ok(modules)
 }
 
-fn load_factor(
-    file: &TensorFile,
-    rules: &Rules,
-    base: &BaseModel,
-    module: &str,
-) -> Result<LoraFactor, PeftError> {
+fn load_factor(file: &TensorFile, rules: &Rules, base: &BaseModel, module: &str) -> Result<LoraFactor, PeftError> {
     let (path, name) = (|| file.path.clone(), || module.to_string());
     let Some(shape) = base.shape_of(module) else {
         return Err(PeftError::NotInBase { path: path(), module: name(), base: base.path.clone() });

@@ -83,9 +83,7 @@ impl Report {
         let Header { args, machine, source, dtype, targets } = header;
         let elements: usize = targets.iter().map(|target| target.rows * target.cols).sum();
         let (name, converted) = match (&args.input, source) {
-            (Input::Files { model, .. }, Source::Files(files)) => {
-                (model.display().to_string(), files.converted(*dtype))
-            }
+            (Input::Files { model, .. }, Source::Files(files)) => (model.display().to_string(), files.converted(*dtype)),
             _ => ("random data in the shape of Llama-2-7B".to_string(), vec![]),
         };
         let numbered = |(slot, name): (usize, String)| format!("{slot} {name}");
@@ -105,8 +103,7 @@ impl Report {
         writeln!(out)?;
         let (ids, gates) = widths(args.k as usize);
         let multiply = if machine.cuda.is_none() { format!(" {:>10}", "multiply") } else { String::new() };
-        let columns =
-            format!("token  {:<ids$}  {:<gates$} {:>10} {:>10}{multiply}", "ids", "gates", "route", "switch");
+        let columns = format!("token  {:<ids$}  {:<gates$} {:>10} {:>10}{multiply}", "ids", "gates", "route", "switch");
         Ok(writeln!(out, "{columns} {:>10} {:>7}", "moved", "error")?)
     }
 
@@ -135,9 +132,7 @@ impl Report {
         if !self.quiet {
             writeln!(out)?;
         }
-        let moving = |us: f64, moved: f64| {
-            format!("{:>10} {:>10} {:>7.1} GB/s", time(us), bytes(moved), gb_per_s(moved, us))
-        };
+        let moving = |us: f64, moved: f64| format!("{:>10} {:>10} {:>7.1} GB/s", time(us), bytes(moved), gb_per_s(moved, us));
         let (floor_us, moved) = (summary.floor_us, summary.bytes);
         let over = |us: f64| format!("{:.3} x the floor", us / floor_us);
         writeln!(out, "a token, median of {}", summary.tokens)?;
@@ -152,13 +147,9 @@ impl Report {
         }
         let floor = moving(floor_us, summary.floor_bytes);
         writeln!(out, "floor       {floor}   all weights read and written once, no adapters")?;
-        let what =
-            if summary.multiply_us.is_some() { "all products and sampled rows" } else { "sampled rows" };
+        let what = if summary.multiply_us.is_some() { "all products and sampled rows" } else { "sampled rows" };
         let error = summary.error;
-        Ok(writeln!(
-            out,
-            "checked     {what} of each token; largest error {error:.3} of what rounding may cost"
-        )?)
+        Ok(writeln!(out, "checked     {what} of each token; largest error {error:.3} of what rounding may cost")?)
     }
 
     fn line(&mut self, value: &impl Serialize) -> Result<(), Failure> {

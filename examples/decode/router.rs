@@ -20,9 +20,7 @@ impl Router {
         let Some(path) = gate else { return Ok(Self::Random { seed }) };
         let weight = BaseModel::open(path)?.load("gate.weight")?;
         let (rows, cols) = (weight.rows, weight.cols);
-        let wrong = |why: String| {
-            Err(Failure::Run(format!("{}: gate.weight is [{rows}, {cols}]; {why}", path.display())))
-        };
+        let wrong = |why: String| Err(Failure::Run(format!("{}: gate.weight is [{rows}, {cols}]; {why}", path.display())));
         if rows != slots {
             return wrong(format!("it must have {slots} rows, one an adapter"));
         }
@@ -42,8 +40,7 @@ impl Router {
             }
             Self::Gate { seed, weight, hidden } => {
                 let state: Vec<f64> = uniform(seed.wrapping_add(token << 32)).take(*hidden).collect();
-                let dot =
-                    |row: &[f32]| row.iter().zip(&state).map(|(w, h)| f64::from(*w) * h).sum::<f64>() as f32;
+                let dot = |row: &[f32]| row.iter().zip(&state).map(|(w, h)| f64::from(*w) * h).sum::<f64>() as f32;
                 to.write(0, &weight.chunks_exact(*hidden).map(dot).collect::<Vec<f32>>())
             }
         }

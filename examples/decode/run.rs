@@ -14,12 +14,7 @@ use lora_switch::{Float, Form, RouteOptions, measure, route};
 /// Launches of the floor: a few give a steady median.
 const FLOORS: usize = 16;
 
-pub fn decode<T: Scalar + Float>(
-    args: &Args,
-    machine: &Machine,
-    source: &Source,
-    report: &mut Report,
-) -> Result<(), Failure> {
+pub fn decode<T: Scalar + Float>(args: &Args, machine: &Machine, source: &Source, report: &mut Report) -> Result<(), Failure> {
     let adapters = source.adapters().len();
     check_k(args.k, adapters).map_err(Failure::Usage)?;
     let (model, check) = model::build::<T>(machine, source, args.form, args.k, args.seed)?;
@@ -122,8 +117,7 @@ impl<T: Scalar + Float> Decoder<'_, T> {
         captured?;
         let graph = graph?.ok_or_else(|| Failure::Run("the capture gave no graph".into()))?;
         graph.upload()?;
-        let replay =
-            |index| Ok(self.token(index, Some(&graph)).map_err(|e| e.at("as a CUDA graph".into()))?.route_us);
+        let replay = |index| Ok(self.token(index, Some(&graph)).map_err(|e| e.at("as a CUDA graph".into()))?.route_us);
         let times: Result<Vec<f64>, Failure> = (0..tokens).map(replay).collect();
         Ok(Some(median(times?)))
     }
@@ -152,14 +146,7 @@ impl<T: Scalar + Float> Decoder<'_, T> {
         Ok(median(times))
     }
 
-    fn summary(
-        &self,
-        args: &Args,
-        adapters: usize,
-        tokens: &[Token],
-        graph_us: Option<f64>,
-        floor_us: f64,
-    ) -> Summary {
+    fn summary(&self, args: &Args, adapters: usize, tokens: &[Token], graph_us: Option<f64>, floor_us: f64) -> Summary {
         let of = |value: fn(&Token) -> f64| median(tokens.iter().map(value).collect());
         let products: Option<Vec<f64>> = tokens.iter().map(|token| token.multiply_us).collect();
         let (switch_us, bytes) = (of(|token| token.switch_us), of(|token| token.bytes as f64));

@@ -34,13 +34,7 @@ pub struct Shape {
 
 impl Shape {
     pub fn projections(&self) -> Vec<Projection> {
-        let layer = |i: usize| {
-            LAYER.map(|(name, rows, cols)| Projection {
-                name: format!("model.layers.{i}.{name}"),
-                rows,
-                cols,
-            })
-        };
+        let layer = |i: usize| LAYER.map(|(name, rows, cols)| Projection { name: format!("model.layers.{i}.{name}"), rows, cols });
         (0..self.layers).flat_map(layer).collect()
     }
 
@@ -52,12 +46,7 @@ impl Shape {
         Ok(measure::fill_random(stream, self.seed, WEIGHT, &mut buffer.vector_mut(stream)?)?)
     }
 
-    pub fn pair<T: Scalar>(
-        &self,
-        machine: &Machine,
-        target: usize,
-        slot: usize,
-    ) -> Result<Option<Pair<T>>, Failure> {
+    pub fn pair<T: Scalar>(&self, machine: &Machine, target: usize, slot: usize) -> Result<Option<Pair<T>>, Failure> {
         let (_, rows, cols) = LAYER[target % LAYER.len()];
         // Element i of a vector comes from seed + i: 2^36 apart, no two vectors share any.
         let number = 2 * (slot * self.layers * LAYER.len() + target) as u64 + 1;

@@ -109,8 +109,7 @@ impl<'a> World<'a> {
     fn new(input: &'a [u8]) -> Self {
         let mut bytes = Bytes(input);
         let seed: [u64; 4] = std::array::from_fn(|_| bytes.word());
-        let word =
-            |i: usize| u128::from(seed[i % 4]) | u128::from(seed[i / 4 % 4].rotate_left(i as u32 / 16)) << 64;
+        let word = |i: usize| u128::from(seed[i % 4]) | u128::from(seed[i / 4 % 4].rotate_left(i as u32 / 16)) << 64;
         Self {
             arena: Box::new(std::array::from_fn(word)),
             bytes,
@@ -175,8 +174,7 @@ impl<'a> World<'a> {
         if !is_ok {
             assert!(before == self.arena, "an error changed memory");
             // SAFETY: texts that the library keeps until its next error.
-            let texts =
-                unsafe { [c::lsw_last_error(), c::lsw_status_name(status)].map(|text| CStr::from_ptr(text)) };
+            let texts = unsafe { [c::lsw_last_error(), c::lsw_status_name(status)].map(|text| CStr::from_ptr(text)) };
             assert!(!texts[0].is_empty() && texts[1].to_bytes().starts_with(b"LSW_"));
         }
         is_ok
@@ -202,11 +200,7 @@ impl<'a> World<'a> {
     }
 
     /// Hands over options in a buffer as long as the largest size that is read.
-    fn with_options<T>(
-        &mut self,
-        options: T,
-        f: impl FnOnce(&mut Self, *const T) -> c::lsw_status,
-    ) -> c::lsw_status {
+    fn with_options<T>(&mut self, options: T, f: impl FnOnce(&mut Self, *const T) -> c::lsw_status) -> c::lsw_status {
         let mut buffer = [0u64; 4096 / 8];
         // SAFETY: all structs of options are smaller than the buffer, and need no more alignment.
         unsafe { buffer.as_mut_ptr().cast::<T>().write(options) };
@@ -223,7 +217,7 @@ impl<'a> World<'a> {
             if self.bytes.0.is_empty() {
                 break;
             }
-            match self.bytes.below(16) {
+            match self.bytes.below(17) {
                 0 => self.contexts(),
                 1 => self.create_bank(),
                 2 | 3 => self.set_slot(),
@@ -236,6 +230,7 @@ impl<'a> World<'a> {
                 12 => self.combine(),
                 13 => self.sizes(),
                 14 => self.objects(),
+                15 => self.measure(),
                 _ => self.destroy(),
             }
         }
@@ -270,17 +265,12 @@ impl<'a> World<'a> {
             let right = w.bytes.below(9);
             w.bytes.size(right)
         };
-        let shape = |w: &mut Self| c::lsw_target_shape {
-            out_features: dimension(w),
-            in_features: dimension(w),
-            rank_cap: w.bytes.size(4),
-        };
+        let shape = |w: &mut Self| c::lsw_target_shape { out_features: dimension(w), in_features: dimension(w), rank_cap: w.bytes.size(4) };
         let shapes: Vec<_> = (0..self.bytes.below(4)).map(|_| shape(self)).collect();
         let (dtype, slots) = (self.bytes.below(3) as i32, 1 + self.bytes.below(4));
         let (dtype, slots) = (self.bytes.number(dtype), self.bytes.size(slots));
         let slots = if slots <= 65536 { slots % 64 } else { slots }; // large tables are only slow
-        let options =
-            c::lsw_bank_options { dtype, reserved: self.bytes.number(0), slots, ..Default::default() };
+        let options = c::lsw_bank_options { dtype, reserved: self.bytes.number(0), slots, ..Default::default() };
         let handle = self.make(|w, out| {
             w.with_options(options, |w, options| {
                 let (targets, count) = (w.bytes.pointer(shapes.as_ptr()), w.bytes.count(&shapes));
@@ -294,8 +284,7 @@ impl<'a> World<'a> {
 
     fn set_slot(&mut self) {
         let which = self.which();
-        let (handle, dtype, slots) =
-            (self.banks[which].handle, self.banks[which].dtype, self.banks[which].slots);
+        let (handle, dtype, slots) = (self.banks[which].handle, self.banks[which].dtype, self.banks[which].slots);
         let factor = |w: &mut Self, target: usize| {
             let shape = w.banks[which].shapes[target];
             let rank = w.bytes.below(5);
@@ -306,8 +295,7 @@ impl<'a> World<'a> {
                 reserved: w.bytes.number(0),
             }
         };
-        let factors: Vec<_> =
-            (0..self.banks[which].shapes.len()).map(|target| factor(self, target)).collect();
+        let factors: Vec<_> = (0..self.banks[which].shapes.len()).map(|target| factor(self, target)).collect();
         let slot = self.bytes.below(slots.max(1));
         self.call(|w| {
             let (bank, slot) = (w.bytes.pointer(handle), w.bytes.size(slot));
@@ -325,22 +313,16 @@ impl<'a> World<'a> {
             let (rows, cols) = (shape.out_features.min(16), shape.in_features.min(16));
             let base = form == c::LSW_FROM_BASE as i32;
             let weight = w.mat(rows, cols, dtype);
-            c::lsw_target {
-                weight,
-                base: if base { w.read_only(rows, cols, dtype) } else { c::lsw_mat::default() },
-            }
+            c::lsw_target { weight, base: if base { w.read_only(rows, cols, dtype) } else { c::lsw_mat::default() } }
         };
         let targets: Vec<_> = (0..self.banks[bank].shapes.len()).map(|i| target(self, i)).collect();
         let (form, k_max) = (self.bytes.number(form), 1 + self.bytes.below(32));
         let k_max = self.bytes.size(k_max);
-        let options =
-            c::lsw_switch_options { form, portable: self.bytes.number(0), k_max, ..Default::default() };
+        let options = c::lsw_switch_options { form, portable: self.bytes.number(0), k_max, ..Default::default() };
         let made = self.make(|w, out| {
             w.with_options(options, |w, options| {
                 let (array, count) = (w.bytes.pointer(targets.as_ptr()), w.bytes.count(&targets));
-                unsafe {
-                    c::lsw_switch_create(w.bytes.pointer(handle), null_mut(), options, array, count, out)
-                }
+                unsafe { c::lsw_switch_create(w.bytes.pointer(handle), null_mut(), options, array, count, out) }
             })
         });
         let which = self.which();
@@ -352,8 +334,7 @@ impl<'a> World<'a> {
     fn route_to(&mut self, k: u64) -> (*mut i32, *mut f32) {
         let (ids, gates) = (self.place(MARGIN).cast::<i32>(), self.place(MARGIN).cast::<f32>());
         for i in 0..if ids.is_null() || gates.is_null() { 0 } else { k as usize } {
-            let (id, gate) =
-                (i32::from(self.bytes.next() as i8) / 16, f32::from(self.bytes.next() as i8) / 16.0);
+            let (id, gate) = (i32::from(self.bytes.next() as i8) / 16, f32::from(self.bytes.next() as i8) / 16.0);
             unsafe { ids.add(i).write_unaligned(id) };
             unsafe { gates.add(i).write_unaligned(gate) };
         }
@@ -420,18 +401,14 @@ impl<'a> World<'a> {
             let (ids, offsets) = (w.bytes.pointer(&ids), w.bytes.pointer(&offsets));
             let (row_map, inverse) = (w.bytes.pointer(&row_map), w.bytes.pointer(&inverse));
             let context = w.context();
-            unsafe {
-                c::lsw_permute(context, null_mut(), experts, ids, offsets, row_map, inverse, workspace, bytes)
-            }
+            unsafe { c::lsw_permute(context, null_mut(), experts, ids, offsets, row_map, inverse, workspace, bytes) }
         });
     }
 
     fn gather(&mut self) {
-        let (tokens, k, count, width) =
-            (self.bytes.below(5), 1 + self.bytes.below(4), self.bytes.below(9), self.bytes.below(9));
+        let (tokens, k, count, width) = (self.bytes.below(5), 1 + self.bytes.below(4), self.bytes.below(9), self.bytes.below(9));
         let dtype = self.bytes.below(5) as i32;
-        let (x, row_map) =
-            (self.read_only(tokens, width, dtype), self.read_only(1, count, c::LSW_I32 as i32));
+        let (x, row_map) = (self.read_only(tokens, width, dtype), self.read_only(1, count, c::LSW_I32 as i32));
         let rows = self.mat(count, width, dtype);
         self.write_ids(&row_map);
         self.call(|w| {
@@ -441,11 +418,9 @@ impl<'a> World<'a> {
     }
 
     fn combine(&mut self) {
-        let (tokens, k, count, width) =
-            (self.bytes.below(5), 1 + self.bytes.below(4), self.bytes.below(9), self.bytes.below(9));
+        let (tokens, k, count, width) = (self.bytes.below(5), 1 + self.bytes.below(4), self.bytes.below(9), self.bytes.below(9));
         let dtype = self.bytes.below(3) as i32;
-        let (rows, inverse) =
-            (self.read_only(count, width, dtype), self.read_only(tokens, k, c::LSW_I32 as i32));
+        let (rows, inverse) = (self.read_only(count, width, dtype), self.read_only(tokens, k, c::LSW_I32 as i32));
         let (gates, y) = (self.read_only(tokens, k, c::LSW_F32 as i32), self.mat(tokens, width, dtype));
         self.write_ids(&inverse);
         self.call(|w| {
@@ -475,8 +450,7 @@ impl<'a> World<'a> {
 
     fn objects(&mut self) {
         let which = self.which();
-        let (bank, set) =
-            (self.bytes.pointer(self.banks[which].handle), self.bytes.pointer(self.sets[which].handle));
+        let (bank, set) = (self.bytes.pointer(self.banks[which].handle), self.bytes.pointer(self.sets[which].handle));
         let target = self.bytes.below(4);
         let target = self.bytes.size(target);
         self.get(|_, out| unsafe { c::lsw_bank_dtype(bank, out) });
@@ -486,6 +460,24 @@ impl<'a> World<'a> {
         self.get(|_, out| unsafe { c::lsw_switch_odd(set, null_mut(), out) });
         self.get(|_, out| unsafe { c::lsw_switch_count(set, out) });
         self.get(|_, out| unsafe { c::lsw_switch_weight(set, target, out) });
+    }
+
+    fn measure(&mut self) {
+        let (n, dtype) = (self.bytes.below(40), self.bytes.below(3) as i32);
+        self.cursor = self.cursor.next_multiple_of(16);
+        let x = self.read_only(1, n, dtype);
+        self.cursor = self.cursor.next_multiple_of(16);
+        let y = self.mat(1, n, dtype);
+        let (sink, factor) = (self.place(4).cast(), f32::from_bits((self.bytes.next() as u32) << 24));
+        self.call(|w| {
+            let (context, x, y) = (w.context(), w.bytes.pointer(&x), w.bytes.pointer(&y));
+            match w.bytes.below(4) {
+                0 => unsafe { c::lsw_measure_scale(context, null_mut(), factor, x, y) },
+                1 => unsafe { c::lsw_measure_scale_in_place(context, null_mut(), factor, y) },
+                2 => unsafe { c::lsw_measure_fill_random(context, null_mut(), w.bytes.word(), factor, y) },
+                _ => unsafe { c::lsw_measure_read(context, null_mut(), x, sink) },
+            }
+        });
     }
 
     fn destroy(&mut self) {

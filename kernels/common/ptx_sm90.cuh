@@ -72,7 +72,10 @@ template <int kRegisters> __device__ __forceinline__ void give_registers() {
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Until at most kPending groups are in flight.
+template <int kPending> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
 
 // d (64 x 128, f32) = or += a (64 x 16, K-major) b (16 x 128, N-major), both in shared memory by descriptor.
 #define LSW_WGMMA(TYPE)                                                                                                                    \

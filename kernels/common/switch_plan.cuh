@@ -96,6 +96,25 @@ __device__ inline Verdict judge(const LswSwitchArgs& args, const Route& route, u
     return Verdict::kChanged;
 }
 
+// Says what is odd about a target under the new route. One block's task: the word is sticky.
+__device__ inline void report_odd(const LswSwitchArgs& args, const Route& route, uint32_t target, Verdict verdict) {
+    uint32_t odd = verdict == Verdict::kStale ? LSW_STALE_MERGE : 0;
+    for (uint32_t e = 0; e < route.count; ++e) {
+        const LswFactor& f = factor(args, target, route.slot[e]);
+        const float c = route.gate[e] * f.scale;
+        if (f.rank > 0 && !(is_finite(c) && usable(args, c))) odd |= LSW_ODD_COEFFICIENT;
+    }
+    if (odd) atomicOr(&state(args)->status, odd);
+}
+
+// Whether a target is this launch's and needs work under the new route.
+__device__ __forceinline__ bool is_changed(const LswSwitchArgs& args, const Route& route, uint32_t target) {
+    if (target >= args.last || !serves(args, target)) return false;
+    const Verdict verdict = judge(args, route, target);
+    if (blockIdx.x == 0) report_odd(args, route, target, verdict);
+    return verdict == Verdict::kChanged;
+}
+
 // A lane's terms of a target's sum: what of the new route enters and, in place, what of the old one leaves. Slot -1: none.
 struct LaneTerms {
     int enter_slot, leave_slot;
@@ -136,17 +155,9 @@ __device__ inline LaneTerms lane_terms(const LswSwitchArgs& args, const Route& r
     return t;
 }
 
-// The last block writes down what each target of the call holds now.
+// Writes down what a target holds now.
 __device__ inline void record(const LswSwitchArgs& args, const Route& route, uint32_t target) {
-    if (!serves(args, target)) return;
-    for (uint32_t e = 0; e < route.count; ++e) {
-        const LswFactor& f = factor(args, target, route.slot[e]);
-        const float c = route.gate[e] * f.scale;
-        if (f.rank > 0 && !(is_finite(c) && usable(args, c))) atomicOr(&state(args)->status, LSW_ODD_COEFFICIENT);
-    }
-    const Verdict verdict = judge(args, route, target);
-    if (verdict == Verdict::kStale) atomicOr(&state(args)->status, LSW_STALE_MERGE);
-    if (verdict != Verdict::kChanged) return;
+    if (!is_changed(args, route, target)) return;
     uint32_t count = 0;
     for (uint32_t e = 0; e < route.count; ++e) {
         const LswFactor& f = factor(args, target, route.slot[e]);

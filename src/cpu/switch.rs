@@ -90,9 +90,7 @@ impl State {
     fn canonical_route(&mut self, set: &SetPlan, to: &ToPlan) -> Vec<(usize, f32)> {
         let vector = |addr, dtype| RawMat { addr, dtype, rows: 1, cols: u64::from(to.k), stride: 0, place: crate::view::Place::Host };
         // SAFETY: checked host vectors of k elements, borrowed by the call. With k = 0 no memory is touched.
-        let (ids, gates) = unsafe {
-            (vector(to.ids, crate::DType::I32).row::<i32>(0), vector(to.gates, crate::DType::F32).row::<f32>(0))
-        };
+        let (ids, gates) = unsafe { (vector(to.ids, crate::DType::I32).row::<i32>(0), vector(to.gates, crate::DType::F32).row::<f32>(0)) };
         let mut route: Vec<(usize, f32)> = Vec::new();
         for (&id, &gate) in ids.iter().zip(gates) {
             if id < 0 || id as u64 >= set.bank.slots() {
@@ -177,10 +175,11 @@ struct Adapter {
 impl Adapter {
     fn new<T: Float>(entry: &Entry, coefficient: f32) -> Self {
         let factor = entry.factor.as_ref().expect("only adapters that exist are merged");
-        // SAFETY: checked host memory that the bank's owner keeps alive and unchanged (Tensor's contract).
-        let widen = |mat: &RawMat| -> Vec<Vec<f32>> {
-            (0..mat.rows).map(|r| unsafe { mat.row::<T>(r) }.iter().map(|x| x.to_f32()).collect()).collect()
+        let row = |mat: &RawMat, r| -> Vec<f32> {
+            // SAFETY: checked host memory that the bank's owner keeps alive and unchanged (Tensor's contract).
+            unsafe { mat.row::<T>(r) }.iter().map(|x| x.to_f32()).collect()
         };
+        let widen = |mat: &RawMat| -> Vec<Vec<f32>> { (0..mat.rows).map(|r| row(mat, r)).collect() };
         Self { a: widen(&factor.a.raw), b: widen(&factor.b.raw), coefficient }
     }
 

@@ -1,6 +1,6 @@
 //! The driver, probed; a device with its kernels; its streams.
 
-use super::args::{LSW_SWITCH90_SHARED, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS};
+use super::args::{LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS, LSW_SWITCH90_SHARED};
 use super::images::{BUILT_WITH, IMAGES};
 use super::memory::DeviceMemory;
 use crate::dtype::DType;
@@ -108,7 +108,7 @@ impl Modules {
         Ok(modules)
     }
 
-    /// The kernel `lsw_<name>` of kernels/<file>.cu.
+    /// The kernel `lsw_<name>` of `kernels/<file>.cu`.
     fn function(&self, file: &str, name: &str) -> Result<Function> {
         let (_, module) = self.0.iter().find(|(stem, _)| *stem == file).ok_or(Error::NoKernels { why: BUILT_WITH })?;
         let symbol = CString::new(format!("lsw_{name}")).expect("names have no nul");
@@ -323,9 +323,7 @@ fn switch_blocks(kernels: &Kernels) -> Result<[u32; 3]> {
         allow_shared(*function, shared)?;
         let mut each = 0;
         // SAFETY: a function of a loaded module, and a valid pointer.
-        unsafe {
-            driver!(cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut each, *function, LSW_SWITCH_THREADS as i32, shared as usize))
-        }?;
+        unsafe { driver!(cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut each, *function, LSW_SWITCH_THREADS as i32, shared as usize)) }?;
         *blocks = (each.max(1) * processors) as u32;
     }
     Ok(blocks)

@@ -27,14 +27,7 @@ pub(crate) fn read(stream: &DeviceStream, plan: &ReadPlan) -> Result<()> {
 }
 
 fn run(stream: &DeviceStream, function: Function, blocks: u64, plan: &Plan) -> Result<()> {
-    let args = LswMeasureArgs {
-        x: plan.x.addr,
-        y: plan.y.addr,
-        count: plan.y.cols,
-        seed: plan.seed,
-        factor: plan.factor,
-        padding: 0,
-    };
+    let args = LswMeasureArgs { x: plan.x.addr, y: plan.y.addr, count: plan.y.cols, seed: plan.seed, factor: plan.factor, padding: 0 };
     let grid = Grid { blocks: blocks as u32, threads: LSW_MEASURE_THREADS, shared: 0 };
     // SAFETY: a checked plan: device memory of the stated length, kept by the caller's views.
     unsafe { launch(stream, function, grid, &args) }

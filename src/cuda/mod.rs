@@ -2,7 +2,7 @@
 //! build without nvcc only the table of images is empty.
 
 #[rustfmt::skip]
-#[allow(missing_docs, non_camel_case_types, non_upper_case_globals, dead_code, clippy::all)]
+#[allow(missing_docs, non_camel_case_types, non_upper_case_globals, dead_code, clippy::all, clippy::undocumented_unsafe_blocks)]
 pub(crate) mod args;
 pub(crate) mod bank;
 mod context;

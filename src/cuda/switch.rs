@@ -2,9 +2,9 @@
 
 use super::Device;
 use super::args::{
-    LSW_MAX_K, LSW_PATH_BOXES, LSW_PATH_ALL, LSW_PATH_OTHERS, LSW_SWITCH_THREADS, LSW_SWITCH90_GROUPS, LSW_SWITCH90_SHARED,
-    LSW_SWITCH90_THREADS, LSW_SWITCH90_TILE, LSW_UNKNOWN, LSW_WEIGHT_ALIGNED, LSW_WEIGHT_BOXES, LswCurrentArgs, LswMap, LswMerged, LswSwitchArgs,
-    LswSwitchState, LswTarget,
+    LSW_MAX_K, LSW_PATH_ALL, LSW_PATH_BOXES, LSW_PATH_OTHERS, LSW_SWITCH_THREADS, LSW_SWITCH90_GROUPS, LSW_SWITCH90_SHARED,
+    LSW_SWITCH90_THREADS, LSW_SWITCH90_TILE, LSW_UNKNOWN, LSW_WEIGHT_ALIGNED, LSW_WEIGHT_BOXES, LswCurrentArgs, LswMap, LswMerged,
+    LswSwitchArgs, LswSwitchState, LswTarget,
 };
 use super::context::{DeviceStream, Function, SWITCH_SHARED, by_dtype};
 use super::launch::{Grid, launch};
@@ -202,7 +202,7 @@ fn is_aligned(target: &RawTarget) -> bool {
 
 /// The copy engine reads exactly what exists, but stores whole 16 bytes.
 fn fits_boxes(target: &RawTarget) -> bool {
-    is_aligned(target) && (target.weight.cols * target.weight.dtype.size()) % 16 == 0 && !target.weight.is_empty()
+    is_aligned(target) && (target.weight.cols * target.weight.dtype.size()).is_multiple_of(16) && !target.weight.is_empty()
 }
 
 /// Of W and W_base; of targets that no Hopper launch serves, nothing.

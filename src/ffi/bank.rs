@@ -1,10 +1,7 @@
 //! The adapter bank.
 
 use super::context::{lsw_context, on};
-use super::{
-    Options, Out, check_reserved, destroy, dtype, guard, handle, lsw_mat, lsw_status, mat, options, slice,
-    state_memory,
-};
+use super::{Options, Out, check_reserved, destroy, dtype, guard, handle, lsw_mat, lsw_status, mat, options, slice, state_memory};
 use crate::bank::{AdapterBank, Factor, TargetShape};
 use crate::error::{Error, Result};
 use crate::stream::Context;
@@ -117,8 +114,7 @@ pub unsafe extern "C" fn lsw_bank_create(
         // SAFETY: the conventions.
         let (context, stream) = unsafe { on(context, stream) }?;
         // SAFETY: the conventions.
-        let (given, targets, out) =
-            unsafe { (self::options(options)?, slice(targets, count, "targets")?, Out::new(bank, "bank")?) };
+        let (given, targets, out) = unsafe { (self::options(options)?, slice(targets, count, "targets")?, Out::new(bank, "bank")?) };
         let dtype = dtype(given.dtype, given.reserved).map_err(|e| e.within("options"))?;
         let targets: Vec<TargetShape> = targets.iter().map(shape).collect();
         // SAFETY: the conventions.
@@ -225,18 +221,13 @@ pub unsafe extern "C" fn lsw_bank_count(bank: *const lsw_bank, count: *mut u64) 
 
 /// A target's shape, as given.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn lsw_bank_target(
-    bank: *const lsw_bank,
-    target: u64,
-    shape: *mut lsw_target_shape,
-) -> lsw_status {
+pub unsafe extern "C" fn lsw_bank_target(bank: *const lsw_bank, target: u64, shape: *mut lsw_target_shape) -> lsw_status {
     guard(|| {
         // SAFETY: the conventions.
         let (bank, out) = unsafe { (handle(bank, "bank")?, Out::new(shape, "shape")?) };
         let shapes = bank.get().0.targets();
         let found = usize::try_from(target).ok().and_then(|i| shapes.get(i));
-        let found =
-            found.ok_or_else(|| Error::argument("target", target, format!("below {}", shapes.len())))?;
+        let found = found.ok_or_else(|| Error::argument("target", target, format!("below {}", shapes.len())))?;
         let TargetShape { out_features, in_features, rank_cap } = *found;
         out.set(lsw_target_shape { out_features, in_features, rank_cap });
         Ok(())

@@ -40,10 +40,7 @@ impl lsw_context {
 ///
 /// # Safety
 /// The conventions: a live handle, and on a CUDA context a live stream of it.
-pub(super) unsafe fn on<'a>(
-    context: *const lsw_context,
-    stream: *mut c_void,
-) -> Result<(&'a Context, Stream)> {
+pub(super) unsafe fn on<'a>(context: *const lsw_context, stream: *mut c_void) -> Result<(&'a Context, Stream)> {
     // SAFETY: the caller's promise.
     let context = unsafe { handle(context, "context") }?.get();
     // SAFETY: the caller's promise.
@@ -80,10 +77,7 @@ pub unsafe extern "C" fn lsw_context_create_cuda(ordinal: u32, context: *mut *mu
 /// The CUDA backend on the caller's own CUcontext, which must outlive this context and all that is
 /// made on it. Else as lsw_context_create_cuda.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn lsw_context_create_from_cuda(
-    cu_context: *mut c_void,
-    context: *mut *mut lsw_context,
-) -> lsw_status {
+pub unsafe extern "C" fn lsw_context_create_from_cuda(cu_context: *mut c_void, context: *mut *mut lsw_context) -> lsw_status {
     guard(|| {
         // SAFETY: the conventions.
         let out = unsafe { Out::new(context, "context") }?;
@@ -107,11 +101,7 @@ pub unsafe extern "C" fn lsw_context_warm(context: *const lsw_context, stream: *
 /// Reads and clears what lsw_route and lsw_permute found odd on this context: LSW_ODD_ bits, 0 for
 /// nothing. Synchronises the stream.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn lsw_context_take_odd(
-    context: *const lsw_context,
-    stream: *mut c_void,
-    odd: *mut u32,
-) -> lsw_status {
+pub unsafe extern "C" fn lsw_context_take_odd(context: *const lsw_context, stream: *mut c_void, odd: *mut u32) -> lsw_status {
     guard(|| {
         // SAFETY: the conventions.
         let (_, stream) = unsafe { on(context, stream) }?;

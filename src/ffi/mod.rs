@@ -18,6 +18,8 @@ mod route;
 
 mod permute;
 
+mod measure;
+
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::memory::StateMemory;
@@ -46,15 +48,8 @@ pub const LSW_OUT_OF_MEMORY: i32 = 5;
 /// call.
 pub const LSW_PANIC: i32 = 6;
 
-const STATUS_NAMES: [&CStr; 7] = [
-    c"LSW_OK",
-    c"LSW_INVALID_ARGUMENT",
-    c"LSW_NO_DEVICE",
-    c"LSW_NO_KERNELS",
-    c"LSW_CUDA_ERROR",
-    c"LSW_OUT_OF_MEMORY",
-    c"LSW_PANIC",
-];
+const STATUS_NAMES: [&CStr; 7] =
+    [c"LSW_OK", c"LSW_INVALID_ARGUMENT", c"LSW_NO_DEVICE", c"LSW_NO_KERNELS", c"LSW_CUDA_ERROR", c"LSW_OUT_OF_MEMORY", c"LSW_PANIC"];
 
 /// 32-bit IEEE float.
 pub const LSW_F32: i32 = 0;
@@ -68,13 +63,8 @@ pub const LSW_I32: i32 = 3;
 pub const LSW_U8: i32 = 4;
 
 /// cbindgen reads literals only; these are the ground floor's numbers.
-const DTYPES: [(i32, DType); 5] = [
-    (LSW_F32, DType::F32),
-    (LSW_F16, DType::F16),
-    (LSW_BF16, DType::Bf16),
-    (LSW_I32, DType::I32),
-    (LSW_U8, DType::U8),
-];
+const DTYPES: [(i32, DType); 5] =
+    [(LSW_F32, DType::F32), (LSW_F16, DType::F16), (LSW_BF16, DType::Bf16), (LSW_I32, DType::I32), (LSW_U8, DType::U8)];
 const _: () = {
     let mut i = 0;
     while i < DTYPES.len() {
@@ -224,11 +214,7 @@ fn check_pointer<T>(ptr: *const T, name: &str) -> Result<()> {
         return Err(Error::argument(name, "null", "an address"));
     }
     if !ptr.is_aligned() {
-        return Err(Error::argument(
-            name,
-            format!("{ptr:p}"),
-            format!("a multiple of {} bytes", align_of::<T>()),
-        ));
+        return Err(Error::argument(name, format!("{ptr:p}"), format!("a multiple of {} bytes", align_of::<T>())));
     }
     Ok(())
 }
@@ -347,9 +333,7 @@ unsafe fn options<T: Options>(ptr: *const T) -> Result<T> {
         return Err(Error::argument("options.struct_size", size, bound));
     }
     // SAFETY: a prefix of a struct for which all bit patterns are values.
-    unsafe {
-        std::ptr::copy_nonoverlapping(bytes.as_ptr(), (&raw mut options).cast::<u8>(), size.min(known))
-    };
+    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), (&raw mut options).cast::<u8>(), size.min(known)) };
     Ok(options)
 }
 

@@ -10,12 +10,7 @@ use std::ffi::c_void;
 /// Bytes of workspace that lsw_permute needs for items = T k ids over this many experts: 0 on a CPU
 /// context.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn lsw_permute_workspace_bytes(
-    context: *const lsw_context,
-    items: u64,
-    experts: u64,
-    bytes: *mut u64,
-) -> lsw_status {
+pub unsafe extern "C" fn lsw_permute_workspace_bytes(context: *const lsw_context, items: u64, experts: u64, bytes: *mut u64) -> lsw_status {
     guard(|| {
         // SAFETY: the conventions; the stream is only asked for its backend.
         let (_, stream) = unsafe { on(context, std::ptr::null_mut()) }?;
@@ -92,9 +87,7 @@ pub unsafe extern "C" fn lsw_gather(
         // SAFETY: the conventions.
         let (context, stream) = unsafe { on(context, stream) }?;
         // SAFETY: the conventions.
-        let (x, row_map, mut rows) = unsafe {
-            (mat(context, x, "x")?, mat(context, row_map, "row_map")?, mat_mut(context, rows, "rows")?)
-        };
+        let (x, row_map, mut rows) = unsafe { (mat(context, x, "x")?, mat(context, row_map, "row_map")?, mat_mut(context, rows, "rows")?) };
         gather(&stream, &x, &row_map, k, &mut rows)
     })
 }
@@ -122,12 +115,7 @@ pub unsafe extern "C" fn lsw_combine(
         let (context, stream) = unsafe { on(context, stream) }?;
         // SAFETY: the conventions.
         let (rows, inverse, gates, mut y) = unsafe {
-            (
-                mat(context, rows, "rows")?,
-                mat(context, inverse, "inverse")?,
-                mat(context, gates, "gates")?,
-                mat_mut(context, y, "y")?,
-            )
+            (mat(context, rows, "rows")?, mat(context, inverse, "inverse")?, mat(context, gates, "gates")?, mat_mut(context, y, "y")?)
         };
         combine(&stream, &rows, &inverse, &gates, &mut y)
     })

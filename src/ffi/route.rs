@@ -51,13 +51,8 @@ pub unsafe extern "C" fn lsw_route(
         // SAFETY: the conventions.
         let options = route_options(unsafe { self::options(options) }?)?;
         // SAFETY: the conventions.
-        let (logits, mut ids, mut gates) = unsafe {
-            (
-                mat(context, logits, "logits")?,
-                mat_mut(context, ids, "ids")?,
-                mat_mut(context, gates, "gates")?,
-            )
-        };
+        let (logits, mut ids, mut gates) =
+            unsafe { (mat(context, logits, "logits")?, mat_mut(context, ids, "ids")?, mat_mut(context, gates, "gates")?) };
         route(&stream, &options, &logits, &mut ids, &mut gates)
     })
 }

@@ -3,8 +3,7 @@
 use super::bank::{lsw_bank, tensor};
 use super::context::{lsw_context, on};
 use super::{
-    Options, Out, destroy, dtype, flag, guard, handle, handle_mut, lsw_mat, lsw_mat_mut, lsw_status, options,
-    slice, state_memory,
+    Options, Out, destroy, dtype, flag, guard, handle, handle_mut, lsw_mat, lsw_mat_mut, lsw_status, options, slice, state_memory,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -93,12 +92,7 @@ pub struct lsw_switch {
 
 /// Bytes of memory for the tables of a set: 0 on a CPU context.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn lsw_switch_memory_bytes(
-    context: *const lsw_context,
-    targets: u64,
-    k_max: u64,
-    bytes: *mut u64,
-) -> lsw_status {
+pub unsafe extern "C" fn lsw_switch_memory_bytes(context: *const lsw_context, targets: u64, k_max: u64, bytes: *mut u64) -> lsw_status {
     guard(|| {
         // SAFETY: the conventions; the stream is only asked for its backend.
         let (_, stream) = unsafe { on(context, std::ptr::null_mut()) }?;
@@ -134,14 +128,12 @@ pub unsafe extern "C" fn lsw_switch_create(
         // SAFETY: the conventions.
         let (bank, context) = unsafe { handle(bank, "bank") }?.get();
         // SAFETY: the conventions.
-        let (given, targets, out) =
-            unsafe { (self::options(options)?, slice(targets, count, "targets")?, Out::new(set, "set")?) };
+        let (given, targets, out) = unsafe { (self::options(options)?, slice(targets, count, "targets")?, Out::new(set, "set")?) };
         // SAFETY: the conventions.
         let (stream, options) = unsafe { (context.raw_stream(stream), set_options(&given)?) };
         let target = |(i, given): (usize, &lsw_target)| {
             // SAFETY: the conventions; see the documentation on how long weights and bases live.
-            unsafe { target(context, given, options.form) }
-                .map_err(|e| e.within(format_args!("targets[{i}]")))
+            unsafe { target(context, given, options.form) }.map_err(|e| e.within(format_args!("targets[{i}]")))
         };
         let targets = targets.iter().enumerate().map(target).collect::<Result<Vec<_>>>()?;
         let set = SwitchSet::new(&stream, bank, targets, options)?;
@@ -225,14 +217,7 @@ pub unsafe extern "C" fn lsw_switch_to_targets(
 impl lsw_switch {
     /// # Safety
     /// As for [`Context::raw_stream`] and [`Mat::raw`].
-    unsafe fn to(
-        &mut self,
-        stream: *mut c_void,
-        targets: Range<u64>,
-        ids: *const i32,
-        gates: *const f32,
-        k: u64,
-    ) -> Result<()> {
+    unsafe fn to(&mut self, stream: *mut c_void, targets: Range<u64>, ids: *const i32, gates: *const f32, k: u64) -> Result<()> {
         // SAFETY: the caller's promise.
         let (stream, ids, gates) = unsafe {
             (
@@ -282,11 +267,7 @@ pub unsafe extern "C" fn lsw_switch_invalidate(set: *mut lsw_switch, stream: *mu
 /// What the set's switches found odd since its creation or the last lsw_switch_invalidate: LSW_ODD_
 /// bits, 0 for nothing. Synchronises the stream.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn lsw_switch_odd(
-    set: *const lsw_switch,
-    stream: *mut c_void,
-    odd: *mut u32,
-) -> lsw_status {
+pub unsafe extern "C" fn lsw_switch_odd(set: *const lsw_switch, stream: *mut c_void, odd: *mut u32) -> lsw_status {
     guard(|| {
         // SAFETY: the conventions.
         let (this, out) = unsafe { (handle(set, "set")?, Out::new(odd, "odd")?) };
@@ -326,11 +307,7 @@ pub unsafe extern "C" fn lsw_switch_current(
 
 /// A target's weight, as given at creation.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn lsw_switch_weight(
-    set: *const lsw_switch,
-    target: u64,
-    weight: *mut lsw_mat,
-) -> lsw_status {
+pub unsafe extern "C" fn lsw_switch_weight(set: *const lsw_switch, target: u64, weight: *mut lsw_mat) -> lsw_status {
     guard(|| {
         // SAFETY: the conventions.
         let (this, out) = unsafe { (handle(set, "set")?, Out::new(weight, "weight")?) };

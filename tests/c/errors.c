@@ -335,6 +335,38 @@ static void gather_scatter(void) {
     EXPECT(memcmp(y, logits, sizeof y) == 0); /* gates that sum to 1, whole numbers: exact */
 }
 
+static void measure(void) {
+    enum { N = 1000 };
+    float *data = malloc(3 * N * sizeof *data); /* of 16-byte alignment */
+    int32_t sink = 77;
+    lsw_mat x = in(data, 1, N, LSW_F32), odd_address = in(data + 1, 1, N, LSW_F32);
+    lsw_mat_mut filled = out(data, 1, N, LSW_F32), y = out(data + N, 1, N, LSW_F32), other = y;
+    memset(data, 0, 3 * N * sizeof *data);
+    REFUSED(lsw_measure_fill_random(NULL, NULL, 5, 2, &filled), "context is null");
+    REFUSED(lsw_measure_fill_random(context, NULL, 5, 2, NULL), "y is null");
+    other.rows = 2;
+    REFUSED(lsw_measure_fill_random(context, NULL, 5, 2, &other), "y.rows is 2");
+    OK(lsw_measure_fill_random(context, NULL, 5, 2, &filled));
+    EXPECT(fabsf(data[0]) <= 2 && fabsf(data[N - 1]) <= 2 && data[0] != data[N - 1]);
+    REFUSED(lsw_measure_scale(context, NULL, 0.5f, NULL, &y), "x is null");
+    REFUSED(lsw_measure_scale(context, NULL, 0.5f, &odd_address, &y), "a multiple of 16 bytes");
+    REFUSED(lsw_measure_scale(context, NULL, 0.5f, &x, &filled), "disjoint from x");
+    EXPECT(data[N] == 0);
+    OK(lsw_measure_scale(context, NULL, 0.5f, &x, &y));
+    EXPECT(data[N] == data[0] / 2 && data[2 * N - 1] == data[N - 1] / 2 && data[2 * N] == 0);
+    REFUSED(lsw_measure_scale_in_place(context, NULL, 2, NULL), "y is null");
+    OK(lsw_measure_scale_in_place(context, NULL, 2, &y));
+    EXPECT(memcmp(data, data + N, N * sizeof *data) == 0);
+    REFUSED(lsw_measure_read(context, NULL, &x, NULL), "sink.data is null");
+    REFUSED(lsw_measure_read(context, NULL, &x, (int32_t *)(void *)data), "disjoint from x");
+    EXPECT(sink == 77);
+    x.cols = 1;
+    OK(lsw_measure_read(context, NULL, &x, &sink));
+    OK(lsw_measure_read(context, NULL, &x, &sink)); /* an xor: twice is not at all */
+    EXPECT(sink == 77);
+    free(data);
+}
+
 int main(void) {
     status();
     if (lsw_context_create_cpu(1, &context) != LSW_OK) {
@@ -347,6 +379,7 @@ int main(void) {
     banks();
     sets();
     gather_scatter();
+    measure();
     lsw_context_destroy(context);
     printf("%d failures\n", failures);
     return failures != 0;

@@ -1,10 +1,11 @@
 //! Backends under test and memory with canaries.
 
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
-use half::{bf16, f16};
 use lora_switch::{Context, DType, Mat, MatMut, Stream, Tensor, Weight};
 use std::cell::UnsafeCell;
 use std::sync::{Arc, OnceLock};
+
+pub use crate::values::{Rng, decode, encode};
 
 /// Stamps properties `fn name(&Backend)` over the backends.
 macro_rules! on_backends {
@@ -41,6 +42,17 @@ macro_rules! on_paths {
     };
 }
 
+/// Whether a switch of the environment is on.
+pub fn is_set(name: &str) -> bool {
+    std::env::var(name).is_ok_and(|value| !value.is_empty() && value != "0")
+}
+
+/// Says aloud which tool this machine lacks for a test. Where the tools are required, that is a failure.
+pub fn skip(why: &str) {
+    assert!(!is_set("LORA_SWITCH_REQUIRE_NVCC"), "LORA_SWITCH_REQUIRE_NVCC is set, but {why}");
+    eprintln!("skipped: {why}");
+}
+
 /// A backend with a stream of its own.
 #[derive(Clone)]
 pub struct Backend {
@@ -67,7 +79,11 @@ fn device() -> &'static Result<(Arc<CudaContext>, Context), String> {
 
 impl Backend {
     pub fn cpu() -> Self {
-        let context = Context::cpu(2).unwrap();
+        Self::cpu_with(2)
+    }
+
+    pub fn cpu_with(threads: usize) -> Self {
+        let context = Context::cpu(threads).unwrap();
         Self { stream: context.cpu_stream().unwrap(), context, cuda: None, portable: false }
     }
 
@@ -80,8 +96,7 @@ impl Backend {
                 Some(Self { context: context.clone(), stream: ours, cuda: Some(stream), portable: false })
             }
             Err(why) => {
-                let required = std::env::var_os("LORA_SWITCH_REQUIRE_GPU").is_some_and(|v| v == "1");
-                assert!(!required, "LORA_SWITCH_REQUIRE_GPU=1, but {why}");
+                assert!(!is_set("LORA_SWITCH_REQUIRE_GPU"), "LORA_SWITCH_REQUIRE_GPU is set, but {why}");
                 eprintln!("skipped: needs a GPU ({why})");
                 None
             }
@@ -278,54 +293,6 @@ fn mask(dtype: DType) -> u32 {
         4 => u32::MAX,
         2 => 0xffff,
         _ => 0xff,
-    }
-}
-
-pub fn encode(dtype: DType, x: f64) -> u32 {
-    match dtype {
-        DType::F32 => (x as f32).to_bits(),
-        DType::F16 => u32::from(f16::from_f64(x).to_bits()),
-        DType::Bf16 => u32::from(bf16::from_f64(x).to_bits()),
-        DType::I32 => x as i32 as u32,
-        _ => u32::from(x as u8),
-    }
-}
-
-pub fn decode(dtype: DType, bits: u32) -> f64 {
-    match dtype {
-        DType::F32 => f64::from(f32::from_bits(bits)),
-        DType::F16 => f16::from_bits(bits as u16).to_f64(),
-        DType::Bf16 => bf16::from_bits(bits as u16).to_f64(),
-        DType::I32 => f64::from(bits as i32),
-        _ => f64::from(bits as u8),
-    }
-}
-
-/// splitmix64: data that depends on a seed alone.
-#[derive(Clone)]
-pub struct Rng(pub u64);
-
-impl Rng {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-    pub fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-    /// In -1..1.
-    pub fn uniform(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1u64 << 52) as f64 - 1.0
-    }
-    pub fn pick<T: Copy>(&mut self, of: &[T]) -> T {
-        of[self.below(of.len())]
-    }
-    /// Random values of a dtype, as bits.
-    pub fn bits(&mut self, dtype: DType, n: usize, size: f64) -> Vec<u32> {
-        (0..n).map(|_| encode(dtype, size * self.uniform())).collect()
     }
 }
 
