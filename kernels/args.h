@@ -82,7 +82,8 @@ typedef struct LswBankArgs {
 
 enum {
     LSW_WEIGHT_ALIGNED = 1, /* W and base: address and row stride are multiples of 16 bytes */
-    LSW_WEIGHT_BOXES = 2    /* so are the bytes of a row: the copy engine stores whole 16 bytes */
+    LSW_WEIGHT_BOXES = 2,   /* so are the bytes of a row: the copy engine stores whole 16 bytes */
+    LSW_WEIGHT_BLOCKS = 4   /* its columns are whole blocks of 64: maps of W, W_base and A are [cols / 64][rows][64] */
 };
 
 typedef struct LswTarget {
@@ -125,7 +126,7 @@ typedef struct LswSwitchArgs {
     uint64_t factor_maps; /* LswMap [all targets, slots, 2], of A and B; Hopper path */
     uint64_t target_maps; /* LswMap [all targets, 2], of W and W_base */
     uint32_t path;
-    uint32_t grab; /* consecutive tiles that a block takes at a time */
+    uint32_t padding;
 } LswSwitchArgs;
 
 /* Copies what a target holds merged: ids and coefficients [k_max], padded with -1 and 0. */

@@ -38,7 +38,7 @@ constexpr int kHalf = 64 * 128;             // bytes of 64 rows of 64 elements: 
 constexpr int kWeights = 3;                 // granules of W in flight, for each consumer
 constexpr int kPanelPool = 120 * 1024;      // for the panels of A and B
 constexpr int kMostPanels = 15;             // of the smallest: 16 of the rank
-constexpr int kStripes = 64 * 1024;         // of the pool, where the stripes of B stay
+constexpr int kStripe = 32 * 1024;          // of the pool, twice: where the stripes of B stay
 constexpr int kEntries = 4;                 // tiles between the scheduler and the slowest role
 constexpr uint32_t kEnd = ~0u;
 
@@ -50,7 +50,7 @@ static_assert(kThreads == 384 && kTile == 128, "one producer warpgroup and two c
 
 struct alignas(16) Term {
     float coefficient;
-    int slot;
+    uint32_t factor;  // target * slots + slot
     int rank;
     uint32_t flags;
 };
@@ -59,9 +59,11 @@ struct alignas(16) Term {
 struct alignas(16) Header {
     uint32_t target;  // kEnd: there are no more
     int row, col;
-    uint32_t terms;  // how many; and bit 31: the first tile of a run, which brings its own stripes of B
+    uint32_t terms;  // how many; and:
 };
-constexpr uint32_t kNewRun = 1u << 31;
+constexpr uint32_t kNewRun = 1u << 31;  // the first tile of a run, which brings its own stripes of B
+constexpr uint32_t kBlocks = 1u << 30;  // LSW_WEIGHT_BLOCKS
+constexpr uint32_t kCount = kBlocks - 1;
 struct Entry {
     Header header;
     Term terms[2 * LSW_MAX_K];
@@ -72,7 +74,7 @@ struct Geometry {
     uint32_t depth;        // of the deepest panel: 16, 32 or 64 of the rank
     uint32_t inner;        // the longest sum over ranks of a tile
     uint32_t unaligned;    // some adapter comes through load_slowly
-    uint32_t stripes;      // buffers for B of a whole row of tiles, which then stay over a run of tiles: 0, 1, 2
+    uint32_t stripes;      // whether B of a whole row of tiles stays over a run of tiles
     uint32_t panels;       // slots of the ring
     uint32_t panel_bytes;  // of a slot: A and B, or A alone
     uint32_t grab;         // consecutive tiles that a block takes at a time
@@ -108,8 +110,8 @@ __device__ __forceinline__ int panel_depth(uint32_t rank) { return rank <= 16 ? 
 
 __device__ __forceinline__ uint32_t tile_count(const LswTarget& t) { return ((t.rows + kTile - 1) / kTile) * ((t.cols + kTile - 1) / kTile); }
 
-__device__ __forceinline__ const LswMap* factor_maps(const LswSwitchArgs& args, uint64_t target, int slot) {
-    return reinterpret_cast<const LswMap*>(args.factor_maps) + 2 * (target * args.slots + slot);
+__device__ __forceinline__ const LswMap* factor_maps(const LswSwitchArgs& args, uint32_t factor) {
+    return reinterpret_cast<const LswMap*>(args.factor_maps) + 2 * static_cast<uint64_t>(factor);
 }
 __device__ __forceinline__ const LswMap* target_maps(const LswSwitchArgs& args, uint64_t target) {
     return reinterpret_cast<const LswMap*>(args.target_maps) + 2 * target;
@@ -141,6 +143,10 @@ __device__ void demand(const LswSwitchArgs& args, Shared& s, uint32_t target) {
         inner += padded_rank(f.rank);
         depth = max(depth, static_cast<uint32_t>(panel_depth(f.rank)));
         unaligned |= f.flags != (LSW_A_ALIGNED | LSW_B_ALIGNED);
+        if (f.flags == (LSW_A_ALIGNED | LSW_B_ALIGNED)) {
+            const LswMap* maps = factor_maps(args, target * args.slots + slot);
+            fence_tensor_map(maps), fence_tensor_map(maps + 1);
+        }
     };
     for (uint32_t e = 0; e < s.route.count; ++e) {
         if (factor(args, target, s.route.slot[e]).rank > 0) add(s.route.slot[e]);
@@ -152,17 +158,15 @@ __device__ void demand(const LswSwitchArgs& args, Shared& s, uint32_t target) {
     atomicOr(&s.geometry.unaligned, unaligned);
 }
 
-// One thread. Stripes pay where B is much of what a tile loads; they need all of a row's B at once, twice if a run is to begin before
-// the last one has ended. The more arithmetic a tile holds, the longer a run and the fewer visits to the queue: but memory likes all
-// blocks close together, and the last blocks want tiles too.
+// One thread. A run of tiles in a row shares its B: kept as a stripe it is brought once a run, which spares the copy engine 128 rows a
+// tile and panel (it moves one row of at most 128 bytes in about 4 cycles, however short the row). Two stripes, so that a run begins
+// before the last one has ended. Where the stripes do not fit, short grabs: memory likes all blocks close together.
 __device__ void lay_out(const LswSwitchArgs& args, Geometry& g, uint32_t total) {
     g.depth = max(g.depth, 16);
-    const uint32_t stripe = g.inner * 256;
-    const bool keeps = !g.unaligned && g.inner >= (args.grab >> 16 ? args.grab >> 16 : 96) && stripe <= kStripes;
-    g.stripes = !keeps ? 0 : 2 * stripe <= kStripes ? 2 : 1;
-    g.panel_bytes = g.depth * (keeps ? 256 : 512);
-    g.panels = min((kPanelPool - (keeps ? kStripes : 0)) / g.panel_bytes, kMostPanels);
-    const uint32_t wanted = args.grab & 0xffff ? args.grab & 0xffff : g.inner <= 64 ? 2 : g.inner <= 128 ? 8 : g.inner <= 256 ? 16 : 64;
+    g.stripes = !g.unaligned && g.inner * 256 <= kStripe;
+    g.panel_bytes = g.depth * (g.stripes ? 256 : 512);
+    g.panels = min((kPanelPool - (g.stripes ? 2 * kStripe : 0)) / g.panel_bytes, kMostPanels);
+    const uint32_t wanted = !g.stripes ? 2 : args.in_place ? 8 : 4;
     g.grab = max(1u, min(wanted, (total + gridDim.x - 1) / gridDim.x));
 }
 
@@ -198,12 +202,13 @@ struct Cursor {
     LaneTerms terms{};
     Term enter{}, leave{};  // of this lane
     int row = -1;
+    uint32_t blocks = 0;   // kBlocks or 0
     bool new_run = false;  // the tile has another target or row than the one before
 };
 
 __device__ __forceinline__ Term make_term(const LswSwitchArgs& args, uint32_t target, int slot, float coefficient) {
     const LswFactor& f = factor(args, target, slot);
-    return {coefficient, slot, static_cast<int>(f.rank), f.flags};
+    return {coefficient, target * args.slots + slot, static_cast<int>(f.rank), f.flags};
 }
 
 // One warp: moves on to the target that a tile belongs to.
@@ -222,7 +227,9 @@ __device__ void seek(const LswSwitchArgs& args, Shared& s, Cursor& at, uint32_t 
     at.target = args.first + 32 * g + owner;
     at.start = __shfl_sync(kFullWarp, at.before_lane, owner);
     at.end = at.start + __shfl_sync(kFullWarp, at.lane_tiles, owner);
-    at.across = (target_of(args, at.target).cols + kTile - 1) / kTile;
+    const LswTarget& t = target_of(args, at.target);
+    at.across = (t.cols + kTile - 1) / kTile;
+    at.blocks = t.flags & LSW_WEIGHT_BLOCKS ? kBlocks : 0;
     at.terms = lane_terms(args, s.route, at.target);
     if (at.terms.enter_slot >= 0) at.enter = make_term(args, at.target, at.terms.enter_slot, at.terms.enter);
     if (at.terms.leave_slot >= 0) at.leave = make_term(args, at.target, at.terms.leave_slot, at.terms.leave);
@@ -237,7 +244,7 @@ __device__ void publish(Shared& s, Ring& ring, const Cursor& at, int row, int co
         if (at.terms.enter_slot >= 0) entry.terms[at.terms.enter_at] = at.enter;
         if (at.terms.leave_slot >= 0) entry.terms[at.terms.leave_at] = at.leave;
     }
-    if (threadIdx.x % 32 == 0) entry.header = {at.target, row, col, at.terms.count | (at.new_run ? kNewRun : 0)};
+    if (threadIdx.x % 32 == 0) entry.header = {at.target, row, col, at.terms.count | at.blocks | (at.new_run ? kNewRun : 0)};
     s.entry_full[ring.slot].arrive();  // each lane for what it wrote
     ring.advance();
 }
@@ -260,16 +267,22 @@ __device__ __forceinline__ const Entry& next_entry(Shared& s, const Ring& ring) 
     return s.entry[ring.slot];
 }
 
-// The leader: has the copy engine bring a tile's two granules, once their places are free.
-__device__ __forceinline__ void load_weight(const LswSwitchArgs& args, Shared& s, const Ring& weights, uint32_t target, int row, int col) {
-    const LswMap* base = target_maps(args, target) + 1;
+// `rows` x 128 elements as two blocks of 64 columns: in one box where the map knows blocks.
+__device__ __forceinline__ void load_pair(unsigned char* to, const LswMap* map, bool blocks, int col, int row, int rows, Barrier& full) {
+    if (blocks) return load_blocks(to, map, col / 64, row, full);
+    load_box(to, map, col, row, full);
+    load_box(to + rows * 128, map, col + 64, row, full);
+}
+
+// One lane: has the copy engine bring a tile's two granules, once their places are free.
+__device__ __forceinline__ void load_weight(const LswSwitchArgs& args, Shared& s, const Ring& weights, const Cursor& at, int row, int col) {
+    const LswMap* base = target_maps(args, at.target) + 1;
     for (int c = 0; c < 2; ++c) {
         s.weight_empty[c][weights.slot].wait(weights.parity ^ 1);
         Barrier& full = s.weight_full[c][weights.slot];
         unsigned char* granule = s.weight[c][weights.slot];
         full.arrive_expecting(2 * kHalf);
-        load_box(granule, base, col, row + 64 * c, full);
-        load_box(granule + kHalf, base, col + 64, row + 64 * c, full);
+        load_pair(granule, base, at.blocks, col, row + 64 * c, 64, full);
     }
 }
 
@@ -290,7 +303,7 @@ __device__ void run_scheduler(const LswSwitchArgs& args, Shared& s) {
             at.new_run = row != at.row;
             at.row = row;
             publish(s, entries, at, row, col);
-            if (leader) load_weight(args, s, weights, at.target, row, col);
+            if (leader) load_weight(args, s, weights, at, row, col);
             __syncwarp();
             weights.advance();
         }
@@ -334,8 +347,8 @@ template <class T> __device__ void load_slowly(const LswFactor& f, unsigned char
 }
 
 // Where the ring of panels, and a buffer of stripes, stand in the pool.
-__device__ __forceinline__ unsigned char* ring_of_panels(Shared& s) { return s.pool + (s.geometry.stripes ? kStripes : 0); }
-__device__ __forceinline__ unsigned char* stripe_at(Shared& s, uint32_t buffer) { return s.pool + buffer * (kStripes / 2); }
+__device__ __forceinline__ unsigned char* ring_of_panels(Shared& s) { return s.pool + (s.geometry.stripes ? 2 * kStripe : 0); }
+__device__ __forceinline__ unsigned char* stripe_at(Shared& s, uint32_t buffer) { return s.pool + buffer * kStripe; }
 
 // Brings the stripes of B for a new row of tiles: all terms, one behind the other.
 __device__ void load_stripes(const LswSwitchArgs& args, Shared& s, const Entry& entry, uint32_t terms, uint32_t buffer) {
@@ -345,7 +358,7 @@ __device__ void load_stripes(const LswSwitchArgs& args, Shared& s, const Entry& 
     unsigned char* to = stripe_at(s, buffer);
     for (uint32_t i = 0; i < terms; ++i) {
         const Term& term = entry.terms[i];
-        const LswMap* map = factor_maps(args, entry.header.target, term.slot) + 1;
+        const LswMap* map = factor_maps(args, term.factor) + 1;
         const int depth = panel_depth(term.rank);
         for (int k = 0; k < term.rank; k += depth, to += depth * 256) {
             load_box(to, map, k, entry.header.row, s.stripe_full[buffer]);
@@ -358,46 +371,40 @@ template <class T> __device__ void run_panels(const LswSwitchArgs& args, Shared&
     const uint32_t stripes = s.geometry.stripes, panel_bytes = s.geometry.panel_bytes;
     unsigned char* ring = ring_of_panels(s);
     Ring entries(kEntries), panels(s.geometry.panels);
-    uint32_t fenced = kEnd, buffer = 0;
-    uint32_t issued = 0, run_start = 0;  // panels so far, and when the current run began
+    uint32_t buffer = 0;
+    uint32_t issued = 0, run_start = 0;  // panels so far, and before the current run
     for (;; entries.advance()) {
         const Entry& entry = next_entry(s, entries);
         const auto [target, row, col, terms] = take(entry.header);
         if (target == kEnd) return;
-        const uint32_t term_count = terms & ~kNewRun;
-        if (leader && fenced != target) {
-            for (uint32_t i = 0; i < term_count; ++i) {
-                const LswMap* maps = factor_maps(args, target, entry.terms[i].slot);
-                if (entry.terms[i].flags == (LSW_A_ALIGNED | LSW_B_ALIGNED)) fence_tensor_map(maps), fence_tensor_map(maps + 1);
-            }
-        }
-        fenced = target;
+        const uint32_t term_count = terms & kCount;
         if (stripes && (terms & kNewRun)) {
-            // The buffer's former run has ended when its last panel was given back: that of the last run, or of the one before.
-            const uint32_t before = stripes == 2 ? run_start : issued;
-            if (before > 0 && issued - before < panels.size) {
-                s.panel_empty[(before - 1) % panels.size].wait((before - 1) / panels.size & 1);
+            // The buffer's former run, the one before the last, has ended when its last panel was given back.
+            if (run_start > 0 && issued - run_start < panels.size) {
+                s.panel_empty[(run_start - 1) % panels.size].wait((run_start - 1) / panels.size & 1);
             }
             run_start = issued;
             if (leader && term_count > 0) load_stripes(args, s, entry, term_count, buffer);
-            if (stripes == 2) buffer ^= 1;
+            buffer ^= 1;
             __syncwarp();
         }
+        Term next = take(entry.terms[0]);
         for (uint32_t i = 0; i < term_count; ++i) {
-            const Term term = take(entry.terms[i]);
-            const LswMap* maps = factor_maps(args, target, term.slot);
+            const Term term = next;
+            if (i + 1 < term_count) next = take(entry.terms[i + 1]);
+            const LswMap* maps = factor_maps(args, term.factor);
             const int depth = panel_depth(term.rank);
             for (int k = 0; k < term.rank; k += depth, panels.advance(), ++issued) {
                 s.panel_empty[panels.slot].wait(panels.parity ^ 1);
                 unsigned char* panel = ring + panels.slot * panel_bytes;
                 Barrier& full = s.panel_full[panels.slot];
                 if (term.flags != (LSW_A_ALIGNED | LSW_B_ALIGNED)) {
-                    load_slowly<T>(factor(args, target, term.slot), panel, row, col, target_of(args, target), k, depth);
+                    const LswFactor& f = reinterpret_cast<const LswFactor*>(args.factors)[term.factor];
+                    load_slowly<T>(f, panel, row, col, target_of(args, target), k, depth);
                     if (leader) full.arrive();
                 } else if (leader) {
                     full.arrive_expecting(depth * (stripes ? 256 : 512));
-                    load_box(panel, maps, col, k, full);
-                    load_box(panel + depth * 128, maps, col + 64, k, full);
+                    load_pair(panel, maps, terms & kBlocks, col, k, depth, full);
                     if (!stripes) load_box(panel + depth * 256, maps + 1, k, row, full);
                 }
                 __syncwarp();
@@ -421,8 +428,13 @@ __device__ void run_stores(const LswSwitchArgs& args, Shared& s, int consumer) {
         if (leader) {
             const unsigned char* granule = s.weight[consumer][weights.slot];
             const LswMap* map = target_maps(args, tile.target);
-            store_box(map, tile.col, tile.row + 64 * consumer, granule);
-            store_box(map, tile.col + 64, tile.row + 64 * consumer, granule + kHalf);
+            const int row = tile.row + 64 * consumer;
+            if (tile.terms & kBlocks) {
+                store_blocks(map, tile.col / 64, row, granule);
+            } else {
+                store_box(map, tile.col, row, granule);
+                store_box(map, tile.col + 64, row, granule + kHalf);
+            }
             store_commit();
             store_wait_read();
             s.weight_empty[consumer][weights.slot].arrive();
@@ -483,15 +495,15 @@ template <class T> __device__ void run_consumer(Shared& s, int consumer) {
         const Entry& entry = next_entry(s, entries);
         const Header tile = take(entry.header);
         if (tile.target == kEnd) return;
-        const uint32_t term_count = tile.terms & ~kNewRun;
+        const uint32_t term_count = tile.terms & kCount;
         if (stripes && (tile.terms & kNewRun)) {
-            buffer = stripes == 2 ? buffer ^ 1 : 0;
+            buffer ^= 1;
             if (term_count > 0) {
                 stripe_parity ^= 1u << buffer;
                 s.stripe_full[buffer].wait(stripe_parity >> buffer & 1);
             }
         }
-        uint32_t stripe_at = stripe + buffer * (kStripes / 2);
+        uint32_t stripe_at = stripe + buffer * kStripe;
         float sum[64] = {};
         Term next = take(entry.terms[0]);
         for (uint32_t i = 0; i < term_count; ++i) {

@@ -52,6 +52,18 @@ __device__ __forceinline__ void load_box(void* shared, const void* map, int col,
                  "l"(map), "r"(col), "r"(row), "r"(shared_address(&full.word))
                  : "memory");
 }
+// The same of a matrix seen as blocks of columns: [cols / 64][rows][64].
+__device__ __forceinline__ void load_blocks(void* shared, const void* map, int block, int row, Barrier& full) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
+                     shared_address(shared)),
+                 "l"(map), "r"(0), "r"(row), "r"(block), "r"(shared_address(&full.word))
+                 : "memory");
+}
+__device__ __forceinline__ void store_blocks(const void* map, int block, int row, const void* shared) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(map), "r"(0), "r"(row),
+                 "r"(block), "r"(shared_address(shared))
+                 : "memory");
+}
 // A box, shared to global, as part of the thread's current group. Outside the matrix nothing is written.
 __device__ __forceinline__ void store_box(const void* map, int col, int row, const void* shared) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(col), "r"(row),

@@ -8,33 +8,38 @@ use crate::view::RawMat;
 use cudarc::driver::sys;
 use std::ffi::c_void;
 
-/// A map of boxes of `rows` x `cols` elements, whose rows of 32, 64 or 128 bytes are swizzled over that width. The matrix is not empty,
-/// of 16-bit elements, and aligned to 16 bytes.
-fn encode(mat: &RawMat, rows: u32, cols: u32) -> Result<LswMap> {
+/// How the copy engine sees a matrix of 16-bit elements: its extents and strides, innermost first, and the box that it moves at a time,
+/// whose rows of 32, 64 or 128 bytes are swizzled over that width.
+struct View<const N: usize> {
+    dims: [u64; N],
+    strides: [u64; N],
+    boxes: [u32; N],
+}
+
+fn encode<const N: usize>(mat: &RawMat, view: &View<N>) -> Result<LswMap> {
     use sys::{CUtensorMapDataType as Type, CUtensorMapSwizzle as Swizzle};
     let dtype = match mat.dtype {
         DType::F16 => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         _ => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
     };
-    let swizzle = match cols {
+    let swizzle = match view.boxes[0] {
         16 => Swizzle::CU_TENSOR_MAP_SWIZZLE_32B,
         32 => Swizzle::CU_TENSOR_MAP_SWIZZLE_64B,
         _ => Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
     };
-    // The stride of a single row is never used, but must still be one.
-    let stride = (mat.stride * 2).max((mat.cols * 2).next_multiple_of(16));
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    // SAFETY: valid pointers to arrays of the stated rank; the driver checks the values, and reads no device memory.
+    // SAFETY: valid pointers to arrays of the stated rank (the innermost stride is implied); the driver checks the values, and reads no
+    // device memory.
     unsafe {
         driver!(cuTensorMapEncodeTiled(
             &mut map,
             dtype,
-            2,
+            N as u32,
             mat.addr as *mut c_void,
-            [mat.cols, mat.rows].as_ptr(),
-            [stride].as_ptr(),
-            [cols, rows].as_ptr(),
-            [1, 1].as_ptr(),
+            view.dims.as_ptr(),
+            view.strides[1..].as_ptr(),
+            view.boxes.as_ptr(),
+            [1; N].as_ptr(),
             sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
             swizzle,
             sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -44,9 +49,31 @@ fn encode(mat: &RawMat, rows: u32, cols: u32) -> Result<LswMap> {
     Ok(LswMap { opaque: map.opaque })
 }
 
-/// Of a weight or its base: granules of 64 x 64.
+/// Bytes from row to row. That of a single row is never used, but must still be a stride.
+fn row_stride(mat: &RawMat) -> u64 {
+    (mat.stride * 2).max((mat.cols * 2).next_multiple_of(16))
+}
+
+fn boxes(mat: &RawMat, rows: u32, cols: u32) -> Result<LswMap> {
+    encode(mat, &View { dims: [mat.cols, mat.rows], strides: [2, row_stride(mat)], boxes: [cols, rows] })
+}
+
+/// Whether the columns are whole blocks of 64: then one box brings two of them, [2][rows][64].
+pub(super) fn has_blocks(mat: &RawMat) -> bool {
+    mat.cols % 64 == 0
+}
+
+/// Boxes of `rows` x 128 in two blocks, or of one block where columns end within one.
+fn blocks(mat: &RawMat, rows: u32) -> Result<LswMap> {
+    if !has_blocks(mat) {
+        return boxes(mat, rows, 64);
+    }
+    encode(mat, &View { dims: [64, mat.rows, mat.cols / 64], strides: [2, row_stride(mat), 128], boxes: [64, rows, 2] })
+}
+
+/// Of a weight or its base: granules of 64 rows.
 pub(super) fn weight(mat: &RawMat) -> Result<LswMap> {
-    encode(mat, 64, 64)
+    blocks(mat, 64)
 }
 
 /// Of an adapter's A and B. The box follows the rank as `panel_depth` in kernels/switch_sm90.cu does.
@@ -56,5 +83,5 @@ pub(super) fn factor(a: &RawMat, b: &RawMat) -> Result<[LswMap; 2]> {
         17..=32 => 32,
         _ => 64,
     };
-    Ok([encode(a, depth, 64)?, encode(b, LSW_SWITCH90_TILE, depth)?])
+    Ok([blocks(a, depth)?, boxes(b, LSW_SWITCH90_TILE, depth)?])
 }

@@ -3,7 +3,7 @@
 use super::Device;
 use super::args::{
     LSW_MAX_K, LSW_PATH_ALL, LSW_PATH_BOXES, LSW_PATH_OTHERS, LSW_SWITCH_THREADS, LSW_SWITCH90_GROUPS, LSW_SWITCH90_SHARED,
-    LSW_SWITCH90_THREADS, LSW_SWITCH90_TILE, LSW_UNKNOWN, LSW_WEIGHT_ALIGNED, LSW_WEIGHT_BOXES, LswCurrentArgs, LswMap, LswMerged,
+    LSW_SWITCH90_THREADS, LSW_SWITCH90_TILE, LSW_UNKNOWN, LSW_WEIGHT_ALIGNED, LSW_WEIGHT_BLOCKS, LSW_WEIGHT_BOXES, LswCurrentArgs, LswMap, LswMerged,
     LswSwitchArgs, LswSwitchState, LswTarget,
 };
 use super::context::{DeviceStream, Function, SWITCH_SHARED, by_dtype};
@@ -49,7 +49,6 @@ struct Path {
     path: u32,
     function: Function,
     grid: Grid,
-    grab: u32,
 }
 
 // SAFETY: the function handles inside are the driver's, which is thread safe.
@@ -143,7 +142,7 @@ impl State {
             factor_maps: set.bank.device_table().maps(),
             target_maps: self.addr() + layout.maps,
             path: path.path,
-            grab: path.grab,
+            padding: 0,
         };
         for path in &self.paths {
             // SAFETY: a checked set and route: tables of the set and the bank, weights and bases that the set keeps alive (or its
@@ -180,20 +179,16 @@ fn paths(device: &Device, plan: &SetPlan) -> Vec<Path> {
         let tiles: u64 = boxes.iter().map(|t| t.tiles_of(LSW_SWITCH90_TILE, LSW_SWITCH90_TILE)).sum();
         let blocks = tiles.clamp(1, u64::from(hopper.processors)) as u32;
         let grid = Grid { blocks, threads: LSW_SWITCH90_THREADS, shared: LSW_SWITCH90_SHARED };
-        paths.push(Path { path: LSW_PATH_BOXES, function, grid, grab: grab() });
+        paths.push(Path { path: LSW_PATH_BOXES, function, grid });
     }
     if !others.is_empty() {
         let tiles: u64 = others.iter().map(|t| t.tiles()).sum();
         let blocks = tiles.clamp(1, u64::from(device.switch_blocks[by_dtype(dtype)])) as u32;
         let grid = Grid { blocks, threads: LSW_SWITCH_THREADS, shared: SWITCH_SHARED[by_dtype(dtype)] };
         let path = if boxes.is_empty() { LSW_PATH_ALL } else { LSW_PATH_OTHERS };
-        paths.push(Path { path, function: device.kernels.switch[by_dtype(dtype)], grid, grab: 1 });
+        paths.push(Path { path, function: device.kernels.switch[by_dtype(dtype)], grid });
     }
     paths
-}
-
-fn grab() -> u32 {
-    std::env::var("LSW_GRAB").ok().and_then(|v| v.parse().ok()).unwrap_or(0)
 }
 
 fn is_aligned(target: &RawTarget) -> bool {
@@ -221,10 +216,14 @@ fn device_target(target: &RawTarget) -> LswTarget {
         base_stride: target.base.stride,
         rows: target.weight.rows as u32,
         cols: target.weight.cols as u32,
-        flags: [(is_aligned(target), LSW_WEIGHT_ALIGNED), (fits_boxes(target), LSW_WEIGHT_BOXES)]
-            .iter()
-            .map(|(is, flag)| if *is { *flag } else { 0 })
-            .sum(),
+        flags: [
+            (is_aligned(target), LSW_WEIGHT_ALIGNED),
+            (fits_boxes(target), LSW_WEIGHT_BOXES),
+            (super::maps::has_blocks(&target.weight), LSW_WEIGHT_BLOCKS),
+        ]
+        .iter()
+        .map(|(is, flag)| if *is { *flag } else { 0 })
+        .sum(),
         tiles: target.tiles() as u32,
     }
 }
