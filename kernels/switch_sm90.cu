@@ -3,10 +3,11 @@
 //
 // Floor: W is read once and written once. Everything else hides behind that stream or is overhead.
 //
-// One block an SM, four roles that hand a 128 x 128 tile from one to the next through mbarriers:
+// One block an SM, five roles that hand a 128 x 128 tile from one to the next through mbarriers:
 //
 //   scheduler (warp 0)  takes tiles from the queue, works out the target's terms, publishes both, and has the copy engine bring W
-//   panels    (warp 1)  per term and 64 columns of its rank: A [<= 64, 128] and B [128, <= 64] to shared memory
+//   panels    (warp 1)  per term and 64 of its rank: A [<= 64, 128] by the copy engine
+//   loaders   (warps 4 to 7)  the same for B [128, <= 64], by plain copies
 //   consumers (2 x 128) each 64 rows: wgmma per term into `product`, sum += coefficient * product; then W's granule is changed in place in
 //                       shared memory (ldmatrix, add in f32, one rounding, stmatrix)
 //   stores    (warps 2, 3) have the copy engine write a granule back and free its place
@@ -36,59 +37,60 @@ constexpr int kTile = LSW_SWITCH90_TILE;
 constexpr int kGroups = LSW_SWITCH90_GROUPS;
 constexpr int kHalf = 64 * 128;             // bytes of 64 rows of 64 elements: one swizzle atom wide
 constexpr int kWeights = 3;                 // granules of W in flight, for each consumer
-constexpr int kPanelPool = 120 * 1024;      // for the panels of A and B
-constexpr int kMostPanels = 15;             // of the smallest: 16 of the rank
-constexpr int kStripe = 32 * 1024;          // of the pool, twice: where the stripes of B stay
+constexpr int kPanelPool = 112 * 1024;      // for the panels of A and B
+constexpr int kMostPanels = 14;             // of the smallest: 16 of the rank
 constexpr int kEntries = 4;                 // tiles between the scheduler and the slowest role
 constexpr uint32_t kEnd = ~0u;
 
-// A block starts with 168 registers a thread and can only share these out: asking for one more waits for ever.
-constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;
-static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 384 * 168, "registers of a block");
+// A block starts with 128 registers a thread and can only share these out: asking for one more waits for ever.
+constexpr int kProducerRegisters = 64, kConsumerRegisters = 192;
+static_assert(256 * kProducerRegisters + 256 * kConsumerRegisters <= 512 * 128, "registers of a block");
 
-static_assert(kThreads == 384 && kTile == 128, "one producer warpgroup and two consumers of 64 rows each");
+static_assert(kThreads == 512 && kTile == 128, "two warpgroups of producers, two of consumers of 64 rows each");
 
 struct alignas(16) Term {
     float coefficient;
-    uint32_t factor;  // target * slots + slot
     int rank;
+    uint32_t factor;  // target * slots + slot
     uint32_t flags;
+    const void* b;
+    uint32_t b_stride;
 };
 
 // A tile on its way through the roles.
 struct alignas(16) Header {
     uint32_t target;  // kEnd: there are no more
     int row, col;
-    uint32_t terms;  // how many; and:
+    uint32_t packed;  // terms, rows of the matrix in the tile, and whether LSW_WEIGHT_BLOCKS
+
+    __device__ static uint32_t pack(uint32_t terms, uint32_t rows, bool blocks) { return terms | rows << 8 | (blocks ? 1u << 31 : 0); }
+    __device__ uint32_t terms() const { return packed & 0xff; }
+    __device__ int rows() const { return packed >> 8 & 0xff; }
+    __device__ bool blocks() const { return packed >> 31; }
 };
-constexpr uint32_t kNewRun = 1u << 31;  // the first tile of a run, which brings its own stripes of B
-constexpr uint32_t kBlocks = 1u << 30;  // LSW_WEIGHT_BLOCKS
-constexpr uint32_t kCount = kBlocks - 1;
+static_assert(2 * LSW_MAX_K < 256 && kTile < 256, "packed");
 struct Entry {
     Header header;
     Term terms[2 * LSW_MAX_K];
 };
 
-// How this launch uses the pool. Every block works it out from the route; nothing depends on which block does.
+// How this launch uses the pool: by the deepest panel of its route. Every block works it out for itself, to the same result.
 struct Geometry {
-    uint32_t depth;        // of the deepest panel: 16, 32 or 64 of the rank
-    uint32_t inner;        // the longest sum over ranks of a tile
-    uint32_t unaligned;    // some adapter comes through load_slowly
-    uint32_t stripes;      // whether B of a whole row of tiles stays over a run of tiles
+    uint32_t depth;        // 16, 32 or 64 of the rank
     uint32_t panels;       // slots of the ring
-    uint32_t panel_bytes;  // of a slot: A and B, or A alone
+    uint32_t panel_bytes;  // of a slot: A [depth, 128] and B [128, depth]
     uint32_t grab;         // consecutive tiles that a block takes at a time
 };
 
 // The copy engine's swizzle repeats every 1,024 bytes: granules and panels stand at multiples of that.
 struct Shared {
     unsigned char weight[2][kWeights][2 * kHalf];  // [consumer][stage][left and right 64 columns]
-    unsigned char pool[kPanelPool];                // stripes of B, then the ring of panels
+    unsigned char pool[kPanelPool];                // the ring of panels
     Entry entry[kEntries];
+    Term staged[2 * LSW_MAX_K];  // the terms of the scheduler's target
     Barrier entry_full[kEntries], entry_empty[kEntries];
     Barrier weight_full[2][kWeights], weight_done[2][kWeights], weight_empty[2][kWeights];
     Barrier panel_full[kMostPanels], panel_empty[kMostPanels];
-    Barrier stripe_full[2];
     Route route;
     Geometry geometry;
     uint32_t groups;
@@ -110,8 +112,8 @@ __device__ __forceinline__ int panel_depth(uint32_t rank) { return rank <= 16 ? 
 
 __device__ __forceinline__ uint32_t tile_count(const LswTarget& t) { return ((t.rows + kTile - 1) / kTile) * ((t.cols + kTile - 1) / kTile); }
 
-__device__ __forceinline__ const LswMap* factor_maps(const LswSwitchArgs& args, uint32_t factor) {
-    return reinterpret_cast<const LswMap*>(args.factor_maps) + 2 * static_cast<uint64_t>(factor);
+__device__ __forceinline__ const LswMap* factor_map(const LswSwitchArgs& args, uint32_t factor) {
+    return reinterpret_cast<const LswMap*>(args.factor_maps) + factor;
 }
 __device__ __forceinline__ const LswMap* target_maps(const LswSwitchArgs& args, uint64_t target) {
     return reinterpret_cast<const LswMap*>(args.target_maps) + 2 * target;
@@ -130,44 +132,27 @@ __device__ __forceinline__ uint32_t changed_tiles(const LswSwitchArgs& args, con
     return is_changed(args, route, target) ? tile_count(target_of(args, target)) : 0;
 }
 
-__device__ __forceinline__ uint32_t padded_rank(uint32_t rank) {
-    const uint32_t depth = panel_depth(rank);
-    return (rank + depth - 1) / depth * depth;
-}
-
-// What a changed target asks of the pool: an upper bound, since an adapter of both routes counts twice.
-__device__ void demand(const LswSwitchArgs& args, Shared& s, uint32_t target) {
-    uint32_t inner = 0, depth = 0, unaligned = 0;
-    auto add = [&](int slot) {
+// The deepest panel that a changed target asks for. Also: its adapters' maps may have been written since this SM last saw them. A fence
+// takes long, so all threads of the block have theirs at once.
+__device__ void meet_adapters(const LswSwitchArgs& args, Shared& s, uint32_t target) {
+    uint32_t depth = 16;
+    auto meet = [&](int slot) {
         const LswFactor& f = factor(args, target, slot);
-        inner += padded_rank(f.rank);
+        if (f.rank == 0) return;
         depth = max(depth, static_cast<uint32_t>(panel_depth(f.rank)));
-        unaligned |= f.flags != (LSW_A_ALIGNED | LSW_B_ALIGNED);
-        if (f.flags == (LSW_A_ALIGNED | LSW_B_ALIGNED)) {
-            const LswMap* maps = factor_maps(args, target * args.slots + slot);
-            fence_tensor_map(maps), fence_tensor_map(maps + 1);
-        }
+        if (f.flags == (LSW_A_ALIGNED | LSW_B_ALIGNED)) fence_tensor_map(factor_map(args, target * args.slots + slot));
     };
-    for (uint32_t e = 0; e < s.route.count; ++e) {
-        if (factor(args, target, s.route.slot[e]).rank > 0) add(s.route.slot[e]);
-    }
+    for (uint32_t e = 0; e < s.route.count; ++e) meet(s.route.slot[e]);
     const uint32_t held = args.in_place ? merged_count(args, target) : 0;
-    for (uint32_t e = 0; e < held; ++e) add(merged(args, target)[e].slot);
-    atomicMax(&s.geometry.inner, inner);
+    for (uint32_t e = 0; e < held; ++e) meet(merged(args, target)[e].slot);
     atomicMax(&s.geometry.depth, depth);
-    atomicOr(&s.geometry.unaligned, unaligned);
 }
 
-// One thread. A run of tiles in a row shares its B: kept as a stripe it is brought once a run, which spares the copy engine 128 rows a
-// tile and panel (it moves one row of at most 128 bytes in about 4 cycles, however short the row). Two stripes, so that a run begins
-// before the last one has ended. Where the stripes do not fit, short grabs: memory likes all blocks close together.
-__device__ void lay_out(const LswSwitchArgs& args, Geometry& g, uint32_t total) {
-    g.depth = max(g.depth, 16);
-    g.stripes = !g.unaligned && g.inner * 256 <= kStripe;
-    g.panel_bytes = g.depth * (g.stripes ? 256 : 512);
-    g.panels = min((kPanelPool - (g.stripes ? 2 * kStripe : 0)) / g.panel_bytes, kMostPanels);
-    const uint32_t wanted = !g.stripes ? 2 : args.in_place ? 8 : 4;
-    g.grab = max(1u, min(wanted, (total + gridDim.x - 1) / gridDim.x));
+// One thread. Short grabs: memory likes all blocks close together, and the last blocks want tiles too.
+__device__ void lay_out(Geometry& g, uint32_t total) {
+    g.panel_bytes = g.depth * 512;
+    g.panels = kPanelPool / g.panel_bytes;
+    g.grab = max(1u, min(2u, (total + gridDim.x - 1) / gridDim.x));
 }
 
 // All threads: the tiles of each group of 32 targets, then their prefix sum, and the geometry. Ends with a barrier.
@@ -176,7 +161,7 @@ __device__ void plan(const LswSwitchArgs& args, Shared& s) {
     for (uint32_t g = warp; g < s.groups; g += kThreads / 32) {
         const uint32_t target = args.first + 32 * g + lane;
         const uint32_t tiles = changed_tiles(args, s.route, target);
-        if (tiles > 0) demand(args, s, target);
+        if (tiles > 0) meet_adapters(args, s, target);
         const uint32_t sum = __reduce_add_sync(kFullWarp, tiles);
         if (lane == 0) s.group[g + 1] = sum;
     }
@@ -188,7 +173,7 @@ __device__ void plan(const LswSwitchArgs& args, Shared& s) {
             if (g < s.groups) s.group[g + 1] = sum;
             carry = __shfl_sync(kFullWarp, sum, 31);
         }
-        if (lane == 0) s.group[0] = 0, lay_out(args, s.geometry, carry);
+        if (lane == 0) s.group[0] = 0, lay_out(s.geometry, carry);
     }
     __syncthreads();
 }
@@ -199,16 +184,14 @@ struct Cursor {
     uint32_t before_lane = 0, lane_tiles = 0;  // of this lane's target in the group
     uint32_t start = 0, end = 0;               // the target's tiles
     uint32_t across = 1;                       // its tiles in a row
-    LaneTerms terms{};
-    Term enter{}, leave{};  // of this lane
-    int row = -1;
-    uint32_t blocks = 0;   // kBlocks or 0
-    bool new_run = false;  // the tile has another target or row than the one before
+    uint32_t terms = 0;                        // how many are staged
+    uint32_t rows = 0;                         // of the target
+    bool blocks = false;
 };
 
 __device__ __forceinline__ Term make_term(const LswSwitchArgs& args, uint32_t target, int slot, float coefficient) {
     const LswFactor& f = factor(args, target, slot);
-    return {coefficient, target * args.slots + slot, static_cast<int>(f.rank), f.flags};
+    return {coefficient, static_cast<int>(f.rank), target * args.slots + slot, f.flags, reinterpret_cast<const void*>(f.b), f.b_stride};
 }
 
 // One warp: moves on to the target that a tile belongs to.
@@ -229,35 +212,39 @@ __device__ void seek(const LswSwitchArgs& args, Shared& s, Cursor& at, uint32_t 
     at.end = at.start + __shfl_sync(kFullWarp, at.lane_tiles, owner);
     const LswTarget& t = target_of(args, at.target);
     at.across = (t.cols + kTile - 1) / kTile;
-    at.blocks = t.flags & LSW_WEIGHT_BLOCKS ? kBlocks : 0;
-    at.terms = lane_terms(args, s.route, at.target);
-    if (at.terms.enter_slot >= 0) at.enter = make_term(args, at.target, at.terms.enter_slot, at.terms.enter);
-    if (at.terms.leave_slot >= 0) at.leave = make_term(args, at.target, at.terms.leave_slot, at.terms.leave);
-    at.row = -1;
+    at.rows = t.rows;
+    at.blocks = t.flags & LSW_WEIGHT_BLOCKS;
+    const LaneTerms terms = lane_terms(args, s.route, at.target);
+    __syncwarp();  // the last publish has read what was staged
+    if (terms.enter_slot >= 0) s.staged[terms.enter_at] = make_term(args, at.target, terms.enter_slot, terms.enter);
+    if (terms.leave_slot >= 0) s.staged[terms.leave_at] = make_term(args, at.target, terms.leave_slot, terms.leave);
+    at.terms = terms.count;
+    __syncwarp();
 }
 
 // One warp: a tile and its terms become an entry of the ring.
 __device__ void publish(Shared& s, Ring& ring, const Cursor& at, int row, int col) {
     s.entry_empty[ring.slot].wait(ring.parity ^ 1);
     Entry& entry = s.entry[ring.slot];
-    if (at.target != kEnd) {
-        if (at.terms.enter_slot >= 0) entry.terms[at.terms.enter_at] = at.enter;
-        if (at.terms.leave_slot >= 0) entry.terms[at.terms.leave_at] = at.leave;
-    }
-    if (threadIdx.x % 32 == 0) entry.header = {at.target, row, col, at.terms.count | at.blocks | (at.new_run ? kNewRun : 0)};
+    for (uint32_t i = threadIdx.x % 32; i < at.terms; i += 32) entry.terms[i] = s.staged[i];
+    if (threadIdx.x % 32 == 0) entry.header = {at.target, row, col, Header::pack(at.terms, min(at.rows - row, kTile), at.blocks)};
     s.entry_full[ring.slot].arrive();  // each lane for what it wrote
     ring.advance();
 }
 
-// Four words out of an entry. The leader alone reads them, since the leader alone gives the entry back.
+// Words out of an entry. The leader alone reads them, since the leader alone gives the entry back.
 template <class Words> __device__ __forceinline__ Words take(const Words& words) {
-    static_assert(sizeof(Words) == 16 && alignof(Words) == 16, "one load");
-    int4 value{};
-    if (threadIdx.x % 32 == 0) value = *reinterpret_cast<const int4*>(&words);
-    value.x = __shfl_sync(kFullWarp, value.x, 0), value.y = __shfl_sync(kFullWarp, value.y, 0);
-    value.z = __shfl_sync(kFullWarp, value.z, 0), value.w = __shfl_sync(kFullWarp, value.w, 0);
+    static_assert(sizeof(Words) % 16 == 0 && alignof(Words) == 16, "whole loads");
+    constexpr int kLoads = sizeof(Words) / 16;
+    int4 value[kLoads] = {};
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+        if (threadIdx.x % 32 == 0) value[i] = reinterpret_cast<const int4*>(&words)[i];
+        value[i].x = __shfl_sync(kFullWarp, value[i].x, 0), value[i].y = __shfl_sync(kFullWarp, value[i].y, 0);
+        value[i].z = __shfl_sync(kFullWarp, value[i].z, 0), value[i].w = __shfl_sync(kFullWarp, value[i].w, 0);
+    }
     Words taken;
-    memcpy(&taken, &value, 16);
+    memcpy(&taken, value, sizeof(Words));
     return taken;
 }
 
@@ -298,10 +285,8 @@ __device__ void run_scheduler(const LswSwitchArgs& args, Shared& s) {
         const uint32_t end = min(total, (taken + 1) * grab);
         for (uint32_t tile = taken * grab; tile < end; ++tile) {
             if (tile < at.start || tile >= at.end) seek(args, s, at, tile);
-            if (args.in_place && at.terms.count == 0) continue;
+            if (args.in_place && at.terms == 0) continue;
             const int row = (tile - at.start) / at.across * kTile, col = (tile - at.start) % at.across * kTile;
-            at.new_run = row != at.row;
-            at.row = row;
             publish(s, entries, at, row, col);
             if (leader) load_weight(args, s, weights, at, row, col);
             __syncwarp();
@@ -343,75 +328,69 @@ template <class T> __device__ void load_slowly(const LswFactor& f, unsigned char
         *reinterpret_cast<T*>(panel + depth * 256 + (at ^ (at >> 7 & (depth / 8 - 1)) << 4)) = value;
     }
     fence_async_shared();
-    __syncwarp();
 }
 
-// Where the ring of panels, and a buffer of stripes, stand in the pool.
-__device__ __forceinline__ unsigned char* ring_of_panels(Shared& s) { return s.pool + (s.geometry.stripes ? 2 * kStripe : 0); }
-__device__ __forceinline__ unsigned char* stripe_at(Shared& s, uint32_t buffer) { return s.pool + buffer * kStripe; }
-
-// Brings the stripes of B for a new row of tiles: all terms, one behind the other.
-__device__ void load_stripes(const LswSwitchArgs& args, Shared& s, const Entry& entry, uint32_t terms, uint32_t buffer) {
-    uint32_t bytes = 0;
-    for (uint32_t i = 0; i < terms; ++i) bytes += padded_rank(entry.terms[i].rank) * 256;
-    s.stripe_full[buffer].arrive_expecting(bytes);
-    unsigned char* to = stripe_at(s, buffer);
-    for (uint32_t i = 0; i < terms; ++i) {
-        const Term& term = entry.terms[i];
-        const LswMap* map = factor_maps(args, term.factor) + 1;
-        const int depth = panel_depth(term.rank);
-        for (int k = 0; k < term.rank; k += depth, to += depth * 256) {
-            load_box(to, map, k, entry.header.row, s.stripe_full[buffer]);
-        }
-    }
-}
-
-template <class T> __device__ void run_panels(const LswSwitchArgs& args, Shared& s) {
-    const bool leader = threadIdx.x % 32 == 0;
-    const uint32_t stripes = s.geometry.stripes, panel_bytes = s.geometry.panel_bytes;
-    unsigned char* ring = ring_of_panels(s);
+// A walk over the panels of a block, in the order in which all roles see them: `visit(tile, term, k, depth, panel, full)` for each.
+template <class Visit> __device__ __forceinline__ void for_each_panel(Shared& s, Visit visit) {
+    const uint32_t panel_bytes = s.geometry.panel_bytes;
     Ring entries(kEntries), panels(s.geometry.panels);
-    uint32_t buffer = 0;
-    uint32_t issued = 0, run_start = 0;  // panels so far, and before the current run
     for (;; entries.advance()) {
         const Entry& entry = next_entry(s, entries);
-        const auto [target, row, col, terms] = take(entry.header);
-        if (target == kEnd) return;
-        const uint32_t term_count = terms & kCount;
-        if (stripes && (terms & kNewRun)) {
-            // The buffer's former run, the one before the last, has ended when its last panel was given back.
-            if (run_start > 0 && issued - run_start < panels.size) {
-                s.panel_empty[(run_start - 1) % panels.size].wait((run_start - 1) / panels.size & 1);
-            }
-            run_start = issued;
-            if (leader && term_count > 0) load_stripes(args, s, entry, term_count, buffer);
-            buffer ^= 1;
-            __syncwarp();
-        }
+        const Header tile = take(entry.header);
+        if (tile.target == kEnd) return;
         Term next = take(entry.terms[0]);
-        for (uint32_t i = 0; i < term_count; ++i) {
+        for (uint32_t i = 0; i < tile.terms(); ++i) {
             const Term term = next;
-            if (i + 1 < term_count) next = take(entry.terms[i + 1]);
-            const LswMap* maps = factor_maps(args, term.factor);
+            if (i + 1 < tile.terms()) next = take(entry.terms[i + 1]);
             const int depth = panel_depth(term.rank);
-            for (int k = 0; k < term.rank; k += depth, panels.advance(), ++issued) {
+            for (int k = 0; k < term.rank; k += depth, panels.advance()) {
                 s.panel_empty[panels.slot].wait(panels.parity ^ 1);
-                unsigned char* panel = ring + panels.slot * panel_bytes;
-                Barrier& full = s.panel_full[panels.slot];
-                if (term.flags != (LSW_A_ALIGNED | LSW_B_ALIGNED)) {
-                    const LswFactor& f = reinterpret_cast<const LswFactor*>(args.factors)[term.factor];
-                    load_slowly<T>(f, panel, row, col, target_of(args, target), k, depth);
-                    if (leader) full.arrive();
-                } else if (leader) {
-                    full.arrive_expecting(depth * (stripes ? 256 : 512));
-                    load_pair(panel, maps, terms & kBlocks, col, k, depth, full);
-                    if (!stripes) load_box(panel + depth * 256, maps + 1, k, row, full);
-                }
-                __syncwarp();
+                visit(tile, term, k, depth, s.pool + panels.slot * panel_bytes, s.panel_full[panels.slot]);
             }
         }
-        if (leader) s.entry_empty[entries.slot].arrive();
+        if (threadIdx.x % 32 == 0) s.entry_empty[entries.slot].arrive();
     }
+}
+
+__device__ __forceinline__ bool is_aligned(const Term& term) { return term.flags == (LSW_A_ALIGNED | LSW_B_ALIGNED); }
+
+// One warp: A by the copy engine.
+template <class T> __device__ void run_panels(const LswSwitchArgs& args, Shared& s) {
+    const bool leader = threadIdx.x % 32 == 0;
+    for_each_panel(s, [&](const Header& tile, const Term& term, int k, int depth, unsigned char* panel, Barrier& full) {
+        if (!is_aligned(term)) {
+            const LswFactor& f = reinterpret_cast<const LswFactor*>(args.factors)[term.factor];
+            load_slowly<T>(f, panel, tile.row, tile.col, target_of(args, tile.target), k, depth);
+            __syncwarp();
+            if (leader) full.arrive();
+        } else if (leader) {
+            full.arrive_expecting(depth * 256);
+            load_pair(panel, factor_map(args, term.factor), tile.blocks(), tile.col, k, depth, full);
+        }
+        __syncwarp();
+    });
+}
+
+// A warpgroup: B [128, depth] by plain copies of 16 bytes. The copy engine would take it row by row, at about 4 cycles a row however
+// short; one warp alone would be slower still.
+template <class T> __device__ void run_loaders(Shared& s) {
+    const int thread = threadIdx.x % 128;
+    for_each_panel(s, [&](const Header& tile, const Term& term, int k, int depth, unsigned char* panel, Barrier& full) {
+        if (!is_aligned(term)) return full.arrive();
+        const int shift = depth == 64 ? 3 : depth == 32 ? 2 : 1, mask = (1 << shift) - 1;  // 8, 4 or 2 copies a row
+        const int first = thread >> shift, step = 128 >> shift, column = k + (thread & mask) * 8;
+        const int bytes = max(0, min(16, 2 * (term.rank - column)));
+        const T* from = static_cast<const T*>(term.b) + static_cast<uint64_t>(tile.row + first) * term.b_stride + column;
+        const uint64_t stride = static_cast<uint64_t>(step) * term.b_stride;
+        const uint32_t to = shared_address(panel) + depth * 256;
+        uint32_t at = thread * 16;
+#pragma unroll 2
+        for (int m = first; m < kTile; m += step, at += 2048, from += stride) {
+            const bool exists = m < tile.rows() && bytes > 0;
+            copy16_partly(to + (at ^ (at >> 7 & mask) << 4), exists ? static_cast<const void*>(from) : term.b, exists ? bytes : 0);
+        }
+        arrive_after_copies(full);
+    });
 }
 
 // One warp for each consumer.
@@ -429,7 +408,7 @@ __device__ void run_stores(const LswSwitchArgs& args, Shared& s, int consumer) {
             const unsigned char* granule = s.weight[consumer][weights.slot];
             const LswMap* map = target_maps(args, tile.target);
             const int row = tile.row + 64 * consumer;
-            if (tile.terms & kBlocks) {
+            if (tile.blocks()) {
                 store_blocks(map, tile.col / 64, row, granule);
             } else {
                 store_box(map, tile.col, row, granule);
@@ -487,37 +466,26 @@ template <class T> __device__ __forceinline__ void add_to(unsigned char* granule
 
 template <class T> __device__ void run_consumer(Shared& s, int consumer) {
     const bool leader = threadIdx.x % 32 == 0;
-    const uint32_t stripes = s.geometry.stripes, panel_bytes = s.geometry.panel_bytes;
-    const uint32_t ring = shared_address(ring_of_panels(s)), stripe = shared_address(s.pool);
+    const uint32_t pool = shared_address(s.pool), panel_bytes = s.geometry.panel_bytes;
     Ring entries(kEntries), weights(kWeights), panels(s.geometry.panels);
-    uint32_t buffer = 1, stripe_parity = 3;  // as after a run before the first
     for (;; entries.advance(), weights.advance()) {
         const Entry& entry = next_entry(s, entries);
         const Header tile = take(entry.header);
         if (tile.target == kEnd) return;
-        const uint32_t term_count = tile.terms & kCount;
-        if (stripes && (tile.terms & kNewRun)) {
-            buffer ^= 1;
-            if (term_count > 0) {
-                stripe_parity ^= 1u << buffer;
-                s.stripe_full[buffer].wait(stripe_parity >> buffer & 1);
-            }
-        }
-        uint32_t stripe_at = stripe + buffer * kStripe;
         float sum[64] = {};
         Term next = take(entry.terms[0]);
-        for (uint32_t i = 0; i < term_count; ++i) {
+        for (uint32_t i = 0; i < tile.terms(); ++i) {
             const Term term = next;
-            if (i + 1 < term_count) next = take(entry.terms[i + 1]);
+            if (i + 1 < tile.terms()) next = take(entry.terms[i + 1]);
             const int depth = panel_depth(term.rank);
             // B: rows of `depth` elements, swizzled over that width. A: two blocks of 64 columns.
             const uint64_t b_layout = layout(16, depth * 16, depth == 64 ? 1 : depth == 32 ? 2 : 3), a_layout = layout(depth * 128, 1024, 1);
             float product[64];
             uint32_t former = 0;
-            for (int k = 0; k < term.rank; k += depth, panels.advance(), stripe_at += depth * 256) {
-                const uint32_t a = ring + panels.slot * panel_bytes;
-                const uint32_t b = (stripes ? stripe_at : a + depth * 256) + consumer * depth * 128;
+            for (int k = 0; k < term.rank; k += depth, panels.advance()) {
+                const uint32_t a = pool + panels.slot * panel_bytes, b = a + depth * 256 + consumer * depth * 128;
                 s.panel_full[panels.slot].wait(panels.parity);
+                fence_async_shared();  // B came by plain copies
                 multiply<T>(product, b_layout | b >> 4, a_layout | a >> 4, (min(depth, term.rank - k) + 15) / 16, k > 0);
                 // One panel's wgmmas stay in flight; the panel before it is free.
                 if (k > 0) {
@@ -534,7 +502,7 @@ template <class T> __device__ void run_consumer(Shared& s, int consumer) {
         if (leader) s.entry_empty[entries.slot].arrive();
 
         s.weight_full[consumer][weights.slot].wait(weights.parity);
-        if (term_count > 0) add_to<T>(s.weight[consumer][weights.slot], sum);
+        if (tile.terms() > 0) add_to<T>(s.weight[consumer][weights.slot], sum);
         fence_async_shared();
         __syncwarp();
         if (leader) s.weight_done[consumer][weights.slot].arrive();
@@ -542,9 +510,8 @@ template <class T> __device__ void run_consumer(Shared& s, int consumer) {
 }
 
 __device__ void init_barriers(Shared& s) {
-    for (int i = 0; i < kEntries; ++i) s.entry_full[i].init(32), s.entry_empty[i].init(1 + 2 + 8);  // panels, stores, consumer warps
-    for (int i = 0; i < kMostPanels; ++i) s.panel_full[i].init(1), s.panel_empty[i].init(8);       // consumer warps
-    for (int i = 0; i < 2; ++i) s.stripe_full[i].init(1);
+    for (int i = 0; i < kEntries; ++i) s.entry_full[i].init(32), s.entry_empty[i].init(1 + 4 + 2 + 8);  // panels, loaders, stores, consumers
+    for (int i = 0; i < kMostPanels; ++i) s.panel_full[i].init(1 + 128), s.panel_empty[i].init(8);  // panels, loaders; consumers
     for (int c = 0; c < 2; ++c) {
         for (int i = 0; i < kWeights; ++i) s.weight_full[c][i].init(1), s.weight_done[c][i].init(4), s.weight_empty[c][i].init(1);
     }
@@ -557,7 +524,7 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
     Shared& s = *reinterpret_cast<Shared*>(raw + (-shared_address(raw) & 1023));
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0);  // uniform, and the compiler knows
     if (warp == 0) canonical_route(args, s.route);
-    if (threadIdx.x == 32) init_barriers(s), s.geometry = {}, s.groups = (args.last - args.first + 31) / 32;
+    if (threadIdx.x == 32) init_barriers(s), s.geometry = {16, 0, 0, 0}, s.groups = (args.last - args.first + 31) / 32;
     __syncthreads();
     plan(args, s);
     // Nothing to do: every block finds the same, so there is no queue to reset and nothing to record.
@@ -568,9 +535,12 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
         if (warp == 0) run_scheduler(args, s);
         if (warp == 1) run_panels<T>(args, s);
         if (warp >= 2) run_stores(args, s, warp - 2);
+    } else if (warp < 8) {
+        give_registers<kProducerRegisters>();
+        run_loaders<T>(s);
     } else {
         take_registers<kConsumerRegisters>();
-        run_consumer<T>(s, warp / 4 - 1);
+        run_consumer<T>(s, warp / 4 - 2);
     }
 }
 

@@ -36,6 +36,15 @@ struct Barrier {
     }
 };
 
+// 16 bytes, global to shared, by this thread; of them `bytes` exist, the rest becomes zero.
+__device__ __forceinline__ void copy16_partly(uint32_t shared, const void* global, uint32_t bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+// An arrival that takes place when all copies of this thread so far have.
+__device__ __forceinline__ void arrive_after_copies(Barrier& barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier.word)) : "memory");
+}
+
 // Makes initialised barriers visible to the copy engine.
 __device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // Makes this thread's shared-memory stores visible to the copy engine and the tensor cores.

@@ -11,7 +11,7 @@ pub const LSW_SWITCH_TILE_ROWS: _bindgen_ty_1 = 64;
 pub const LSW_SWITCH_TILE_COLS: _bindgen_ty_1 = 128;
 pub const LSW_SWITCH_SHARED_16BIT: _bindgen_ty_1 = 49152;
 pub const LSW_SWITCH_SHARED_32BIT: _bindgen_ty_1 = 90112;
-pub const LSW_SWITCH90_THREADS: _bindgen_ty_1 = 384;
+pub const LSW_SWITCH90_THREADS: _bindgen_ty_1 = 512;
 pub const LSW_SWITCH90_TILE: _bindgen_ty_1 = 128;
 pub const LSW_SWITCH90_GROUPS: _bindgen_ty_1 = 1024;
 pub const LSW_SWITCH90_SHARED: _bindgen_ty_1 = 232448;
@@ -122,11 +122,11 @@ pub struct LswBankArgs {
     pub first_target: u32,
     pub count: u32,
     pub factors: [LswFactor; 64usize],
-    pub factor_maps: [[LswMap; 2usize]; 64usize],
+    pub factor_maps: [LswMap; 64usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of LswBankArgs"][::core::mem::size_of::<LswBankArgs>() - 18976usize];
+    ["Size of LswBankArgs"][::core::mem::size_of::<LswBankArgs>() - 10784usize];
     ["Alignment of LswBankArgs"][::core::mem::align_of::<LswBankArgs>() - 8usize];
     ["Offset of field: LswBankArgs::table"][::core::mem::offset_of!(LswBankArgs, table) - 0usize];
     ["Offset of field: LswBankArgs::maps"][::core::mem::offset_of!(LswBankArgs, maps) - 8usize];

@@ -3,8 +3,8 @@
 use super::Device;
 use super::args::{
     LSW_MAX_K, LSW_PATH_ALL, LSW_PATH_BOXES, LSW_PATH_OTHERS, LSW_SWITCH_THREADS, LSW_SWITCH90_GROUPS, LSW_SWITCH90_SHARED,
-    LSW_SWITCH90_THREADS, LSW_SWITCH90_TILE, LSW_UNKNOWN, LSW_WEIGHT_ALIGNED, LSW_WEIGHT_BLOCKS, LSW_WEIGHT_BOXES, LswCurrentArgs, LswMap, LswMerged,
-    LswSwitchArgs, LswSwitchState, LswTarget,
+    LSW_SWITCH90_THREADS, LSW_SWITCH90_TILE, LSW_UNKNOWN, LSW_WEIGHT_ALIGNED, LSW_WEIGHT_BLOCKS, LSW_WEIGHT_BOXES, LswCurrentArgs, LswMap,
+    LswMerged, LswSwitchArgs, LswSwitchState, LswTarget,
 };
 use super::context::{DeviceStream, Function, SWITCH_SHARED, by_dtype};
 use super::launch::{Grid, launch};
