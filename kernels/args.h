@@ -15,7 +15,7 @@ enum {
     LSW_ROUTE_THREADS = 128, /* one warp a token */
 
     LSW_BANK_THREADS = 64,
-    LSW_BANK_BATCH = 64, /* factors that one launch writes: they travel as kernel arguments (11 KB) */
+    LSW_BANK_BATCH = 64, /* factors that one launch writes: they travel as kernel arguments (19 KB) */
 
     LSW_SWITCH_THREADS = 256, /* also the targets that are planned at a time */
     LSW_SWITCH_TILE_ROWS = 64,
@@ -72,12 +72,12 @@ typedef struct LswMap {
     uint64_t opaque[16];
 } LswMap;
 
-/* Writes table[target * slots + slot] for `count` targets, and the map of A beside it where maps != 0. */
+/* Writes table[target * slots + slot] for `count` targets, and the maps of A and B beside it where maps != 0. */
 typedef struct LswBankArgs {
     uint64_t table, maps;
     uint32_t slots, slot, first_target, count;
     LswFactor factors[LSW_BANK_BATCH];
-    LswMap factor_maps[LSW_BANK_BATCH];
+    LswMap factor_maps[LSW_BANK_BATCH][2];
 } LswBankArgs;
 
 enum {
@@ -123,7 +123,7 @@ typedef struct LswSwitchArgs {
     uint32_t first, last;  /* the targets of this call */
     uint32_t slots, k, k_max;
     uint32_t in_place;
-    uint64_t factor_maps; /* LswMap [all targets, slots], of A; Hopper path */
+    uint64_t factor_maps; /* LswMap [all targets, slots, 2], of A and B; Hopper path */
     uint64_t target_maps; /* LswMap [all targets, 2], of W and W_base */
     uint32_t path;
     uint32_t padding;

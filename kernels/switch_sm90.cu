@@ -6,8 +6,8 @@
 // One block an SM, five roles that hand a 128 x 128 tile from one to the next through mbarriers:
 //
 //   scheduler (warp 0)  takes tiles from the queue, works out the target's terms, publishes both, and has the copy engine bring W
-//   panels    (warp 1)  per term and 64 of its rank: A [<= 64, 128] by the copy engine
-//   loaders   (warps 4 to 7)  the same for B [128, <= 64], by plain copies
+//   panels    (warp 1)  per term and 64 of its rank: A [<= 64, 128], and some of B [128, <= 64], by the copy engine
+//   loaders   (warps 4 to 7)  the rest of B by plain copies
 //   consumers (2 x 128) each 64 rows: wgmma per term into `product`, sum += coefficient * product; then W's granule is changed in place in
 //                       shared memory (ldmatrix, add in f32, one rounding, stmatrix)
 //   stores    (warps 2, 3) have the copy engine write a granule back and free its place
@@ -55,17 +55,21 @@ struct alignas(16) Term {
     uint32_t flags;
     const void* b;
     uint32_t b_stride;
+    uint32_t first_panel;  // of the tile's
 };
 
 // A tile on its way through the roles.
 struct alignas(16) Header {
     uint32_t target;  // kEnd: there are no more
     int row, col;
-    uint32_t packed;  // terms, rows of the matrix in the tile, and whether LSW_WEIGHT_BLOCKS
+    uint32_t packed;  // terms, rows of the matrix in the tile, whether there are many panels, whether LSW_WEIGHT_BLOCKS
 
-    __device__ static uint32_t pack(uint32_t terms, uint32_t rows, bool blocks) { return terms | rows << 8 | (blocks ? 1u << 31 : 0); }
+    __device__ static uint32_t pack(uint32_t terms, uint32_t rows, bool many, bool blocks) {
+        return terms | rows << 8 | (many ? 1u << 30 : 0) | (blocks ? 1u << 31 : 0);
+    }
     __device__ uint32_t terms() const { return packed & 0xff; }
     __device__ int rows() const { return packed >> 8 & 0xff; }
+    __device__ bool many_panels() const { return packed >> 30 & 1; }
     __device__ bool blocks() const { return packed >> 31; }
 };
 static_assert(2 * LSW_MAX_K < 256 && kTile < 256, "packed");
@@ -110,10 +114,13 @@ struct Ring {
 // Columns of the rank that one panel holds: the smallest box that a small rank fits in. The host encodes the maps by the same rule.
 __device__ __forceinline__ int panel_depth(uint32_t rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : 64; }
 
+__device__ __forceinline__ int panel_count(int rank) { return (rank + panel_depth(rank) - 1) / panel_depth(rank); }
+constexpr uint32_t kFewPanels = 2;  // of a tile: what the loaders keep up with
+
 __device__ __forceinline__ uint32_t tile_count(const LswTarget& t) { return ((t.rows + kTile - 1) / kTile) * ((t.cols + kTile - 1) / kTile); }
 
-__device__ __forceinline__ const LswMap* factor_map(const LswSwitchArgs& args, uint32_t factor) {
-    return reinterpret_cast<const LswMap*>(args.factor_maps) + factor;
+__device__ __forceinline__ const LswMap* factor_maps(const LswSwitchArgs& args, uint32_t factor) {
+    return reinterpret_cast<const LswMap*>(args.factor_maps) + 2 * static_cast<uint64_t>(factor);
 }
 __device__ __forceinline__ const LswMap* target_maps(const LswSwitchArgs& args, uint64_t target) {
     return reinterpret_cast<const LswMap*>(args.target_maps) + 2 * target;
@@ -132,20 +139,31 @@ __device__ __forceinline__ uint32_t changed_tiles(const LswSwitchArgs& args, con
     return is_changed(args, route, target) ? tile_count(target_of(args, target)) : 0;
 }
 
-// The deepest panel that a changed target asks for. Also: its adapters' maps may have been written since this SM last saw them. A fence
-// takes long, so all threads of the block have theirs at once.
-__device__ void meet_adapters(const LswSwitchArgs& args, Shared& s, uint32_t target) {
-    uint32_t depth = 16;
-    auto meet = [&](int slot) {
+// visit(factor, index) for every adapter that a changed target may need; one in both routes comes twice.
+template <class Visit> __device__ __forceinline__ void for_each_adapter(const LswSwitchArgs& args, const Route& route, uint32_t target, Visit visit) {
+    auto at = [&](int slot) {
         const LswFactor& f = factor(args, target, slot);
-        if (f.rank == 0) return;
-        depth = max(depth, static_cast<uint32_t>(panel_depth(f.rank)));
-        if (f.flags == (LSW_A_ALIGNED | LSW_B_ALIGNED)) fence_tensor_map(factor_map(args, target * args.slots + slot));
+        if (f.rank > 0) visit(f, target * args.slots + slot);
     };
-    for (uint32_t e = 0; e < s.route.count; ++e) meet(s.route.slot[e]);
+    for (uint32_t e = 0; e < route.count; ++e) at(route.slot[e]);
     const uint32_t held = args.in_place ? merged_count(args, target) : 0;
-    for (uint32_t e = 0; e < held; ++e) meet(merged(args, target)[e].slot);
+    for (uint32_t e = 0; e < held; ++e) at(merged(args, target)[e].slot);
+}
+
+// The deepest panel that a changed target asks for. Also: its adapters' maps may have been written since this SM last saw them. A fence
+// takes long, so all threads of the block have theirs at once, and those that will not be used have none.
+__device__ void meet_adapters(const LswSwitchArgs& args, Shared& s, uint32_t target) {
+    uint32_t depth = 16, panels = 0;
+    for_each_adapter(args, s.route, target, [&](const LswFactor& f, uint32_t) {
+        depth = max(depth, static_cast<uint32_t>(panel_depth(f.rank)));
+        panels += panel_count(f.rank);
+    });
     atomicMax(&s.geometry.depth, depth);
+    for_each_adapter(args, s.route, target, [&](const LswFactor& f, uint32_t index) {
+        if (f.flags != (LSW_A_ALIGNED | LSW_B_ALIGNED)) return;
+        fence_tensor_map(factor_maps(args, index));
+        if (panels > kFewPanels) fence_tensor_map(factor_maps(args, index) + 1);
+    });
 }
 
 // One thread. Short grabs: memory likes all blocks close together, and the last blocks want tiles too.
@@ -184,14 +202,14 @@ struct Cursor {
     uint32_t before_lane = 0, lane_tiles = 0;  // of this lane's target in the group
     uint32_t start = 0, end = 0;               // the target's tiles
     uint32_t across = 1;                       // its tiles in a row
-    uint32_t terms = 0;                        // how many are staged
+    uint32_t terms = 0, panels = 0;            // how many terms are staged, and their panels
     uint32_t rows = 0;                         // of the target
     bool blocks = false;
 };
 
 __device__ __forceinline__ Term make_term(const LswSwitchArgs& args, uint32_t target, int slot, float coefficient) {
     const LswFactor& f = factor(args, target, slot);
-    return {coefficient, static_cast<int>(f.rank), target * args.slots + slot, f.flags, reinterpret_cast<const void*>(f.b), f.b_stride};
+    return {coefficient, static_cast<int>(f.rank), target * args.slots + slot, f.flags, reinterpret_cast<const void*>(f.b), f.b_stride, 0};
 }
 
 // One warp: moves on to the target that a tile belongs to.
@@ -220,6 +238,12 @@ __device__ void seek(const LswSwitchArgs& args, Shared& s, Cursor& at, uint32_t 
     if (terms.leave_slot >= 0) s.staged[terms.leave_at] = make_term(args, at.target, terms.leave_slot, terms.leave);
     at.terms = terms.count;
     __syncwarp();
+    at.panels = 0;
+    for (uint32_t i = 0; i < at.terms; ++i) {
+        if (lane == 0) s.staged[i].first_panel = at.panels;
+        at.panels += panel_count(s.staged[i].rank);
+    }
+    __syncwarp();
 }
 
 // One warp: a tile and its terms become an entry of the ring.
@@ -227,7 +251,7 @@ __device__ void publish(Shared& s, Ring& ring, const Cursor& at, int row, int co
     s.entry_empty[ring.slot].wait(ring.parity ^ 1);
     Entry& entry = s.entry[ring.slot];
     for (uint32_t i = threadIdx.x % 32; i < at.terms; i += 32) entry.terms[i] = s.staged[i];
-    if (threadIdx.x % 32 == 0) entry.header = {at.target, row, col, Header::pack(at.terms, min(at.rows - row, kTile), at.blocks)};
+    if (threadIdx.x % 32 == 0) entry.header = {at.target, row, col, Header::pack(at.terms, min(at.rows - row, kTile), at.panels > kFewPanels, at.blocks)};
     s.entry_full[ring.slot].arrive();  // each lane for what it wrote
     ring.advance();
 }
@@ -354,7 +378,13 @@ template <class Visit> __device__ __forceinline__ void for_each_panel(Shared& s,
 
 __device__ __forceinline__ bool is_aligned(const Term& term) { return term.flags == (LSW_A_ALIGNED | LSW_B_ALIGNED); }
 
-// One warp: A by the copy engine.
+// Who brings B of a panel. The copy engine takes about 4 cycles a row, however short, and has W to move; the loaders take longer for a panel
+// but are otherwise idle. So the loaders take B as long as they keep up, and every other panel of a tile that has many.
+__device__ __forceinline__ bool by_loaders(const Header& tile, const Term& term, int k, int depth) {
+    return !tile.many_panels() || (term.first_panel + k / depth) % 2 == 0;
+}
+
+// One warp: A by the copy engine, and some of B.
 template <class T> __device__ void run_panels(const LswSwitchArgs& args, Shared& s) {
     const bool leader = threadIdx.x % 32 == 0;
     for_each_panel(s, [&](const Header& tile, const Term& term, int k, int depth, unsigned char* panel, Barrier& full) {
@@ -364,19 +394,21 @@ template <class T> __device__ void run_panels(const LswSwitchArgs& args, Shared&
             __syncwarp();
             if (leader) full.arrive();
         } else if (leader) {
-            full.arrive_expecting(depth * 256);
-            load_pair(panel, factor_map(args, term.factor), tile.blocks(), tile.col, k, depth, full);
+            const LswMap* maps = factor_maps(args, term.factor);
+            const bool with_b = !by_loaders(tile, term, k, depth);
+            full.arrive_expecting(depth * (with_b ? 512 : 256));
+            load_pair(panel, maps, tile.blocks(), tile.col, k, depth, full);
+            if (with_b) load_box(panel + depth * 256, maps + 1, k, tile.row, full);
         }
         __syncwarp();
     });
 }
 
-// A warpgroup: B [128, depth] by plain copies of 16 bytes. The copy engine would take it row by row, at about 4 cycles a row however
-// short; one warp alone would be slower still.
+// A warpgroup: B [128, depth] by plain copies of 16 bytes.
 template <class T> __device__ void run_loaders(Shared& s) {
     const int thread = threadIdx.x % 128;
     for_each_panel(s, [&](const Header& tile, const Term& term, int k, int depth, unsigned char* panel, Barrier& full) {
-        if (!is_aligned(term)) return full.arrive();
+        if (!is_aligned(term) || !by_loaders(tile, term, k, depth)) return full.arrive();
         const int shift = depth == 64 ? 3 : depth == 32 ? 2 : 1, mask = (1 << shift) - 1;  // 8, 4 or 2 copies a row
         const int first = thread >> shift, step = 128 >> shift, column = k + (thread & mask) * 8;
         const int bytes = max(0, min(16, 2 * (term.rank - column)));

@@ -122,11 +122,11 @@ pub struct LswBankArgs {
     pub first_target: u32,
     pub count: u32,
     pub factors: [LswFactor; 64usize],
-    pub factor_maps: [LswMap; 64usize],
+    pub factor_maps: [[LswMap; 2usize]; 64usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of LswBankArgs"][::core::mem::size_of::<LswBankArgs>() - 10784usize];
+    ["Size of LswBankArgs"][::core::mem::size_of::<LswBankArgs>() - 18976usize];
     ["Alignment of LswBankArgs"][::core::mem::align_of::<LswBankArgs>() - 8usize];
     ["Offset of field: LswBankArgs::table"][::core::mem::offset_of!(LswBankArgs, table) - 0usize];
     ["Offset of field: LswBankArgs::maps"][::core::mem::offset_of!(LswBankArgs, maps) - 8usize];

@@ -20,7 +20,7 @@ fn maps_offset(entries: u64) -> u64 {
 pub(crate) struct Table {
     memory: DeviceMemory,
     entries: u64,
-    /// Tensor maps of A [targets, slots] behind the table: on Hopper, for the types that its kernels take.
+    /// Tensor maps of A and B [targets, slots, 2] behind the table: on Hopper, for the types that its kernels take.
     has_maps: bool,
     /// Keeps the context alive. After the memory, which is freed in it.
     _device: Arc<Device>,
@@ -32,7 +32,7 @@ impl Table {
     }
 
     pub fn bytes(device: &Device, dtype: DType, entries: u64) -> u64 {
-        let maps = if Self::needs_maps(device, dtype) { entries * size_of::<LswMap>() as u64 } else { 0 };
+        let maps = if Self::needs_maps(device, dtype) { 2 * entries * size_of::<LswMap>() as u64 } else { 0 };
         maps_offset(entries) + maps
     }
 
@@ -55,9 +55,11 @@ impl Table {
         self.memory.addr()
     }
 
-    fn factor_map(&self, entry: &Entry, factor: &LswFactor) -> Result<LswMap> {
+    fn factor_maps(&self, entry: &Entry, factor: &LswFactor) -> Result<[LswMap; 2]> {
         match &entry.factor {
-            Some(f) if self.has_maps && factor.flags == ALIGNED && !f.a.raw.is_empty() => super::maps::factor_a(&f.a.raw),
+            Some(f) if self.has_maps && factor.flags == ALIGNED && !f.a.raw.is_empty() && !f.b.raw.is_empty() => {
+                super::maps::factor(&f.a.raw, &f.b.raw)
+            }
             _ => Ok(Default::default()),
         }
     }
@@ -76,7 +78,7 @@ impl Table {
             };
             for (i, entry) in entries.iter().enumerate() {
                 args.factors[i] = device_factor(entry, generation);
-                args.factor_maps[i] = self.factor_map(entry, &args.factors[i])?;
+                args.factor_maps[i] = self.factor_maps(entry, &args.factors[i])?;
             }
             let grid = Grid { blocks: 1, threads: LSW_BANK_THREADS, shared: 0 };
             // SAFETY: the table has an entry for every target and slot; the slot was checked.

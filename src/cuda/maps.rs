@@ -1,6 +1,6 @@
 //! Tensor maps: what the copy engine of Hopper needs to know of a matrix.
 
-use super::args::LswMap;
+use super::args::{LSW_SWITCH90_TILE, LswMap};
 use super::context::driver;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -9,7 +9,7 @@ use cudarc::driver::sys;
 use std::ffi::c_void;
 
 /// How the copy engine sees a matrix of 16-bit elements: its extents and strides, innermost first, and the box that it moves at a time,
-/// of 64 columns (128 bytes), swizzled over that width.
+/// whose rows of 32, 64 or 128 bytes are swizzled over that width.
 struct View<const N: usize> {
     dims: [u64; N],
     strides: [u64; N],
@@ -17,10 +17,15 @@ struct View<const N: usize> {
 }
 
 fn encode<const N: usize>(mat: &RawMat, view: &View<N>) -> Result<LswMap> {
-    use sys::CUtensorMapDataType as Type;
+    use sys::{CUtensorMapDataType as Type, CUtensorMapSwizzle as Swizzle};
     let dtype = match mat.dtype {
         DType::F16 => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         _ => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+    };
+    let swizzle = match view.boxes[0] {
+        16 => Swizzle::CU_TENSOR_MAP_SWIZZLE_32B,
+        32 => Swizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+        _ => Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
     };
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
     // SAFETY: valid pointers to arrays of the stated rank (the innermost stride is implied); the driver checks the values, and reads no
@@ -36,7 +41,7 @@ fn encode<const N: usize>(mat: &RawMat, view: &View<N>) -> Result<LswMap> {
             view.boxes.as_ptr(),
             [1; N].as_ptr(),
             sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            swizzle,
             sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         ))
@@ -49,8 +54,8 @@ fn row_stride(mat: &RawMat) -> u64 {
     (mat.stride * 2).max((mat.cols * 2).next_multiple_of(16))
 }
 
-fn boxes(mat: &RawMat, rows: u32) -> Result<LswMap> {
-    encode(mat, &View { dims: [mat.cols, mat.rows], strides: [2, row_stride(mat)], boxes: [64, rows] })
+fn boxes(mat: &RawMat, rows: u32, cols: u32) -> Result<LswMap> {
+    encode(mat, &View { dims: [mat.cols, mat.rows], strides: [2, row_stride(mat)], boxes: [cols, rows] })
 }
 
 /// Whether the columns are whole blocks of 64: then one box brings two of them, [2][rows][64].
@@ -61,7 +66,7 @@ pub(super) fn has_blocks(mat: &RawMat) -> bool {
 /// Boxes of `rows` x 128 in two blocks, or of one block where columns end within one.
 fn blocks(mat: &RawMat, rows: u32) -> Result<LswMap> {
     if !has_blocks(mat) {
-        return boxes(mat, rows);
+        return boxes(mat, rows, 64);
     }
     encode(mat, &View { dims: [64, mat.rows, mat.cols / 64], strides: [2, row_stride(mat), 128], boxes: [64, rows, 2] })
 }
@@ -71,12 +76,12 @@ pub(super) fn weight(mat: &RawMat) -> Result<LswMap> {
     blocks(mat, 64)
 }
 
-/// Of an adapter's A. The box follows the rank as `panel_depth` in kernels/switch_sm90.cu does.
-pub(super) fn factor_a(a: &RawMat) -> Result<LswMap> {
+/// Of an adapter's A and B. The boxes follow the rank as `panel_depth` in kernels/switch_sm90.cu does.
+pub(super) fn factor(a: &RawMat, b: &RawMat) -> Result<[LswMap; 2]> {
     let depth = match a.rows {
         0..=16 => 16,
         17..=32 => 32,
         _ => 64,
     };
-    blocks(a, depth)
+    Ok([blocks(a, depth)?, boxes(b, LSW_SWITCH90_TILE, depth)?])
 }
