@@ -165,7 +165,7 @@ static void verify(const machine *m, const model *model, const matrix *start, co
                 }
                 /* A switch adds at most `terms` products in f32 (twice the unit roundoff each, since tensor cores
                  * truncate), scales and adds them (8 more), and rounds once to the weight's type. */
-                double unit = weight->mat.dtype == LSW_F32 ? ldexp(1, -24) : ldexp(1, -9);
+                double unit = weight->mat.dtype == LSW_F32 ? ldexp(1, -24) : ldexp(1, -8);
                 double bound = switches * (unit + (double)(terms + 8) * ldexp(1, -23)) * size;
                 if (!(fabs(stored[at] - sum) <= bound)) {
                     fprintf(stderr, "mismatch: %s: target %d [%d, %d] is %.9g, not %.9g +- %.2g\n", what, t,
