@@ -127,7 +127,7 @@ impl AdapterBank {
 
     /// Gives a slot another adapter: one factor a target, in the order of the targets; `None` where it has none.
     ///
-    /// Enqueued on the stream, without synchronisation, and seen by all work that follows there, replays of captured graphs too. The
+    /// Not for captures: a replay would bring this content back each time. Enqueued on the stream, without synchronisation, and seen by all work that follows there, replays of captured graphs too. The
     /// slot's former tensors are let go of when the call returns. A switch set from base that holds the slot merged heals at its next
     /// `to`; a set in place must have been unmerged first ([`Odd::STALE_MERGE`](crate::Odd::STALE_MERGE) tells when it was not).
     ///

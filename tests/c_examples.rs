@@ -25,31 +25,36 @@ fn run(command: &mut Command) -> String {
     said
 }
 
-/// What the environment names, or the first of the usual names that runs; None, said aloud, without any.
-fn tool(what: &str, variable: &str, names: &[&str]) -> Option<Command> {
-    let named = env::var(variable).ok().filter(|name| !name.is_empty());
-    let mut names = named.as_deref().into_iter().chain(names.iter().copied());
-    let found = names.find(|name| Command::new(name).arg("--version").output().is_ok()).map(Command::new);
-    if found.is_none() {
-        skip(&format!("there is no {what} (on PATH, or named by {variable})"));
-    }
-    found
+/// The host compiler, as the cc crate finds it (CC, CXX, or the usual names); None, said aloud, without one.
+fn compiler(cpp: bool, standard: &str) -> Option<Command> {
+    // What a build script would be told by cargo.
+    let target = format!("{}-unknown-linux-gnu", env::consts::ARCH);
+    let mut build = cc::Build::new();
+    build.target(&target).host(&target).opt_level(0).cpp(cpp).no_default_flags(true).cargo_metadata(false);
+    let tool = build.try_get_compiler().ok();
+    let Some(tool) = tool.filter(|tool| Command::new(tool.path()).arg("--version").output().is_ok()) else {
+        skip(&format!("there is no {} compiler", if cpp { "C++" } else { "C" }));
+        return None;
+    };
+    let mut command = tool.to_command();
+    command.arg(standard).args(STRICT);
+    Some(command)
 }
 
 fn c_compiler() -> Option<Command> {
-    let mut compiler = tool("C compiler", "CC", &["cc", "gcc", "clang"])?;
-    compiler.arg("-std=c99").args(STRICT);
-    Some(compiler)
+    compiler(false, "-std=c99")
 }
 
 fn cpp_compiler() -> Option<Command> {
-    let mut compiler = tool("C++ compiler", "CXX", &["c++", "g++", "clang++"])?;
-    compiler.arg("-std=c++11").args(STRICT);
-    Some(compiler)
+    compiler(true, "-std=c++11")
 }
 
 fn nm(args: &[&str], library: &Path) -> Option<String> {
-    Some(run(tool("nm", "NM", &["nm"])?.args(args).arg(library)))
+    if Command::new("nm").arg("--version").output().is_err() {
+        skip("there is no nm");
+        return None;
+    }
+    Some(run(Command::new("nm").args(args).arg(library)))
 }
 
 /// Where the test binary is. Cargo builds the libraries there, in the same run.
