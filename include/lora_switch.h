@@ -139,7 +139,8 @@
 #define LSW_ODD_ROUTE_ID 4
 
 /**
- * lsw_switch_odd: a coefficient that is not finite (in place, also one above 2^126).
+ * lsw_switch_odd: a coefficient that is not finite (in place, also one of 2^126 or more in
+ * magnitude).
  */
 #define LSW_ODD_COEFFICIENT 8
 
@@ -189,11 +190,12 @@ typedef struct lsw_context lsw_context;
  *
  * Numbers: A, B, W enter as stored; products and sums in f32, in a fixed order; one rounding at
  * the end. A coefficient that is not finite propagates from base (and the next route heals it); in
- * place it counts as zero, as does one above 2^126, since it would destroy W: lsw_switch_odd
- * tells.
+ * place it counts as zero, as does one of 2^126 or more in magnitude, since it would destroy W:
+ * lsw_switch_odd tells.
  *
  * A set is used by one thread at a time and in flight on one stream at a time, replays of graphs
- * included.
+ * included. A graph that captured its calls holds the addresses of the set, its bank and their
+ * memory, and keeps none of them alive: do not replay it once they are destroyed or freed.
  */
 typedef struct lsw_switch lsw_switch;
 
@@ -500,7 +502,7 @@ lsw_status lsw_bank_create(const struct lsw_context *context,
  * graphs captured earlier too. (Do not capture this call itself.) The memory of A and B stays the
  * caller's: it must live, and be written only in stream order with the work of the sets, until the
  * slot gets another adapter, or the bank and all sets over it are destroyed, and the work enqueued
- * before that is done. A and B with addresses and rows (stride included) of multiples of 16 bytes
+ * before that is done. They may not lie in a W of a set over the bank. A and B with addresses and rows (stride included) of multiples of 16 bytes
  * take the fast path on CUDA.
  *
  * A set from base that holds the slot merged heals at its next lsw_switch_to. A set in place must

@@ -6,8 +6,8 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::memory::StateMemory;
 use crate::stream::{Stream, StreamKind};
-use crate::view::Tensor;
-use std::sync::{Arc, RwLock, RwLockReadGuard};
+use crate::view::{Place, Tensor};
+use std::sync::{Arc, OnceLock, RwLock, RwLockReadGuard};
 
 /// One target's matrix: W is [out_features, in_features]. No adapter of it may have a rank above the cap, which is at most 256:
 /// captured launches are laid out for the cap, while work follows each adapter's real rank.
@@ -32,6 +32,15 @@ pub struct Factor {
     pub scale: f32,
 }
 
+impl Factor {
+    fn usable(&self) -> Self {
+        let mut this = self.clone();
+        this.a.raw = this.a.raw.with_usable_stride();
+        this.b.raw = this.b.raw.with_usable_stride();
+        this
+    }
+}
+
 /// What a slot holds for a target.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Entry {
@@ -50,7 +59,13 @@ impl Entry {
 ///
 /// Slots and targets are fixed at creation, and so is the dtype of W, A and B: f32, f16 or bf16. Ranks and scales are per slot and per
 /// target; a rank of 0, or no factor, means that the slot leaves the target alone. Addresses need the alignment of an element;
-/// multiples of 16 bytes for addresses and rows of A and B (leading dimensions included) take the fast path on CUDA.
+/// multiples of 16 bytes for addresses and rows of A and B (leading dimensions included) take the fast path on CUDA. Adapters may not
+/// lie in a weight that a set over the bank writes.
+///
+/// The table is dense: 40 bytes of device memory for each target and slot, 296 on Hopper in f16 and bf16, and about as much
+/// on the host.
+/// Refills and switches by raw memory on different streams are ordered by the caller. On the CPU a refill waits for a switch that is
+/// under way: do not call it from a thread of a rayon pool that the switch was called from.
 #[derive(Debug, Clone)]
 pub struct AdapterBank(Arc<Inner>);
 
@@ -61,8 +76,10 @@ struct Inner {
     shapes: Vec<TargetShape>,
     table: RwLock<Vec<Entry>>,
     device: Option<crate::cuda::bank::Table>,
-    /// The stream that owned tensors tie the bank to is the one it was made on.
+    /// The stream that it was made on: its context is the bank's.
     stream: Stream,
+    /// The stream of the first tensor that came through cudarc: every set reads the bank's adapters on its own stream.
+    tied_to: OnceLock<usize>,
 }
 
 /// A slot's checked new content.
@@ -103,6 +120,7 @@ impl AdapterBank {
             table: RwLock::new(table),
             device,
             stream: stream.clone(),
+            tied_to: OnceLock::new(),
         })))
     }
 
@@ -127,9 +145,13 @@ impl AdapterBank {
 
     /// Gives a slot another adapter: one factor a target, in the order of the targets; `None` where it has none.
     ///
-    /// Not for captures: a replay would bring this content back each time. Enqueued on the stream, without synchronisation, and seen by all work that follows there, replays of captured graphs too. The
-    /// slot's former tensors are let go of when the call returns. A switch set from base that holds the slot merged heals at its next
-    /// `to`; a set in place must have been unmerged first ([`Odd::STALE_MERGE`](crate::Odd::STALE_MERGE) tells when it was not).
+    /// Enqueued on the stream, without synchronisation, and seen by all work that follows there, replays of captured graphs too. Not for
+    /// captures itself: a replay would bring this content back each time. The slot's former tensors are let go of when the call returns.
+    /// A switch set from base that holds the slot merged heals at its next `to`; a set in place must have been unmerged first
+    /// ([`Odd::STALE_MERGE`](crate::Odd::STALE_MERGE) tells when it was not).
+    ///
+    /// The first tensor made with [`Tensor::from_cuda`](crate::Tensor::from_cuda) ties the bank, and with it every set over it, to that
+    /// tensor's stream.
     ///
     /// # Errors
     /// On a slot, factor count, dtype, shape, rank, scale (which must be finite), stride, place or stream that does not fit. Nothing
@@ -141,6 +163,10 @@ impl AdapterBank {
         let slots = u64::from(self.0.slots);
         if let (StreamKind::Cuda(cuda), Some(device)) = (&stream.0, &self.0.device) {
             device.write(cuda, self.0.slots, generation, &refill)?;
+        }
+        let tie = factors.iter().flatten().flat_map(|f| [f.a.raw.place, f.b.raw.place]).find_map(Place::tied_to);
+        if let Some(stream) = tie {
+            self.0.tied_to.get_or_init(|| stream);
         }
         for (target, mut entry) in refill.entries.into_iter().enumerate() {
             entry.generation = generation;
@@ -163,7 +189,7 @@ impl AdapterBank {
                 self.check_factor(stream, factor, shape).map_err(|e| e.within(format_args!("factors[{i}]")))?;
             }
         }
-        let entries = factors.iter().map(|f| Entry { factor: f.clone(), generation: 0 }).collect();
+        let entries = factors.iter().map(|f| Entry { factor: f.as_ref().map(Factor::usable), generation: 0 }).collect();
         Ok(Refill { slot: slot as u32, entries })
     }
 
@@ -176,20 +202,21 @@ impl AdapterBank {
         }
         b.dtype_in(&[self.0.dtype])?.rows(shape.out_features, "the target's out_features")?.cols(rank, "the rank, a.rows")?;
         b.memory()?.on(stream)?;
-        narrow("a.stride", a.mat.stride, u64::from(u32::MAX))?;
-        narrow("b.stride", b.mat.stride, u64::from(u32::MAX))?;
+        for mat in [a, b].into_iter().filter(|mat| mat.mat.rows > 1 && rank > 0) {
+            narrow(&format!("{}.stride", mat.name), mat.mat.stride, u64::from(u32::MAX))?;
+        }
         if !factor.scale.is_finite() {
             return Err(Error::argument("scale", factor.scale, "finite"));
         }
         Ok(())
     }
 
-    /// The bank lives where it was made.
+    /// The bank lives where it was made, and works where its adapters are ordered.
     pub(crate) fn check_stream(&self, stream: &Stream) -> Result<()> {
-        if self.0.stream.same_context(stream) {
-            return Ok(());
+        if !self.0.stream.same_context(stream) {
+            return Err(Error::argument("stream", "of another context", "of the context that the bank was made on"));
         }
-        Err(Error::argument("stream", "of another context", "of the context that the bank was made on"))
+        stream.check_tie(self.0.tied_to.get().copied(), "bank's adapters")
     }
 
     /// Number of slots.

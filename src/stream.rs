@@ -10,7 +10,8 @@ use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
 
-/// What a device found odd in memory that it was given: values there are never errors. Sticky until read.
+/// What a device found odd in memory that it was given: values there are never errors. Sticky: [`Stream::take_odd`] clears what it
+/// reads; what a [`SwitchSet`](crate::SwitchSet) met stays until its next `invalidate`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Odd(pub(crate) u32);
 
@@ -21,7 +22,7 @@ impl Odd {
     pub const ID: Self = Self(crate::cuda::args::LSW_ODD_ID);
     /// A switch met an id below -1 or past the last slot.
     pub const ROUTE_ID: Self = Self(crate::cuda::args::LSW_ODD_ROUTE_ID);
-    /// A switch met a coefficient that is not finite.
+    /// A switch met a coefficient that is not finite (in place, also one of 2^126 or more in magnitude).
     pub const COEFFICIENT: Self = Self(crate::cuda::args::LSW_ODD_COEFFICIENT);
     /// A set in place holds the product of an adapter that has been replaced; its targets were left as they are.
     pub const STALE_MERGE: Self = Self(crate::cuda::args::LSW_STALE_MERGE);
@@ -205,6 +206,16 @@ impl Stream {
         match &self.0 {
             StreamKind::Cpu(_) => Place::Host,
             StreamKind::Cuda(stream) => stream.place(),
+        }
+    }
+
+    /// An object that owns memory through cudarc works on that memory's stream alone. A raw stream is the affair of who made it.
+    pub(crate) fn check_tie(&self, tied_to: Option<usize>, whose: &str) -> Result<()> {
+        match (tied_to, self.place()) {
+            (Some(own), Place::Device { stream: Some(given), .. }) if own != given => {
+                Err(Error::argument("stream", format!("{given:#x}"), format!("the stream of the {whose}, {own:#x}")))
+            }
+            _ => Ok(()),
         }
     }
 

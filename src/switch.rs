@@ -100,11 +100,13 @@ pub(crate) struct ToPlan {
 /// on the device, so a captured `to` serves every route, and a refilled slot is noticed.
 ///
 /// Numbers: A, B, W enter as stored; products and sums in f32, in a fixed order; one rounding at the end. A coefficient that is not
-/// finite propagates from base (and the next route heals it); in place it counts as zero, as does one above 2^126, since it would
-/// destroy W. [`odd`](Self::odd) tells.
+/// finite propagates from base (and the next route heals it); in place it counts as zero, as does one of 2^126 or more in magnitude,
+/// since it would destroy W. [`odd`](Self::odd) tells.
 ///
 /// A set is in flight on one stream at a time, replays of graphs included. Memory that it owns through cudarc ties it to one stream;
-/// dropped while its work is in flight, it frees in stream order there. Weights by address are the caller's to keep.
+/// dropped while its work is in flight, it frees in stream order there. Weights by address are the caller's to keep. A CUDA graph that
+/// captured a set's calls holds the addresses of the set, its bank and their memory, and keeps none of them alive: it must not be
+/// replayed once they are gone.
 #[derive(Debug)]
 pub struct SwitchSet {
     plan: SetPlan,
@@ -134,10 +136,7 @@ impl SwitchSet {
             StreamKind::Cpu(_) => State::Cpu(crate::cpu::switch::State::new(&plan)),
             StreamKind::Cuda(cuda) => State::Cuda(crate::cuda::switch::State::new(cuda, &plan, &options.memory)?),
         };
-        let tied_to = plan.targets.iter().flat_map(|t| [t.weight.place, t.base.place]).find_map(|place| match place {
-            Place::Device { stream, .. } => stream,
-            Place::Host => None,
-        });
+        let tied_to = plan.targets.iter().flat_map(|t| [t.weight.place, t.base.place]).find_map(Place::tied_to);
         Ok(Self { plan, state, tied_to, targets })
     }
 
@@ -241,9 +240,9 @@ impl SwitchSet {
     /// # Errors
     /// On a target out of range.
     pub fn weight(&self, target: u64) -> Result<Mat<'_>> {
-        let found = self.plan.targets.get(usize::try_from(target).unwrap_or(usize::MAX));
+        let found = self.targets.get(usize::try_from(target).unwrap_or(usize::MAX));
         let found = found.ok_or_else(|| Error::argument("target", target, format!("below {}", self.targets.len())))?;
-        Ok(Mat::of(found.weight))
+        Ok(Mat::of(found.weight.raw))
     }
 
     /// Number of targets.
@@ -272,12 +271,7 @@ impl SwitchSet {
 
     fn check_stream(&self, stream: &Stream) -> Result<()> {
         self.plan.bank.check_stream(stream)?;
-        match (self.tied_to, stream.place()) {
-            (Some(own), Place::Device { stream: Some(given), .. }) if own != given => {
-                Err(Error::argument("stream", format!("{given:#x}"), format!("the stream of the set's weights, {own:#x}")))
-            }
-            _ => Ok(()),
-        }
+        stream.check_tie(self.tied_to, "set's weights")
     }
 
     fn check_to(&self, stream: &Stream, targets: Range<u64>, ids: RawMat, gates: RawMat) -> Result<ToPlan> {
@@ -325,7 +319,7 @@ fn check_target(stream: &Stream, bank: &AdapterBank, i: usize, target: &Target, 
     let fits = |name: &'static str, mat: RawMat| -> Result<RawMat> {
         let mat = mat.expect(name).dtype_in(&[bank.dtype()])?;
         mat.rows(shape.out_features, "the bank's out_features")?.cols(shape.in_features, "the bank's in_features")?;
-        Ok(mat.memory()?.on(stream)?.mat)
+        Ok(mat.memory()?.on(stream)?.mat.with_usable_stride())
     };
     let weight = fits("weight", target.weight.raw)?;
     let base = match (form, &target.base) {

@@ -22,6 +22,16 @@ pub(crate) enum Place {
     Device { context: usize, stream: Option<usize> },
 }
 
+impl Place {
+    /// The stream that a safe owner ties the memory to.
+    pub fn tied_to(self) -> Option<usize> {
+        match self {
+            Self::Device { stream, .. } => stream,
+            Self::Host => None,
+        }
+    }
+}
+
 /// A matrix without its owner.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct RawMat {
@@ -97,8 +107,17 @@ impl RawMat {
         if cols.start > cols.end || cols.end > self.cols {
             return Err(Error::argument("cols", format!("{cols:?}"), format!("within 0..{}", self.cols)));
         }
-        let offset = (rows.start * self.stride + cols.start) * self.dtype.size();
-        Ok(Self { addr: self.addr + offset, rows: rows.end - rows.start, cols: cols.end - cols.start, ..*self })
+        // Wrapping, since a single row's stride is unbounded: then only an empty part begins past it, and its address does not matter.
+        let offset = rows.start.wrapping_mul(self.stride).wrapping_add(cols.start).wrapping_mul(self.dtype.size());
+        let addr = self.addr.wrapping_add(offset);
+        Ok(Self { addr, rows: rows.end - rows.start, cols: cols.end - cols.start, ..*self })
+    }
+
+    /// The stride of a single row does not matter: one that a device could not hold becomes that of a row padded to 16 bytes.
+    pub fn with_usable_stride(self) -> Self {
+        let is_usable = self.rows > 1 || self.stride <= u64::from(u32::MAX);
+        let stride = if is_usable { self.stride } else { self.cols.next_multiple_of(16 / self.dtype.size()) };
+        Self { stride, ..self }
     }
 
     /// A row of host memory.
@@ -202,6 +221,10 @@ impl<'a> Mat<'a> {
     }
 
     /// A cudarc slice or view, read by work on `stream`. cudarc's waits are enqueued here and its record when the `Mat` is dropped.
+    ///
+    /// # Errors
+    /// On a shape that the slice does not hold, a slice of another stream, a raw stream, and, with cudarc's event tracking on, a stream
+    /// that is capturing.
     pub fn cuda<T: Element>(data: &'a impl DevicePtr<T>, stream: &'a Stream, rows: usize, cols: usize, stride: usize) -> Result<Self> {
         let (owner, place) = stream.tracked("stream", data.stream())?;
         let (addr, sync) = data.device_ptr(owner);
@@ -221,9 +244,9 @@ impl<'a> Mat<'a> {
     /// A row of host memory.
     ///
     /// # Errors
-    /// Where the matrix is on a device, holds another type, or has no such row.
+    /// Where the matrix is on a device, holds another type, is null or misaligned, or has no such row.
     pub fn row<T: Element>(&self, row: u64) -> Result<&[T]> {
-        self.raw.expect("matrix").place_is(Place::Host)?.dtype_in(&[T::DTYPE])?;
+        self.raw.expect("matrix").place_is(Place::Host)?.dtype_in(&[T::DTYPE])?.memory()?;
         if row >= self.raw.rows {
             return Err(Error::argument("row", row, format!("below {}", self.raw.rows)));
         }
@@ -319,7 +342,8 @@ macro_rules! held {
                 Ok(Self { raw, owner: Some(Arc::new(buffer)) })
             }
 
-            /// Device memory. It belongs to its slice's stream: objects that hold it work on that stream only.
+            /// Device memory. It belongs to its slice's stream: objects that hold it work on that stream only. Not while that stream
+            /// is capturing with cudarc's event tracking on: cudarc's wait would break the capture.
             pub fn from_cuda<T: Element>(data: CudaSlice<T>, rows: usize, cols: usize, stride: usize) -> Result<Self> {
                 let stream = data.stream().clone();
                 let place = Place::Device { context: stream.context().cu_ctx() as usize, stream: Some(stream.cu_stream() as usize) };
@@ -371,7 +395,11 @@ held!(
 
 impl Weight {
     /// Splits a fused weight into row blocks of these heights, which together are all its rows.
+    ///
+    /// # Errors
+    /// On heights with another sum, and where rows overlap: the blocks must be able to go to sets that know nothing of each other.
     pub fn split_rows(self, heights: &[u64]) -> Result<Vec<Self>> {
+        self.raw.expect("weight").memory()?;
         if heights.iter().try_fold(0u64, |sum, h| sum.checked_add(*h)) != Some(self.raw.rows) {
             return Err(Error::argument("heights", format!("{heights:?}"), format!("{} in sum", self.raw.rows)));
         }
@@ -420,6 +448,17 @@ mod tests {
         }
     }
 
+    /// `Mat::raw` takes any address; what hands out a slice must not.
+    #[test]
+    fn rows_of_bad_addresses_are_refused() {
+        let (context, data) = (Context::cpu(1).unwrap(), [1f32; 4]);
+        // SAFETY: the bad ones are refused before they are used.
+        let at = |addr| unsafe { Mat::raw(&context, addr, DType::F32, 1, 2, 2) };
+        let addr = data.as_ptr() as u64;
+        assert_eq!(at(addr).row::<f32>(0).unwrap(), [1.0; 2]);
+        assert!(at(0).row::<f32>(0).is_err() && at(addr + 2).row::<f32>(0).is_err());
+    }
+
     #[test]
     fn weights_split_into_rows() {
         let weight = Weight::from_vec(vec![0f32; 12], 6, 2).unwrap();
@@ -428,6 +467,10 @@ mod tests {
         assert_eq!(parts.iter().map(Weight::rows).collect::<Vec<_>>(), [1, 0, 5]);
         assert_eq!(parts[2].addr(), base + 8);
         assert!(Weight::from_vec(vec![0f32; 12], 6, 2).unwrap().split_rows(&[1, 4]).is_err());
+        // Rows that share elements would be two weights over one memory.
+        assert!(Weight::from_vec_strided(vec![0f32; 5], 2, 4, 1).unwrap().split_rows(&[1, 1]).is_err());
+        let single = Weight::from_vec_strided(vec![0f32; 4], 1, 4, usize::MAX).unwrap();
+        assert_eq!(single.split_rows(&[0, 1, 0]).unwrap().iter().map(Weight::rows).collect::<Vec<_>>(), [0, 1, 0]);
         assert!(Weight::from_vec(vec![0f32; 12], 6, 3).is_err());
     }
 }

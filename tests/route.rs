@@ -157,12 +157,12 @@ fn bad_arguments_are_named(backend: &Backend) {
     expect((f32, 2, 8), (i32, 2, 2), (f32, 2, 3), "gates.cols");
 
     // Null, misaligned, an output over an input, rows that overlap.
-    let x = grid(f32, 4, 8);
+    let (x, spare) = (grid(f32, 4, 8), grid(i32, 4, 8));
     let mut gates = grid(f32, 4, 2);
     // SAFETY: a call refuses it before anything is touched.
     let raw = |addr, dtype, stride| unsafe { lora_switch::MatMut::raw(&backend.context, addr, dtype, 4, 2, stride) };
     for (addr, stride, name) in
-        [(0, 2, "ids.data"), (x.addr() + 2, 2, "ids.data"), (x.addr() + 8, 2, "ids.data"), (x.addr(), 1, "ids.stride")]
+        [(0, 2, "ids.data"), (spare.addr() + 2, 2, "ids.data"), (x.addr() + 8, 2, "ids.data"), (spare.addr(), 1, "ids.stride")]
     {
         let error =
             route(&backend.stream, &RouteOptions::default(), &x.mat(), &mut raw(addr, i32, stride), &mut gates.mat_mut()).unwrap_err();

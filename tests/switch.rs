@@ -2,7 +2,9 @@
 
 use crate::common::{Backend, FLOATS, Grid, Layout, Rng, cases, encode};
 use crate::oracle::{self, Exact, Term};
-use lora_switch::{AdapterBank, DType, Error, Factor, Form, Odd, StateMemory, SwitchOptions, SwitchSet, Target, TargetShape};
+use lora_switch::{
+    AdapterBank, DType, Error, Factor, Form, Odd, StateMemory, SwitchOptions, SwitchSet, Target, TargetShape, Tensor, Weight,
+};
 use proptest::prelude::*;
 
 /// The shape of a test model.
@@ -337,25 +339,34 @@ fn ragged_mixture(backend: &Backend) {
 /// From base, the result depends on the current route alone, bit for bit; unmerge gives the base back.
 fn from_base_forgets_the_past(backend: &Backend) {
     for dtype in FLOATS {
-        let spec = small(dtype, Form::FromBase);
-        let mut model = Model::new(backend, &spec);
+        // Four terms in every target, since a sum of two has the same bits in either order.
+        let spec = Spec { k_max: 6, ..small(dtype, Form::FromBase) };
+        let filled = || {
+            let mut model = Model::new(backend, &spec);
+            for slot in 0..4 {
+                let pairs = vec![Some(model.pair(48, 80, 9, 0.7, 1.0)), Some(model.pair(33, 65, 9, 0.7, 1.0))];
+                model.set_slot(slot, pairs);
+            }
+            model
+        };
+        let mut model = filled();
         let mut rng = Rng(5);
         for _ in 0..20 {
             let (ids, gates) = random_route(&mut rng, &spec);
             model.to(&ids, &gates);
         }
-        model.to(&[1, 3], &[0.7, 0.3]);
+        model.to(&[0, 1, 2, 3], &[0.4, 0.7, 0.1, 0.3]);
         let after_many = model.all_bits();
         model.set.unmerge(&backend.stream).unwrap();
         assert_eq!(model.all_bits(), model.base_bits());
-        model.to(&[1, 3], &[0.7, 0.3]);
+        model.to(&[0, 1, 2, 3], &[0.4, 0.7, 0.1, 0.3]);
         assert_eq!(model.all_bits(), after_many);
-        let mut fresh = Model::new(backend, &spec);
-        fresh.to(&[1, 3], &[0.7, 0.3]);
+        let mut fresh = filled();
+        fresh.to(&[0, 1, 2, 3], &[0.4, 0.7, 0.1, 0.3]);
         assert_eq!(fresh.all_bits(), after_many);
         // A route in another order, with ids that name nothing and a duplicate that adds up to the same gate.
         fresh.set.invalidate(&backend.stream).unwrap();
-        fresh.to(&[3, -1, 1, 3], &[0.0, 9.0, 0.7, 0.3]);
+        fresh.to(&[3, -1, 1, 3, 2, 0], &[0.0, 9.0, 0.7, 0.3, 0.1, 0.4]);
         assert_eq!(fresh.all_bits(), after_many);
     }
 }
@@ -413,7 +424,8 @@ fn a_zero_coefficient_skips_the_adapter(backend: &Backend) {
     }
 }
 
-/// From base a coefficient that is not finite shows in W, and the next route heals it; in place it counts as zero.
+/// From base a coefficient that is not finite shows in W, and the next route heals it; in place it counts as zero, and so does one that
+/// is so large that a difference of two could overflow.
 fn coefficients_that_are_not_finite(backend: &Backend) {
     for bad in [f32::NAN, f32::INFINITY] {
         let mut model = Model::new(backend, &small(DType::F32, Form::FromBase));
@@ -425,7 +437,9 @@ fn coefficients_that_are_not_finite(backend: &Backend) {
         assert!(model.set.odd(&backend.stream).unwrap().contains(Odd::COEFFICIENT));
         model.to(&[1], &[1.0]);
         assert!(model.weights[0].values().iter().all(|x| x.is_finite()));
-
+    }
+    // The last one is above 2^126 with the smallest scale of a pair (0.3), finite with scales up to 1.
+    for bad in [f32::NAN, f32::INFINITY, -f32::MAX] {
         let mut model = Model::new(backend, &small(DType::F32, Form::InPlace));
         model.to(&[0, 1], &[bad, 0.5]);
         let with_bad = model.all_bits();
@@ -451,10 +465,13 @@ fn ids_out_of_range_are_reported(backend: &Backend) {
 fn refilling_a_merged_slot(backend: &Backend) {
     let spec = small(DType::Bf16, Form::FromBase);
     let mut model = Model::new(backend, &spec);
-    model.to(&[1, 2], &[0.5, 0.5]);
-    model.refill(2);
-    model.to(&[1, 2], &[0.5, 0.5]);
-    model.assert_holds(&[1, 2], &[0.5, 0.5], "healed");
+    for what in ["merged", "healed"] {
+        // Of one rank and scale, so that nothing but the slot's generation tells the old adapters from the new.
+        let pairs = vec![Some(model.pair(48, 80, 4, 1.0, 1.0)), Some(model.pair(33, 65, 4, 1.0, 1.0))];
+        model.set_slot(2, pairs);
+        model.to(&[1, 2], &[0.5, 0.5]);
+        model.assert_holds(&[1, 2], &[0.5, 0.5], what);
+    }
 
     let mut model = Model::new(backend, &small(DType::Bf16, Form::InPlace));
     let pairs = vec![Some(model.pair(48, 80, 4, 1.0, 1.0)), None];
@@ -477,6 +494,59 @@ fn refilling_a_merged_slot(backend: &Backend) {
     assert!(model.set.odd(&backend.stream).unwrap().is_none());
 }
 
+/// A single row's stride does not matter, and a device could not hold every one that is given.
+fn a_single_row_has_any_stride(backend: &Backend) {
+    let cols = 40;
+    let shape = TargetShape { out_features: 1, in_features: cols as u64, rank_cap: 1 };
+    let bank = AdapterBank::new(&backend.stream, DType::Bf16, 1, &[shape], StateMemory::allocate()).unwrap();
+    let mut rng = Rng(12);
+    let mut grid = |cols: usize, bits: Option<Vec<u32>>| {
+        let bits = bits.unwrap_or_else(|| rng.bits(DType::Bf16, cols, 1.0));
+        Grid::new(backend, DType::Bf16, 1, cols, Layout::dense(cols), &bits)
+    };
+    let (base, a, b) = (grid(cols, None), grid(cols, None), grid(1, None));
+    let results = [cols as u64, 0, 1 << 39, (1 << 62) + 1, 1 << 63, u64::MAX].map(|stride| {
+        let weight = grid(cols, Some(base.bits()));
+        // SAFETY: one row of each grid, and the grids outlive the set.
+        let tensor = |g: &Grid| unsafe { Tensor::from_raw(&backend.context, g.addr(), DType::Bf16, 1, g.cols as u64, stride) };
+        bank.set_slot(&backend.stream, 0, &[Some(Factor { a: tensor(&a), b: tensor(&b), scale: 0.5 })]).unwrap();
+        // SAFETY: as above.
+        let written = unsafe { Weight::from_raw(&backend.context, weight.addr(), DType::Bf16, 1, cols as u64, stride) };
+        let targets = vec![Target { weight: written, base: Some(tensor(&base)) }];
+        let options = SwitchOptions { portable: backend.portable, ..Default::default() };
+        let mut set = SwitchSet::new(&backend.stream, &bank, targets, options).unwrap();
+        assert_eq!(set.weight(0).unwrap().stride(), stride, "as given");
+        let (ids, gates) = (Grid::ids(backend, &[0]), Grid::floats(backend, &[1.0]));
+        set.to(&backend.stream, &ids.mat(), &gates.mat()).unwrap();
+        backend.synchronize();
+        weight.bits()
+    });
+    assert_ne!(results[0], base.bits());
+    assert!(results.iter().all(|bits| *bits == results[0]));
+}
+
+/// As many slots as a bank can have; the last one serves.
+fn the_last_slot(backend: &Backend) {
+    let shape = TargetShape { out_features: 8, in_features: 16, rank_cap: 8 };
+    let bank = AdapterBank::new(&backend.stream, DType::F32, 65_536, &[shape], StateMemory::allocate()).unwrap();
+    let mut rng = Rng(13);
+    let mut grid = |rows: usize, cols: usize| {
+        let bits = rng.bits(DType::F32, rows * cols, 1.0);
+        Grid::new(backend, DType::F32, rows, cols, Layout::dense(cols), &bits)
+    };
+    let (base, a, b, weight) = (grid(8, 16), grid(8, 16), grid(8, 8), grid(8, 16));
+    bank.set_slot(&backend.stream, 65_535, &[Some(Factor { a: a.tensor(), b: b.tensor(), scale: 1.0 })]).unwrap();
+    let targets = vec![Target { weight: weight.weight(), base: Some(base.tensor()) }];
+    let options = SwitchOptions { portable: backend.portable, ..Default::default() };
+    let mut set = SwitchSet::new(&backend.stream, &bank, targets, options).unwrap();
+    let (ids, gates) = (Grid::ids(backend, &[65_536, 65_535]), Grid::floats(backend, &[1.0, 0.5]));
+    set.to(&backend.stream, &ids.mat(), &gates.mat()).unwrap();
+    let exact = |g: &Grid| Exact::new(DType::F32, g.rows, g.cols, &g.bits());
+    let (want, bounds) = oracle::merge(&exact(&base), &[Term { a: &exact(&a), b: &exact(&b), coefficient: 0.5 }]);
+    oracle::assert_close(DType::F32, &weight.values(), &want.x, &bounds, "slot 65535");
+    assert_eq!(set.odd(&backend.stream).unwrap(), Odd::ROUTE_ID);
+}
+
 fn a_range_of_targets(backend: &Backend) {
     let spec = Spec { shapes: vec![(20, 20); 5], ..small(DType::F32, Form::FromBase) };
     let mut model = Model::new(backend, &spec);
@@ -493,9 +563,10 @@ fn a_range_of_targets(backend: &Backend) {
     }
 }
 
-/// More targets than a block plans at a time (256), with tiles of changed and unchanged ones in between.
+/// More targets than a block plans at a time (256), and than one pass over groups of 32 adds up (1,024), with tiles of changed and
+/// unchanged ones in between.
 fn many_targets(backend: &Backend) {
-    let shapes = (0..600).map(|i| (1 + i % 70, 1 + i % 131)).collect();
+    let shapes = (0..1100).map(|i| (1 + i % 70, 1 + i % 131)).collect();
     let spec = Spec { shapes, max_rank: 3, slots: 2, k_max: 2, ..small(DType::Bf16, Form::FromBase) };
     let mut model = Model::new(backend, &spec);
     for (ids, gates) in [([0, 1], [0.5f32, 0.5]), ([0, -1], [0.5, 0.5]), ([1, 0], [1.0, 0.5])] {
@@ -671,6 +742,8 @@ on_paths!(
     coefficients_that_are_not_finite,
     ids_out_of_range_are_reported,
     refilling_a_merged_slot,
+    a_single_row_has_any_stride,
+    the_last_slot,
     a_range_of_targets,
     many_targets,
     largest_rank_and_k,

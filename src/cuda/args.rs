@@ -49,26 +49,17 @@ pub struct LswRouteArgs {
 const _: () = {
     ["Size of LswRouteArgs"][::core::mem::size_of::<LswRouteArgs>() - 72usize];
     ["Alignment of LswRouteArgs"][::core::mem::align_of::<LswRouteArgs>() - 8usize];
-    ["Offset of field: LswRouteArgs::logits"]
-        [::core::mem::offset_of!(LswRouteArgs, logits) - 0usize];
+    ["Offset of field: LswRouteArgs::logits"][::core::mem::offset_of!(LswRouteArgs, logits) - 0usize];
     ["Offset of field: LswRouteArgs::ids"][::core::mem::offset_of!(LswRouteArgs, ids) - 8usize];
-    ["Offset of field: LswRouteArgs::gates"]
-        [::core::mem::offset_of!(LswRouteArgs, gates) - 16usize];
-    ["Offset of field: LswRouteArgs::status"]
-        [::core::mem::offset_of!(LswRouteArgs, status) - 24usize];
-    ["Offset of field: LswRouteArgs::logits_stride"]
-        [::core::mem::offset_of!(LswRouteArgs, logits_stride) - 32usize];
-    ["Offset of field: LswRouteArgs::ids_stride"]
-        [::core::mem::offset_of!(LswRouteArgs, ids_stride) - 40usize];
-    ["Offset of field: LswRouteArgs::gates_stride"]
-        [::core::mem::offset_of!(LswRouteArgs, gates_stride) - 48usize];
-    ["Offset of field: LswRouteArgs::tokens"]
-        [::core::mem::offset_of!(LswRouteArgs, tokens) - 56usize];
-    ["Offset of field: LswRouteArgs::experts"]
-        [::core::mem::offset_of!(LswRouteArgs, experts) - 60usize];
+    ["Offset of field: LswRouteArgs::gates"][::core::mem::offset_of!(LswRouteArgs, gates) - 16usize];
+    ["Offset of field: LswRouteArgs::status"][::core::mem::offset_of!(LswRouteArgs, status) - 24usize];
+    ["Offset of field: LswRouteArgs::logits_stride"][::core::mem::offset_of!(LswRouteArgs, logits_stride) - 32usize];
+    ["Offset of field: LswRouteArgs::ids_stride"][::core::mem::offset_of!(LswRouteArgs, ids_stride) - 40usize];
+    ["Offset of field: LswRouteArgs::gates_stride"][::core::mem::offset_of!(LswRouteArgs, gates_stride) - 48usize];
+    ["Offset of field: LswRouteArgs::tokens"][::core::mem::offset_of!(LswRouteArgs, tokens) - 56usize];
+    ["Offset of field: LswRouteArgs::experts"][::core::mem::offset_of!(LswRouteArgs, experts) - 60usize];
     ["Offset of field: LswRouteArgs::k"][::core::mem::offset_of!(LswRouteArgs, k) - 64usize];
-    ["Offset of field: LswRouteArgs::renormalize"]
-        [::core::mem::offset_of!(LswRouteArgs, renormalize) - 68usize];
+    ["Offset of field: LswRouteArgs::renormalize"][::core::mem::offset_of!(LswRouteArgs, renormalize) - 68usize];
 };
 pub const LSW_A_ALIGNED: _bindgen_ty_3 = 1;
 pub const LSW_B_ALIGNED: _bindgen_ty_3 = 2;
@@ -91,14 +82,11 @@ const _: () = {
     ["Alignment of LswFactor"][::core::mem::align_of::<LswFactor>() - 8usize];
     ["Offset of field: LswFactor::a"][::core::mem::offset_of!(LswFactor, a) - 0usize];
     ["Offset of field: LswFactor::b"][::core::mem::offset_of!(LswFactor, b) - 8usize];
-    ["Offset of field: LswFactor::a_stride"]
-        [::core::mem::offset_of!(LswFactor, a_stride) - 16usize];
-    ["Offset of field: LswFactor::b_stride"]
-        [::core::mem::offset_of!(LswFactor, b_stride) - 20usize];
+    ["Offset of field: LswFactor::a_stride"][::core::mem::offset_of!(LswFactor, a_stride) - 16usize];
+    ["Offset of field: LswFactor::b_stride"][::core::mem::offset_of!(LswFactor, b_stride) - 20usize];
     ["Offset of field: LswFactor::rank"][::core::mem::offset_of!(LswFactor, rank) - 24usize];
     ["Offset of field: LswFactor::scale"][::core::mem::offset_of!(LswFactor, scale) - 28usize];
-    ["Offset of field: LswFactor::generation"]
-        [::core::mem::offset_of!(LswFactor, generation) - 32usize];
+    ["Offset of field: LswFactor::generation"][::core::mem::offset_of!(LswFactor, generation) - 32usize];
     ["Offset of field: LswFactor::flags"][::core::mem::offset_of!(LswFactor, flags) - 36usize];
 };
 #[repr(C)]
@@ -132,13 +120,10 @@ const _: () = {
     ["Offset of field: LswBankArgs::maps"][::core::mem::offset_of!(LswBankArgs, maps) - 8usize];
     ["Offset of field: LswBankArgs::slots"][::core::mem::offset_of!(LswBankArgs, slots) - 16usize];
     ["Offset of field: LswBankArgs::slot"][::core::mem::offset_of!(LswBankArgs, slot) - 20usize];
-    ["Offset of field: LswBankArgs::first_target"]
-        [::core::mem::offset_of!(LswBankArgs, first_target) - 24usize];
+    ["Offset of field: LswBankArgs::first_target"][::core::mem::offset_of!(LswBankArgs, first_target) - 24usize];
     ["Offset of field: LswBankArgs::count"][::core::mem::offset_of!(LswBankArgs, count) - 28usize];
-    ["Offset of field: LswBankArgs::factors"]
-        [::core::mem::offset_of!(LswBankArgs, factors) - 32usize];
-    ["Offset of field: LswBankArgs::factor_maps"]
-        [::core::mem::offset_of!(LswBankArgs, factor_maps) - 2592usize];
+    ["Offset of field: LswBankArgs::factors"][::core::mem::offset_of!(LswBankArgs, factors) - 32usize];
+    ["Offset of field: LswBankArgs::factor_maps"][::core::mem::offset_of!(LswBankArgs, factor_maps) - 2592usize];
 };
 impl Default for LswBankArgs {
     fn default() -> Self {
@@ -171,10 +156,8 @@ const _: () = {
     ["Alignment of LswTarget"][::core::mem::align_of::<LswTarget>() - 8usize];
     ["Offset of field: LswTarget::weight"][::core::mem::offset_of!(LswTarget, weight) - 0usize];
     ["Offset of field: LswTarget::base"][::core::mem::offset_of!(LswTarget, base) - 8usize];
-    ["Offset of field: LswTarget::weight_stride"]
-        [::core::mem::offset_of!(LswTarget, weight_stride) - 16usize];
-    ["Offset of field: LswTarget::base_stride"]
-        [::core::mem::offset_of!(LswTarget, base_stride) - 24usize];
+    ["Offset of field: LswTarget::weight_stride"][::core::mem::offset_of!(LswTarget, weight_stride) - 16usize];
+    ["Offset of field: LswTarget::base_stride"][::core::mem::offset_of!(LswTarget, base_stride) - 24usize];
     ["Offset of field: LswTarget::rows"][::core::mem::offset_of!(LswTarget, rows) - 32usize];
     ["Offset of field: LswTarget::cols"][::core::mem::offset_of!(LswTarget, cols) - 36usize];
     ["Offset of field: LswTarget::flags"][::core::mem::offset_of!(LswTarget, flags) - 40usize];
@@ -192,10 +175,8 @@ const _: () = {
     ["Size of LswMerged"][::core::mem::size_of::<LswMerged>() - 12usize];
     ["Alignment of LswMerged"][::core::mem::align_of::<LswMerged>() - 4usize];
     ["Offset of field: LswMerged::slot"][::core::mem::offset_of!(LswMerged, slot) - 0usize];
-    ["Offset of field: LswMerged::coefficient"]
-        [::core::mem::offset_of!(LswMerged, coefficient) - 4usize];
-    ["Offset of field: LswMerged::generation"]
-        [::core::mem::offset_of!(LswMerged, generation) - 8usize];
+    ["Offset of field: LswMerged::coefficient"][::core::mem::offset_of!(LswMerged, coefficient) - 4usize];
+    ["Offset of field: LswMerged::generation"][::core::mem::offset_of!(LswMerged, generation) - 8usize];
 };
 pub const LSW_UNKNOWN: _bindgen_ty_5 = 2147483647;
 pub type _bindgen_ty_5 = ::core::ffi::c_uint;
@@ -211,14 +192,10 @@ pub struct LswSwitchState {
 const _: () = {
     ["Size of LswSwitchState"][::core::mem::size_of::<LswSwitchState>() - 16usize];
     ["Alignment of LswSwitchState"][::core::mem::align_of::<LswSwitchState>() - 4usize];
-    ["Offset of field: LswSwitchState::next_tile"]
-        [::core::mem::offset_of!(LswSwitchState, next_tile) - 0usize];
-    ["Offset of field: LswSwitchState::blocks_done"]
-        [::core::mem::offset_of!(LswSwitchState, blocks_done) - 4usize];
-    ["Offset of field: LswSwitchState::status"]
-        [::core::mem::offset_of!(LswSwitchState, status) - 8usize];
-    ["Offset of field: LswSwitchState::padding"]
-        [::core::mem::offset_of!(LswSwitchState, padding) - 12usize];
+    ["Offset of field: LswSwitchState::next_tile"][::core::mem::offset_of!(LswSwitchState, next_tile) - 0usize];
+    ["Offset of field: LswSwitchState::blocks_done"][::core::mem::offset_of!(LswSwitchState, blocks_done) - 4usize];
+    ["Offset of field: LswSwitchState::status"][::core::mem::offset_of!(LswSwitchState, status) - 8usize];
+    ["Offset of field: LswSwitchState::padding"][::core::mem::offset_of!(LswSwitchState, padding) - 12usize];
 };
 pub const LSW_PATH_ALL: _bindgen_ty_6 = 0;
 pub const LSW_PATH_BOXES: _bindgen_ty_6 = 1;
@@ -249,38 +226,23 @@ pub struct LswSwitchArgs {
 const _: () = {
     ["Size of LswSwitchArgs"][::core::mem::size_of::<LswSwitchArgs>() - 104usize];
     ["Alignment of LswSwitchArgs"][::core::mem::align_of::<LswSwitchArgs>() - 8usize];
-    ["Offset of field: LswSwitchArgs::targets"]
-        [::core::mem::offset_of!(LswSwitchArgs, targets) - 0usize];
-    ["Offset of field: LswSwitchArgs::factors"]
-        [::core::mem::offset_of!(LswSwitchArgs, factors) - 8usize];
-    ["Offset of field: LswSwitchArgs::merged"]
-        [::core::mem::offset_of!(LswSwitchArgs, merged) - 16usize];
-    ["Offset of field: LswSwitchArgs::merged_count"]
-        [::core::mem::offset_of!(LswSwitchArgs, merged_count) - 24usize];
-    ["Offset of field: LswSwitchArgs::state"]
-        [::core::mem::offset_of!(LswSwitchArgs, state) - 32usize];
+    ["Offset of field: LswSwitchArgs::targets"][::core::mem::offset_of!(LswSwitchArgs, targets) - 0usize];
+    ["Offset of field: LswSwitchArgs::factors"][::core::mem::offset_of!(LswSwitchArgs, factors) - 8usize];
+    ["Offset of field: LswSwitchArgs::merged"][::core::mem::offset_of!(LswSwitchArgs, merged) - 16usize];
+    ["Offset of field: LswSwitchArgs::merged_count"][::core::mem::offset_of!(LswSwitchArgs, merged_count) - 24usize];
+    ["Offset of field: LswSwitchArgs::state"][::core::mem::offset_of!(LswSwitchArgs, state) - 32usize];
     ["Offset of field: LswSwitchArgs::ids"][::core::mem::offset_of!(LswSwitchArgs, ids) - 40usize];
-    ["Offset of field: LswSwitchArgs::gates"]
-        [::core::mem::offset_of!(LswSwitchArgs, gates) - 48usize];
-    ["Offset of field: LswSwitchArgs::first"]
-        [::core::mem::offset_of!(LswSwitchArgs, first) - 56usize];
-    ["Offset of field: LswSwitchArgs::last"]
-        [::core::mem::offset_of!(LswSwitchArgs, last) - 60usize];
-    ["Offset of field: LswSwitchArgs::slots"]
-        [::core::mem::offset_of!(LswSwitchArgs, slots) - 64usize];
+    ["Offset of field: LswSwitchArgs::gates"][::core::mem::offset_of!(LswSwitchArgs, gates) - 48usize];
+    ["Offset of field: LswSwitchArgs::first"][::core::mem::offset_of!(LswSwitchArgs, first) - 56usize];
+    ["Offset of field: LswSwitchArgs::last"][::core::mem::offset_of!(LswSwitchArgs, last) - 60usize];
+    ["Offset of field: LswSwitchArgs::slots"][::core::mem::offset_of!(LswSwitchArgs, slots) - 64usize];
     ["Offset of field: LswSwitchArgs::k"][::core::mem::offset_of!(LswSwitchArgs, k) - 68usize];
-    ["Offset of field: LswSwitchArgs::k_max"]
-        [::core::mem::offset_of!(LswSwitchArgs, k_max) - 72usize];
-    ["Offset of field: LswSwitchArgs::in_place"]
-        [::core::mem::offset_of!(LswSwitchArgs, in_place) - 76usize];
-    ["Offset of field: LswSwitchArgs::factor_maps"]
-        [::core::mem::offset_of!(LswSwitchArgs, factor_maps) - 80usize];
-    ["Offset of field: LswSwitchArgs::target_maps"]
-        [::core::mem::offset_of!(LswSwitchArgs, target_maps) - 88usize];
-    ["Offset of field: LswSwitchArgs::path"]
-        [::core::mem::offset_of!(LswSwitchArgs, path) - 96usize];
-    ["Offset of field: LswSwitchArgs::padding"]
-        [::core::mem::offset_of!(LswSwitchArgs, padding) - 100usize];
+    ["Offset of field: LswSwitchArgs::k_max"][::core::mem::offset_of!(LswSwitchArgs, k_max) - 72usize];
+    ["Offset of field: LswSwitchArgs::in_place"][::core::mem::offset_of!(LswSwitchArgs, in_place) - 76usize];
+    ["Offset of field: LswSwitchArgs::factor_maps"][::core::mem::offset_of!(LswSwitchArgs, factor_maps) - 80usize];
+    ["Offset of field: LswSwitchArgs::target_maps"][::core::mem::offset_of!(LswSwitchArgs, target_maps) - 88usize];
+    ["Offset of field: LswSwitchArgs::path"][::core::mem::offset_of!(LswSwitchArgs, path) - 96usize];
+    ["Offset of field: LswSwitchArgs::padding"][::core::mem::offset_of!(LswSwitchArgs, padding) - 100usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
@@ -296,18 +258,12 @@ pub struct LswCurrentArgs {
 const _: () = {
     ["Size of LswCurrentArgs"][::core::mem::size_of::<LswCurrentArgs>() - 40usize];
     ["Alignment of LswCurrentArgs"][::core::mem::align_of::<LswCurrentArgs>() - 8usize];
-    ["Offset of field: LswCurrentArgs::merged"]
-        [::core::mem::offset_of!(LswCurrentArgs, merged) - 0usize];
-    ["Offset of field: LswCurrentArgs::merged_count"]
-        [::core::mem::offset_of!(LswCurrentArgs, merged_count) - 8usize];
-    ["Offset of field: LswCurrentArgs::ids"]
-        [::core::mem::offset_of!(LswCurrentArgs, ids) - 16usize];
-    ["Offset of field: LswCurrentArgs::coefficients"]
-        [::core::mem::offset_of!(LswCurrentArgs, coefficients) - 24usize];
-    ["Offset of field: LswCurrentArgs::target"]
-        [::core::mem::offset_of!(LswCurrentArgs, target) - 32usize];
-    ["Offset of field: LswCurrentArgs::k_max"]
-        [::core::mem::offset_of!(LswCurrentArgs, k_max) - 36usize];
+    ["Offset of field: LswCurrentArgs::merged"][::core::mem::offset_of!(LswCurrentArgs, merged) - 0usize];
+    ["Offset of field: LswCurrentArgs::merged_count"][::core::mem::offset_of!(LswCurrentArgs, merged_count) - 8usize];
+    ["Offset of field: LswCurrentArgs::ids"][::core::mem::offset_of!(LswCurrentArgs, ids) - 16usize];
+    ["Offset of field: LswCurrentArgs::coefficients"][::core::mem::offset_of!(LswCurrentArgs, coefficients) - 24usize];
+    ["Offset of field: LswCurrentArgs::target"][::core::mem::offset_of!(LswCurrentArgs, target) - 32usize];
+    ["Offset of field: LswCurrentArgs::k_max"][::core::mem::offset_of!(LswCurrentArgs, k_max) - 36usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
@@ -332,31 +288,19 @@ const _: () = {
     ["Size of LswPermuteArgs"][::core::mem::size_of::<LswPermuteArgs>() - 88usize];
     ["Alignment of LswPermuteArgs"][::core::mem::align_of::<LswPermuteArgs>() - 8usize];
     ["Offset of field: LswPermuteArgs::ids"][::core::mem::offset_of!(LswPermuteArgs, ids) - 0usize];
-    ["Offset of field: LswPermuteArgs::offsets"]
-        [::core::mem::offset_of!(LswPermuteArgs, offsets) - 8usize];
-    ["Offset of field: LswPermuteArgs::row_map"]
-        [::core::mem::offset_of!(LswPermuteArgs, row_map) - 16usize];
-    ["Offset of field: LswPermuteArgs::inverse"]
-        [::core::mem::offset_of!(LswPermuteArgs, inverse) - 24usize];
-    ["Offset of field: LswPermuteArgs::counts"]
-        [::core::mem::offset_of!(LswPermuteArgs, counts) - 32usize];
-    ["Offset of field: LswPermuteArgs::status"]
-        [::core::mem::offset_of!(LswPermuteArgs, status) - 40usize];
-    ["Offset of field: LswPermuteArgs::ids_stride"]
-        [::core::mem::offset_of!(LswPermuteArgs, ids_stride) - 48usize];
-    ["Offset of field: LswPermuteArgs::inverse_stride"]
-        [::core::mem::offset_of!(LswPermuteArgs, inverse_stride) - 56usize];
-    ["Offset of field: LswPermuteArgs::items"]
-        [::core::mem::offset_of!(LswPermuteArgs, items) - 64usize];
+    ["Offset of field: LswPermuteArgs::offsets"][::core::mem::offset_of!(LswPermuteArgs, offsets) - 8usize];
+    ["Offset of field: LswPermuteArgs::row_map"][::core::mem::offset_of!(LswPermuteArgs, row_map) - 16usize];
+    ["Offset of field: LswPermuteArgs::inverse"][::core::mem::offset_of!(LswPermuteArgs, inverse) - 24usize];
+    ["Offset of field: LswPermuteArgs::counts"][::core::mem::offset_of!(LswPermuteArgs, counts) - 32usize];
+    ["Offset of field: LswPermuteArgs::status"][::core::mem::offset_of!(LswPermuteArgs, status) - 40usize];
+    ["Offset of field: LswPermuteArgs::ids_stride"][::core::mem::offset_of!(LswPermuteArgs, ids_stride) - 48usize];
+    ["Offset of field: LswPermuteArgs::inverse_stride"][::core::mem::offset_of!(LswPermuteArgs, inverse_stride) - 56usize];
+    ["Offset of field: LswPermuteArgs::items"][::core::mem::offset_of!(LswPermuteArgs, items) - 64usize];
     ["Offset of field: LswPermuteArgs::k"][::core::mem::offset_of!(LswPermuteArgs, k) - 68usize];
-    ["Offset of field: LswPermuteArgs::experts"]
-        [::core::mem::offset_of!(LswPermuteArgs, experts) - 72usize];
-    ["Offset of field: LswPermuteArgs::blocks"]
-        [::core::mem::offset_of!(LswPermuteArgs, blocks) - 76usize];
-    ["Offset of field: LswPermuteArgs::warp_items"]
-        [::core::mem::offset_of!(LswPermuteArgs, warp_items) - 80usize];
-    ["Offset of field: LswPermuteArgs::padding"]
-        [::core::mem::offset_of!(LswPermuteArgs, padding) - 84usize];
+    ["Offset of field: LswPermuteArgs::experts"][::core::mem::offset_of!(LswPermuteArgs, experts) - 72usize];
+    ["Offset of field: LswPermuteArgs::blocks"][::core::mem::offset_of!(LswPermuteArgs, blocks) - 76usize];
+    ["Offset of field: LswPermuteArgs::warp_items"][::core::mem::offset_of!(LswPermuteArgs, warp_items) - 80usize];
+    ["Offset of field: LswPermuteArgs::padding"][::core::mem::offset_of!(LswPermuteArgs, padding) - 84usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
@@ -377,23 +321,15 @@ const _: () = {
     ["Size of LswGatherArgs"][::core::mem::size_of::<LswGatherArgs>() - 64usize];
     ["Alignment of LswGatherArgs"][::core::mem::align_of::<LswGatherArgs>() - 8usize];
     ["Offset of field: LswGatherArgs::x"][::core::mem::offset_of!(LswGatherArgs, x) - 0usize];
-    ["Offset of field: LswGatherArgs::row_map"]
-        [::core::mem::offset_of!(LswGatherArgs, row_map) - 8usize];
-    ["Offset of field: LswGatherArgs::rows"]
-        [::core::mem::offset_of!(LswGatherArgs, rows) - 16usize];
-    ["Offset of field: LswGatherArgs::x_stride"]
-        [::core::mem::offset_of!(LswGatherArgs, x_stride) - 24usize];
-    ["Offset of field: LswGatherArgs::rows_stride"]
-        [::core::mem::offset_of!(LswGatherArgs, rows_stride) - 32usize];
-    ["Offset of field: LswGatherArgs::units"]
-        [::core::mem::offset_of!(LswGatherArgs, units) - 40usize];
-    ["Offset of field: LswGatherArgs::count"]
-        [::core::mem::offset_of!(LswGatherArgs, count) - 48usize];
+    ["Offset of field: LswGatherArgs::row_map"][::core::mem::offset_of!(LswGatherArgs, row_map) - 8usize];
+    ["Offset of field: LswGatherArgs::rows"][::core::mem::offset_of!(LswGatherArgs, rows) - 16usize];
+    ["Offset of field: LswGatherArgs::x_stride"][::core::mem::offset_of!(LswGatherArgs, x_stride) - 24usize];
+    ["Offset of field: LswGatherArgs::rows_stride"][::core::mem::offset_of!(LswGatherArgs, rows_stride) - 32usize];
+    ["Offset of field: LswGatherArgs::units"][::core::mem::offset_of!(LswGatherArgs, units) - 40usize];
+    ["Offset of field: LswGatherArgs::count"][::core::mem::offset_of!(LswGatherArgs, count) - 48usize];
     ["Offset of field: LswGatherArgs::k"][::core::mem::offset_of!(LswGatherArgs, k) - 52usize];
-    ["Offset of field: LswGatherArgs::tokens"]
-        [::core::mem::offset_of!(LswGatherArgs, tokens) - 56usize];
-    ["Offset of field: LswGatherArgs::padding"]
-        [::core::mem::offset_of!(LswGatherArgs, padding) - 60usize];
+    ["Offset of field: LswGatherArgs::tokens"][::core::mem::offset_of!(LswGatherArgs, tokens) - 56usize];
+    ["Offset of field: LswGatherArgs::padding"][::core::mem::offset_of!(LswGatherArgs, padding) - 60usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
@@ -416,30 +352,19 @@ pub struct LswCombineArgs {
 const _: () = {
     ["Size of LswCombineArgs"][::core::mem::size_of::<LswCombineArgs>() - 88usize];
     ["Alignment of LswCombineArgs"][::core::mem::align_of::<LswCombineArgs>() - 8usize];
-    ["Offset of field: LswCombineArgs::rows"]
-        [::core::mem::offset_of!(LswCombineArgs, rows) - 0usize];
-    ["Offset of field: LswCombineArgs::inverse"]
-        [::core::mem::offset_of!(LswCombineArgs, inverse) - 8usize];
-    ["Offset of field: LswCombineArgs::gates"]
-        [::core::mem::offset_of!(LswCombineArgs, gates) - 16usize];
+    ["Offset of field: LswCombineArgs::rows"][::core::mem::offset_of!(LswCombineArgs, rows) - 0usize];
+    ["Offset of field: LswCombineArgs::inverse"][::core::mem::offset_of!(LswCombineArgs, inverse) - 8usize];
+    ["Offset of field: LswCombineArgs::gates"][::core::mem::offset_of!(LswCombineArgs, gates) - 16usize];
     ["Offset of field: LswCombineArgs::y"][::core::mem::offset_of!(LswCombineArgs, y) - 24usize];
-    ["Offset of field: LswCombineArgs::rows_stride"]
-        [::core::mem::offset_of!(LswCombineArgs, rows_stride) - 32usize];
-    ["Offset of field: LswCombineArgs::inverse_stride"]
-        [::core::mem::offset_of!(LswCombineArgs, inverse_stride) - 40usize];
-    ["Offset of field: LswCombineArgs::gates_stride"]
-        [::core::mem::offset_of!(LswCombineArgs, gates_stride) - 48usize];
-    ["Offset of field: LswCombineArgs::y_stride"]
-        [::core::mem::offset_of!(LswCombineArgs, y_stride) - 56usize];
-    ["Offset of field: LswCombineArgs::cols"]
-        [::core::mem::offset_of!(LswCombineArgs, cols) - 64usize];
-    ["Offset of field: LswCombineArgs::tokens"]
-        [::core::mem::offset_of!(LswCombineArgs, tokens) - 72usize];
+    ["Offset of field: LswCombineArgs::rows_stride"][::core::mem::offset_of!(LswCombineArgs, rows_stride) - 32usize];
+    ["Offset of field: LswCombineArgs::inverse_stride"][::core::mem::offset_of!(LswCombineArgs, inverse_stride) - 40usize];
+    ["Offset of field: LswCombineArgs::gates_stride"][::core::mem::offset_of!(LswCombineArgs, gates_stride) - 48usize];
+    ["Offset of field: LswCombineArgs::y_stride"][::core::mem::offset_of!(LswCombineArgs, y_stride) - 56usize];
+    ["Offset of field: LswCombineArgs::cols"][::core::mem::offset_of!(LswCombineArgs, cols) - 64usize];
+    ["Offset of field: LswCombineArgs::tokens"][::core::mem::offset_of!(LswCombineArgs, tokens) - 72usize];
     ["Offset of field: LswCombineArgs::k"][::core::mem::offset_of!(LswCombineArgs, k) - 76usize];
-    ["Offset of field: LswCombineArgs::row_count"]
-        [::core::mem::offset_of!(LswCombineArgs, row_count) - 80usize];
-    ["Offset of field: LswCombineArgs::aligned"]
-        [::core::mem::offset_of!(LswCombineArgs, aligned) - 84usize];
+    ["Offset of field: LswCombineArgs::row_count"][::core::mem::offset_of!(LswCombineArgs, row_count) - 80usize];
+    ["Offset of field: LswCombineArgs::aligned"][::core::mem::offset_of!(LswCombineArgs, aligned) - 84usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
@@ -457,12 +382,8 @@ const _: () = {
     ["Alignment of LswMeasureArgs"][::core::mem::align_of::<LswMeasureArgs>() - 8usize];
     ["Offset of field: LswMeasureArgs::x"][::core::mem::offset_of!(LswMeasureArgs, x) - 0usize];
     ["Offset of field: LswMeasureArgs::y"][::core::mem::offset_of!(LswMeasureArgs, y) - 8usize];
-    ["Offset of field: LswMeasureArgs::count"]
-        [::core::mem::offset_of!(LswMeasureArgs, count) - 16usize];
-    ["Offset of field: LswMeasureArgs::seed"]
-        [::core::mem::offset_of!(LswMeasureArgs, seed) - 24usize];
-    ["Offset of field: LswMeasureArgs::factor"]
-        [::core::mem::offset_of!(LswMeasureArgs, factor) - 32usize];
-    ["Offset of field: LswMeasureArgs::padding"]
-        [::core::mem::offset_of!(LswMeasureArgs, padding) - 36usize];
+    ["Offset of field: LswMeasureArgs::count"][::core::mem::offset_of!(LswMeasureArgs, count) - 16usize];
+    ["Offset of field: LswMeasureArgs::seed"][::core::mem::offset_of!(LswMeasureArgs, seed) - 24usize];
+    ["Offset of field: LswMeasureArgs::factor"][::core::mem::offset_of!(LswMeasureArgs, factor) - 32usize];
+    ["Offset of field: LswMeasureArgs::padding"][::core::mem::offset_of!(LswMeasureArgs, padding) - 36usize];
 };

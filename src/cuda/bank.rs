@@ -64,23 +64,31 @@ impl Table {
         }
     }
 
-    /// Enqueues a slot's new content.
+    /// Enqueues a slot's new content. All that can fail but the launches comes before the first of them.
     pub fn write(&self, stream: &DeviceStream, slots: u32, generation: u32, refill: &Refill) -> Result<()> {
-        for (batch, entries) in refill.entries.chunks(LSW_BANK_BATCH as usize).enumerate() {
-            let mut args = LswBankArgs {
-                table: self.addr(),
-                maps: self.maps(),
-                slots,
-                slot: refill.slot,
-                first_target: batch as u32 * LSW_BANK_BATCH,
-                count: entries.len() as u32,
-                ..Default::default()
-            };
-            for (i, entry) in entries.iter().enumerate() {
-                args.factors[i] = device_factor(entry, generation);
-                args.factor_maps[i] = self.factor_maps(entry, &args.factors[i])?;
-            }
-            let grid = Grid { blocks: 1, threads: LSW_BANK_THREADS, shared: 0 };
+        let batches: Result<Vec<LswBankArgs>> = refill
+            .entries
+            .chunks(LSW_BANK_BATCH as usize)
+            .enumerate()
+            .map(|(batch, entries)| {
+                let mut args = LswBankArgs {
+                    table: self.addr(),
+                    maps: self.maps(),
+                    slots,
+                    slot: refill.slot,
+                    first_target: batch as u32 * LSW_BANK_BATCH,
+                    count: entries.len() as u32,
+                    ..Default::default()
+                };
+                for (i, entry) in entries.iter().enumerate() {
+                    args.factors[i] = device_factor(entry, generation);
+                    args.factor_maps[i] = self.factor_maps(entry, &args.factors[i])?;
+                }
+                Ok(args)
+            })
+            .collect();
+        let grid = Grid { blocks: 1, threads: LSW_BANK_THREADS, shared: 0 };
+        for args in batches? {
             // SAFETY: the table has an entry for every target and slot; the slot was checked.
             unsafe { launch(stream, stream.device().kernels.bank_set, grid, &args) }?;
         }

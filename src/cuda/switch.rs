@@ -195,9 +195,11 @@ fn is_aligned(target: &RawTarget) -> bool {
     target.weight.aligned16() && target.base.aligned16()
 }
 
-/// The copy engine reads exactly what exists, but stores whole 16 bytes.
+/// The copy engine reads exactly what exists, but stores whole 16 bytes; its strides are below 2^40 bytes.
 fn fits_boxes(target: &RawTarget) -> bool {
-    is_aligned(target) && (target.weight.cols * target.weight.dtype.size()).is_multiple_of(16) && !target.weight.is_empty()
+    let size = target.weight.dtype.size();
+    let strides_fit = [target.weight.stride, target.base.stride].iter().all(|&stride| stride < (1 << 40) / size);
+    is_aligned(target) && (target.weight.cols * size).is_multiple_of(16) && strides_fit && !target.weight.is_empty()
 }
 
 /// Of W and W_base; of targets that no Hopper launch serves, nothing.

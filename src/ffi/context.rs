@@ -12,7 +12,8 @@ pub const LSW_ODD_LOGITS: u32 = 1;
 pub const LSW_ODD_ID: u32 = 2;
 /// lsw_switch_odd: an id below -1 or past the last slot.
 pub const LSW_ODD_ROUTE_ID: u32 = 4;
-/// lsw_switch_odd: a coefficient that is not finite (in place, also one above 2^126).
+/// lsw_switch_odd: a coefficient that is not finite (in place, also one of 2^126 or more in
+/// magnitude).
 pub const LSW_ODD_COEFFICIENT: u32 = 8;
 /// lsw_switch_odd: a set in place holds the product of an adapter that has been replaced; its
 /// targets were left as they are.

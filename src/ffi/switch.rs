@@ -80,11 +80,12 @@ pub struct lsw_target {
 ///
 /// Numbers: A, B, W enter as stored; products and sums in f32, in a fixed order; one rounding at
 /// the end. A coefficient that is not finite propagates from base (and the next route heals it); in
-/// place it counts as zero, as does one above 2^126, since it would destroy W: lsw_switch_odd
-/// tells.
+/// place it counts as zero, as does one of 2^126 or more in magnitude, since it would destroy W:
+/// lsw_switch_odd tells.
 ///
 /// A set is used by one thread at a time and in flight on one stream at a time, replays of graphs
-/// included.
+/// included. A graph that captured its calls holds the addresses of the set, its bank and their
+/// memory, and keeps none of them alive: do not replay it once they are destroyed or freed.
 pub struct lsw_switch {
     set: SwitchSet,
     context: Context,
