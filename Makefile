@@ -16,7 +16,7 @@ PIP = PIP_ROOT_USER_ACTION=ignore $(PYTHON) -m pip install --quiet --no-deps --u
 
 export LIBCLANG_PATH ?= $(CURDIR)/target/libclang/clang/native
 
-.PHONY: help setup demo test gpu-test bench gen install check-candle fuzz
+.PHONY: help setup demo test gpu-test bench bundle gen install check-candle fuzz
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1: /p' Makefile
@@ -47,6 +47,16 @@ gpu-test: setup ## all tests, and a missing GPU is an error
 COMMIT = $(shell git rev-parse --short=12 HEAD)$(shell test -z "$$(git status --porcelain -- . ':!benches/record')" || echo -dirty)
 bench: setup ## measure (BENCH_ARGS go to the bench)
 	LORA_SWITCH_COMMIT=$(COMMIT) cargo bench -- $(BENCH_ARGS)
+
+# For a machine with a GPU and no cargo: in a copy of this tree, LORA_SWITCH_REQUIRE_GPU=1 target/bundle/suite
+newest = $$(ls -t target/release/deps/$(1)-* | grep -v '\.d$$' | head -n 1)
+bundle: setup ## tests, bench and demo, built and stripped, into target/bundle
+	LORA_SWITCH_COMMIT=$(COMMIT) cargo bench --no-run
+	LORA_SWITCH_REQUIRE_NVCC=1 cargo test --release --no-run
+	cargo build --release --example decode
+	mkdir -p target/bundle && cp $(call newest,suite) target/bundle/suite && cp $(call newest,bench) target/bundle/bench
+	cp target/release/examples/decode target/release/deps/liblora_switch.so target/release/deps/liblora_switch.a target/bundle
+	strip --strip-debug target/bundle/*
 
 gen: setup ## write the committed generated files anew
 	LORA_SWITCH_REGENERATE=1 cargo test --test suite generated
