@@ -114,6 +114,8 @@ struct Ring {
 // Columns of the rank that one panel holds: the smallest box that a small rank fits in. The host encodes the maps by the same rule.
 __device__ __forceinline__ int panel_depth(uint32_t rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : 64; }
 
+__device__ __forceinline__ bool is_aligned(uint32_t flags) { return flags == (LSW_A_ALIGNED | LSW_B_ALIGNED); }
+
 __device__ __forceinline__ int panel_count(int rank) { return (rank + panel_depth(rank) - 1) / panel_depth(rank); }
 constexpr uint32_t kFewPanels = 2;  // of a tile: what the loaders keep up with
 
@@ -160,7 +162,7 @@ __device__ void meet_adapters(const LswSwitchArgs& args, Shared& s, uint32_t tar
     });
     atomicMax(&s.geometry.depth, depth);
     for_each_adapter(args, s.route, target, [&](const LswFactor& f, uint32_t index) {
-        if (f.flags != (LSW_A_ALIGNED | LSW_B_ALIGNED)) return;
+        if (!is_aligned(f.flags)) return;
         fence_tensor_map(factor_maps(args, index));
         if (panels > kFewPanels) fence_tensor_map(factor_maps(args, index) + 1);
     });
@@ -376,8 +378,6 @@ template <class Visit> __device__ __forceinline__ void for_each_panel(Shared& s,
     }
 }
 
-__device__ __forceinline__ bool is_aligned(const Term& term) { return term.flags == (LSW_A_ALIGNED | LSW_B_ALIGNED); }
-
 // Who brings B of a panel. The copy engine takes about 4 cycles a row, however short, and has W to move; the loaders take longer for a panel
 // but are otherwise idle. So the loaders take B as long as they keep up, and every other panel of a tile that has many.
 __device__ __forceinline__ bool by_loaders(const Header& tile, const Term& term, int k, int depth) {
@@ -388,7 +388,7 @@ __device__ __forceinline__ bool by_loaders(const Header& tile, const Term& term,
 template <class T> __device__ void run_panels(const LswSwitchArgs& args, Shared& s) {
     const bool leader = threadIdx.x % 32 == 0;
     for_each_panel(s, [&](const Header& tile, const Term& term, int k, int depth, unsigned char* panel, Barrier& full) {
-        if (!is_aligned(term)) {
+        if (!is_aligned(term.flags)) {
             const LswFactor& f = reinterpret_cast<const LswFactor*>(args.factors)[term.factor];
             load_slowly<T>(f, panel, tile.row, tile.col, target_of(args, tile.target), k, depth);
             __syncwarp();
@@ -408,7 +408,7 @@ template <class T> __device__ void run_panels(const LswSwitchArgs& args, Shared&
 template <class T> __device__ void run_loaders(Shared& s) {
     const int thread = threadIdx.x % 128;
     for_each_panel(s, [&](const Header& tile, const Term& term, int k, int depth, unsigned char* panel, Barrier& full) {
-        if (!is_aligned(term) || !by_loaders(tile, term, k, depth)) return full.arrive();
+        if (!is_aligned(term.flags) || !by_loaders(tile, term, k, depth)) return full.arrive();
         const int shift = depth == 64 ? 3 : depth == 32 ? 2 : 1, mask = (1 << shift) - 1;  // 8, 4 or 2 copies a row
         const int first = thread >> shift, step = 128 >> shift, column = k + (thread & mask) * 8;
         const int bytes = max(0, min(16, 2 * (term.rank - column)));

@@ -1,10 +1,10 @@
 //! The bank's device table: LswFactor [targets, slots].
 
-use super::Device;
 use super::args::{LSW_A_ALIGNED, LSW_B_ALIGNED, LSW_BANK_BATCH, LSW_BANK_THREADS, LswBankArgs, LswFactor, LswMap};
 use super::context::DeviceStream;
 use super::launch::{Grid, launch};
 use super::memory::DeviceMemory;
+use super::{Device, flags};
 use crate::bank::{Entry, Refill};
 use crate::dtype::DType;
 use crate::error::Result;
@@ -103,7 +103,6 @@ fn device_factor(entry: &Entry, generation: u32) -> LswFactor {
         return LswFactor { generation, ..LswFactor::default() };
     };
     let (a, b) = (&f.a.raw, &f.b.raw);
-    let flag = |is: bool, flag: u32| if is { flag } else { 0 };
     LswFactor {
         a: a.addr,
         b: b.addr,
@@ -112,6 +111,6 @@ fn device_factor(entry: &Entry, generation: u32) -> LswFactor {
         rank: a.rows as u32,
         scale: f.scale,
         generation,
-        flags: flag(a.aligned16(), LSW_A_ALIGNED) | flag(b.aligned16(), LSW_B_ALIGNED),
+        flags: flags([(a.aligned16(), LSW_A_ALIGNED), (b.aligned16(), LSW_B_ALIGNED)]),
     }
 }

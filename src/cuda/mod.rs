@@ -17,3 +17,8 @@ pub(crate) mod switch;
 
 pub(crate) use context::{Device, DeviceStream};
 pub(crate) use launch::warm;
+
+/// The flags that hold, as a kernel wants them.
+fn flags<const N: usize>(all: [(bool, u32); N]) -> u32 {
+    all.iter().filter(|(holds, _)| *holds).map(|(_, flag)| flag).sum()
+}

@@ -1,6 +1,5 @@
 //! The switch set's device tables and its launch.
 
-use super::Device;
 use super::args::{
     LSW_MAX_K, LSW_PATH_ALL, LSW_PATH_BOXES, LSW_PATH_OTHERS, LSW_SWITCH_THREADS, LSW_SWITCH90_GROUPS, LSW_SWITCH90_SHARED,
     LSW_SWITCH90_THREADS, LSW_SWITCH90_TILE, LSW_UNKNOWN, LSW_WEIGHT_ALIGNED, LSW_WEIGHT_BLOCKS, LSW_WEIGHT_BOXES, LswCurrentArgs, LswMap,
@@ -9,6 +8,7 @@ use super::args::{
 use super::context::{DeviceStream, Function, SWITCH_SHARED, by_dtype};
 use super::launch::{Grid, launch};
 use super::memory::DeviceMemory;
+use super::{Device, flags};
 use crate::error::Result;
 use crate::memory::StateMemory;
 use crate::stream::Odd;
@@ -218,14 +218,11 @@ fn device_target(target: &RawTarget) -> LswTarget {
         base_stride: target.base.stride,
         rows: target.weight.rows as u32,
         cols: target.weight.cols as u32,
-        flags: [
+        flags: flags([
             (is_aligned(target), LSW_WEIGHT_ALIGNED),
             (fits_boxes(target), LSW_WEIGHT_BOXES),
             (super::maps::has_blocks(&target.weight), LSW_WEIGHT_BLOCKS),
-        ]
-        .iter()
-        .map(|(is, flag)| if *is { *flag } else { 0 })
-        .sum(),
+        ]),
         tiles: target.tiles() as u32,
     }
 }
