@@ -56,7 +56,7 @@ bundle: setup ## tests, bench and demo, built and stripped, into target/bundle
 	cargo build --release --example decode
 	mkdir -p target/bundle && cp $(call newest,suite) target/bundle/suite && cp $(call newest,bench) target/bundle/bench
 	cp target/release/examples/decode target/release/deps/liblora_switch.so target/release/deps/liblora_switch.a target/bundle
-	strip --strip-debug target/bundle/*
+	find target/bundle -maxdepth 1 -type f | xargs strip --strip-debug
 
 gen: setup ## write the committed generated files anew
 	LORA_SWITCH_REGENERATE=1 cargo test --test suite generated
