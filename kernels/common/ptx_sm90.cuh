@@ -17,6 +17,11 @@ struct Barrier {
     __device__ __forceinline__ void arrive() {
         asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&word)) : "memory");
     }
+    __device__ __forceinline__ void arrive_if(bool condition) {
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %1, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(shared_address(&word)),
+                     "r"(static_cast<uint32_t>(condition))
+                     : "memory");
+    }
     // One arrival, and `bytes` of copies that the phase waits for as well.
     __device__ __forceinline__ void arrive_expecting(uint32_t bytes) {
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&word)), "r"(bytes) : "memory");
@@ -35,6 +40,33 @@ struct Barrier {
             : "memory");
     }
 };
+
+// A value that is known from here on: not worked out later, nor again.
+template <class Word> __device__ __forceinline__ void pin(Word& x) { asm volatile("" : "+r"(x)); }
+
+// True in one lane of the warp; the compiler knows that it is one.
+__device__ __forceinline__ bool elect_one() {
+    uint32_t elected;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+    return elected;
+}
+
+// Waits for two barriers: one latency where both are through.
+__device__ __forceinline__ void wait_both(Barrier& a, uint32_t a_parity, Barrier& b, uint32_t b_parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred one, other;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 one, [%0], %1;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 other, [%2], %3;\n"
+        "and.pred one, one, other;\n"
+        "@one bra.uni finished;\n"
+        "bra.uni again;\n"
+        "finished:\n"
+        "}\n" ::"r"(shared_address(&a.word)),
+        "r"(a_parity), "r"(shared_address(&b.word)), "r"(b_parity)
+        : "memory");
+}
 
 // 16 bytes, global to shared, by this thread; of them `bytes` exist, the rest becomes zero.
 __device__ __forceinline__ void copy16_partly(uint32_t shared, const void* global, uint32_t bytes) {
