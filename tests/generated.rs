@@ -8,7 +8,7 @@ use std::process::Command;
 use std::{env, fs};
 
 /// `essence` is what has to agree.
-fn check(path: &str, fresh: &str, essence: impl Fn(&str) -> String) {
+pub fn check(path: &str, fresh: &str, essence: impl Fn(&str) -> String) {
     if is_set("LORA_SWITCH_REGENERATE") {
         return fs::write(path, fresh).unwrap();
     }

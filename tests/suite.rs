@@ -10,6 +10,7 @@ mod values;
 mod backend;
 mod c_examples;
 mod demo;
+mod figures;
 mod generated;
 mod graph;
 mod peft;

@@ -1,0 +1,89 @@
+//! README's tables of figures are made from benches/record: of each case the newest row. Compared with what the records say now;
+//! LORA_SWITCH_REGENERATE=1 (`make gen`) writes them instead.
+
+use crate::generated::check;
+use serde::Deserialize;
+use std::collections::BTreeSet;
+use std::fs;
+
+/// Of a line of a record, what a table shows.
+#[derive(Deserialize, Clone)]
+struct Row {
+    case: String,
+    us: Option<f64>,
+    floor_us: Option<f64>,
+    base_us: Option<f64>,
+    peer: Option<String>,
+    peer_us: Option<f64>,
+    checked: Option<bool>,
+    gpu: String,
+    commit: String,
+    #[serde(skip)]
+    record: String,
+}
+
+/// In the order of their first appearance. Names of records sort by time, so a later row takes an earlier one's place.
+fn newest_rows() -> Vec<Row> {
+    let names = fs::read_dir("benches/record").unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut rows = Vec::<Row>::new();
+    for name in names.filter(|name| name.ends_with(".jsonl")).collect::<BTreeSet<_>>() {
+        let text = fs::read_to_string(format!("benches/record/{name}")).unwrap();
+        // Lines of another kind have no case.
+        for line in text.lines().filter(|line| line.starts_with("{\"case\"")) {
+            let row = Row { record: name.clone(), ..serde_json::from_str(line).unwrap() };
+            assert_ne!(row.checked, Some(false), "{name}: {}", row.case);
+            match rows.iter_mut().find(|known| known.case == row.case) {
+                Some(known) => *known = row,
+                None => rows.push(row),
+            }
+        }
+    }
+    rows
+}
+
+fn time(us: f64) -> String {
+    if us >= 1e3 { format!("{:.2} ms", us / 1e3) } else { format!("{us:.2} us") }
+}
+
+fn ratio(a: Option<f64>, b: Option<f64>, unit: &str) -> String {
+    a.zip(b).map_or_else(|| "-".into(), |(a, b)| format!("{:.3}{unit}", a / b))
+}
+
+/// The rows of cases that begin so, and where they come from.
+fn table(prefix: &str, rows: &[Row]) -> String {
+    let rows: Vec<&Row> = rows.iter().filter(|row| row.case.starts_with(prefix)).collect();
+    assert!(!rows.is_empty(), "no record has {prefix}");
+    let mut text = "| case | time | over the floor | over the base | peer | its time | faster |\n|---|---|---|---|---|---|---|\n".to_owned();
+    for row in &rows {
+        text += &format!(
+            "| {} | {} | {} | {} | {} | {} | {} |\n",
+            row.case,
+            row.us.map_or_else(|| "-".into(), time),
+            ratio(row.us, row.floor_us, ""),
+            ratio(row.us, row.base_us, ""),
+            row.peer.as_deref().unwrap_or("-"),
+            row.peer_us.map_or_else(|| "-".into(), time),
+            ratio(row.peer_us, row.us, "x"),
+        );
+    }
+    let sources: BTreeSet<_> = rows.iter().map(|row| format!("{} of commit {} on {}", row.record, row.commit, row.gpu)).collect();
+    text + "\nFrom benches/record: " + &Vec::from_iter(sources).join("; ") + ".\n"
+}
+
+const BEGIN: &str = "<!-- figures: ";
+const END: &str = "<!-- end of figures -->";
+
+#[test]
+fn are_those_of_the_record() {
+    let readme = fs::read_to_string("README.md").unwrap();
+    let rows = newest_rows();
+    let mut parts = readme.split(BEGIN);
+    let mut fresh = parts.next().unwrap().to_owned();
+    for part in parts {
+        let (prefix, rest) = part.split_once(" -->").expect("a marker ends");
+        let (_, after) = rest.split_once(END).expect("a table ends");
+        fresh += &format!("{BEGIN}{prefix} -->\n\n{}\n{END}{after}", table(prefix, &rows));
+    }
+    assert!(fresh.contains(END), "README.md has figures");
+    check("README.md", &fresh, str::to_owned);
+}
