@@ -8,19 +8,10 @@
 //
 // A launch, block by block (persistent blocks, a work queue over tiles):
 //   1. canonical_route  ids that name no slot drop out, duplicates add up, entries sort by slot
-//   2. plan             which targets differ from what they hold: a prefix sum over their tiles, 256 targets at a time
-//   3. tiles            64 x 128 of W at a time: W comes to shared memory while the product runs, is changed there, and leaves
+//   2. plan             which targets differ from what they hold: a prefix sum over their tiles, as many targets at a time as threads
+//   3. tiles            64 x 128 of W at a time, a step of the sum after the other
 //   4. record           the last block to finish writes down what is merged now and resets the queue
 // Nobody waits for another block: step 4 belongs to whichever block comes last, and by then all have read the old record.
-//
-// Exactness: A and B enter the tensor cores as stored. Each adapter has its own accumulator, which joins the sum by one fma with its
-// f32 coefficient; nothing is folded into a 16-bit operand. Ranks are real: the inner loop stops at the rank rounded up to 16, and what
-// lies beyond the rank is zeros that the loader put there, never memory.
-//
-// Floor: W is read and written once, 4 bytes an element in 16 bits. Per tile the panels add (64 + 128) * sum(ranks) elements from L2.
-//
-// Targets and adapters whose addresses or rows are not multiples of 16 bytes, and the ragged rim of every matrix, take the same road
-// with loads and stores element by element (move_chunk), in the same launch.
 #include "args.h"
 #include "common/num.cuh"
 #include "common/pack.cuh"
@@ -32,7 +23,16 @@ namespace {
 constexpr int kThreads = LSW_SWITCH_THREADS;
 constexpr int kRows = LSW_SWITCH_TILE_ROWS;
 constexpr int kCols = LSW_SWITCH_TILE_COLS;
-constexpr int kDepth = 32;  // of a panel: the part of the rank that is in shared memory at a time
+constexpr int kWarpTile = 32;  // rows and columns of a warp
+constexpr int kSlice = 16;     // of a rank: what one mma takes
+#ifndef SLICES16
+#define SLICES16 2
+#define SLICES32 1
+#endif
+template <class T> constexpr int kDepth = kSlice * (sizeof(T) == 2 ? SLICES16 : SLICES32);  // of a panel: whole slices
+constexpr int kOwnRows = 4, kOwnCols = 8;                                                     // of a tile, a thread's
+template <class T> constexpr int kOwnPacks = kOwnCols / kPack<T>;                             // in a row
+static_assert(kThreads == kRows / kWarpTile * (kCols / kWarpTile) * 32, "the warps cover the tile");
 
 struct Term {
     const void* a;
@@ -41,23 +41,36 @@ struct Term {
     float coefficient;
 };
 
-// What a block keeps in shared memory. Rows are padded by one pack, so that eight rows of an ldmatrix fall into different banks.
-template <class T> struct Shared {
-    T weight[kRows][kCols + kPack<T>];
-    T a[2][kDepth][kCols + kPack<T>];
-    T b[2][kRows][kDepth + kPack<T>];
-    Route route;
-    uint32_t prefix[kThreads + 1];  // tiles of the changed targets before this one, of the 256 that are planned
-    uint32_t warp_total[kThreads / 32];
-    Term terms[2 * LSW_MAX_K];
+// A target that changes and its sum.
+struct Job {
+    LswTarget target;
+    uint32_t tiles_per_row;
+    bool is_plain;   // all of it is at multiples of 16 bytes, and so are the ranks
+    uint32_t begin;  // its first tile, counted over all changed targets
     uint32_t term_count;
-    uint32_t next_tile;
+    Term terms[2 * LSW_MAX_K];
+};
+
+// Panels. Rows are padded so that what a warp reads at once falls into different banks.
+template <class T> struct Panels {
+    T a[kDepth<T>][kCols + kPack<T>];
+    T b[kRows][kDepth<T> + 8];
+};
+
+template <class T> struct Shared {
+    uint4 weights[2][kOwnRows * kOwnPacks<T>][kThreads];  // of two tiles, each thread's own
+    Panels<T> panels[2];
+    Job jobs[2];
+    Route route;
+    uint32_t prefix[kThreads + 1];  // tiles of all changed targets before this one
+    uint32_t warp_total[kThreads / 32];
+    uint32_t next_tile[2];
     uint32_t is_last;
     uint32_t any_changed;
 };
 
-// Exclusive prefix sum of the tiles of the changed targets among 256, from `first` on.
-template <class T> __device__ void plan(const LswSwitchArgs& args, Shared<T>& s, uint32_t first) {
+// Exclusive prefix sum of the tiles of the changed targets among kThreads, from `first` on; `before`: of those before them.
+template <class T> __device__ void plan(const LswSwitchArgs& args, Shared<T>& s, uint32_t first, uint32_t before) {
     const uint32_t target = first + threadIdx.x;
     uint32_t tiles = 0;
     if (is_changed(args, s.route, target)) tiles = target_of(args, target).tiles, s.any_changed = 1;
@@ -69,9 +82,10 @@ template <class T> __device__ void plan(const LswSwitchArgs& args, Shared<T>& s,
     }
     if (lane == 31) s.warp_total[warp] = sum;
     __syncthreads();
+    sum += before;
     for (uint32_t w = 0; w < warp; ++w) sum += s.warp_total[w];
     s.prefix[threadIdx.x + 1] = sum;
-    if (threadIdx.x == 0) s.prefix[0] = 0;
+    if (threadIdx.x == 0) s.prefix[0] = before;
     __syncthreads();
 }
 
@@ -80,185 +94,318 @@ __device__ __forceinline__ Term make_term(const LswFactor& f, float coefficient)
 }
 
 // One warp.
-template <class T> __device__ void build_terms(const LswSwitchArgs& args, Shared<T>& s, uint32_t target) {
-    const LaneTerms t = lane_terms(args, s.route, target);
-    if (t.enter_slot >= 0) s.terms[t.enter_at] = make_term(factor(args, target, t.enter_slot), t.enter);
-    if (t.leave_slot >= 0) s.terms[t.leave_at] = make_term(factor(args, target, t.leave_slot), t.leave);
-    if (threadIdx.x == 0) s.term_count = t.count;
-}
-
-// One pack from global to shared memory, of which `valid` elements exist; the rest becomes zero.
-template <class T> __device__ __forceinline__ void load_chunk(T* shared, const T* global, int valid, bool aligned) {
-    if (aligned && valid >= kPack<T>) return copy16_async(shared, global);
-    Pack<T> pack;
-#pragma unroll
-    for (int i = 0; i < kPack<T>; ++i) {
-        if (i < valid) pack.lane[i] = global[i];
+template <class T> __device__ void build(const LswSwitchArgs& args, const Route& route, uint32_t target, uint32_t begin, Job& job) {
+    const LaneTerms t = lane_terms(args, route, target);
+    bool is_plain = target_of(args, target).flags & LSW_WEIGHT_ALIGNED;
+    const auto put = [&](int slot, uint32_t at, float coefficient) {
+        if (slot < 0) return;
+        const Term term = make_term(factor(args, target, slot), coefficient);
+        is_plain = is_plain && term.flags == (LSW_A_ALIGNED | LSW_B_ALIGNED) && term.rank % kPack<T> == 0;
+        job.terms[at] = term;
+    };
+    put(t.enter_slot, t.enter_at, t.enter);
+    put(t.leave_slot, t.leave_at, t.leave);
+    is_plain = __all_sync(kFullWarp, is_plain);
+    if (threadIdx.x == 0) {
+        job.target = target_of(args, target);
+        job.tiles_per_row = (job.target.cols + kCols - 1) / kCols;
+        job.is_plain = is_plain, job.begin = begin, job.term_count = t.count;
     }
-    store16(shared, pack);
 }
 
-template <class T> __device__ __forceinline__ void store_chunk(T* global, const T* shared, int valid, bool aligned) {
-    const Pack<T> pack = load16(shared);
-    if (aligned && valid >= kPack<T>) return store16(global, pack);
+// A step of the sum of a tile: the panels from slice (term, k) on.
+struct Step {
+    uint32_t job, weight;  // which of the two
+    uint32_t row, col;
+    uint32_t term, k;
+    bool is_plain;
+};
+
+// Steps to the beginning of a tile: finds its target, from that of the step on. `first`: of the targets that are planned. False: there
+// is no such tile.
+template <class T> __device__ bool find(const LswSwitchArgs& args, Shared<T>& s, uint32_t tile, uint32_t& first, Step& step) {
+    if (tile - s.jobs[step.job].begin >= s.jobs[step.job].target.tiles) {
+        while (tile >= s.prefix[kThreads]) {
+            first += kThreads;
+            if (first >= args.last) return false;
+            plan(args, s, first, s.prefix[kThreads]);
+        }
+        uint32_t i = 0;  // the last target whose tiles begin at or before this one
+        for (uint32_t half = kThreads / 2; half > 0; half /= 2) {
+            if (s.prefix[i + half] <= tile) i += half;
+        }
+        step.job ^= 1;
+        if (threadIdx.x < 32) build<T>(args, s.route, first + i, s.prefix[i], s.jobs[step.job]);
+        __syncthreads();
+    }
+    const Job& job = s.jobs[step.job];
+    const uint32_t index = tile - job.begin, per_row = job.tiles_per_row;
+    const uint32_t row = index / per_row * kRows, col = index % per_row * kCols;
+    const bool is_whole = row + kRows <= job.target.rows && col + kCols <= job.target.cols;
+    step = {step.job, step.weight ^ 1, row, col, 0, 0, job.is_plain && is_whole};
+    return true;
+}
+
+// The slice after (term, k), which is behind the last term after the last one.
+__device__ __forceinline__ void next_slice(const Job& job, uint32_t& term, uint32_t& k) {
+    k += kSlice;
+    if (k >= job.terms[term].rank) ++term, k = 0;
+}
+
+// One pack from global to shared memory, of which `valid` elements exist; the rest becomes zero. In a plain tile all or none do.
+template <bool kPlain, class T> __device__ __forceinline__ void load_chunk(void* shared, const T* global, int valid, bool aligned) {
+    if (kPlain ? valid > 0 : aligned && valid >= kPack<T>) return copy16_async(shared, global);
+    Pack<T> pack;
+    if (!kPlain) {
+#pragma unroll
+        for (int i = 0; i < kPack<T>; ++i) {
+            if (i < valid) pack.lane[i] = global[i];
+        }
+    }
+    store16(static_cast<T*>(shared), pack);
+}
+
+template <bool kPlain, class T> __device__ __forceinline__ void store_chunk(T* global, const Pack<T>& pack, int valid, bool aligned) {
+    if (kPlain || (aligned && valid >= kPack<T>)) return store16(global, pack);
 #pragma unroll
     for (int i = 0; i < kPack<T>; ++i) {
         if (i < valid) global[i] = pack.lane[i];
     }
 }
 
-// A place in the sum: which term, and how far into its rank.
-struct Step {
-    uint32_t term, k;
-    __device__ bool is_last_of(const Term& t) const { return k + kDepth >= t.rank; }
-    __device__ Step next(const Term& t) const { return is_last_of(t) ? Step{term + 1, 0} : Step{term, k + kDepth}; }
-};
-// Of this step's panels, the part that is multiplied: real ranks, rounded up to the 16 of one mma.
-__device__ __forceinline__ int depth_of(const Term& t, uint32_t k) { return min(kDepth, static_cast<int>((t.rank - k + 15) / 16 * 16)); }
-
-struct Tile {
-    uint32_t row, col, rows, cols;  // of W
-    __device__ int valid_rows() const { return min(kRows, static_cast<int>(rows - row)); }
-    __device__ int valid_cols(int from) const { return static_cast<int>(min(static_cast<uint32_t>(kCols), cols - col)) - from; }
-};
-
-template <class T> __device__ void load_panels(Shared<T>& s, int stage, const Tile& tile, const Step& step) {
-    const Term& t = s.terms[step.term];
-    const int depth = depth_of(t, step.k), valid_depth = min(depth, static_cast<int>(t.rank - step.k));
-    const T* a = static_cast<const T*>(t.a) + static_cast<uint64_t>(step.k) * t.a_stride + tile.col;
-    constexpr int kChunksA = kCols / kPack<T>;
-    for (int i = threadIdx.x; i < depth * kChunksA; i += kThreads) {
-        const int k = i / kChunksA, n = i % kChunksA * kPack<T>;
-        const int valid = k < valid_depth ? tile.valid_cols(n) : 0;
-        load_chunk(&s.a[stage][k][n], a + static_cast<uint64_t>(k) * t.a_stride + n, valid, t.flags & LSW_A_ALIGNED);
+// A thread's place in a tile: rows row + 8 i, columns col to col + 7, which an mma's accumulators make its own.
+struct Own {
+    int group, in_group, warp_row, warp_col, row, col;
+    __device__ Own() {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        group = lane / 4, in_group = lane % 4;
+        warp_row = warp / (kCols / kWarpTile) * kWarpTile, warp_col = warp % (kCols / kWarpTile) * kWarpTile;
+        row = warp_row + group, col = warp_col + in_group * kOwnCols;
     }
-    const T* b = static_cast<const T*>(t.b) + static_cast<uint64_t>(tile.row) * t.b_stride + step.k;
-    const int chunks = depth / kPack<T>;
-    for (int i = threadIdx.x; i < kRows * chunks; i += kThreads) {
-        const int m = i / chunks, k = i % chunks * kPack<T>;
-        const int valid = m < tile.valid_rows() ? valid_depth - k : 0;
-        load_chunk(&s.b[stage][m][k], b + static_cast<uint64_t>(m) * t.b_stride + k, valid, t.flags & LSW_B_ALIGNED);
+};
+
+template <bool kPlain, class T> __device__ void load_weight(uint4 (&weight)[kOwnRows * kOwnPacks<T>][kThreads], const LswTarget& target, const Step& step) {
+    const Own own;
+    const uint32_t rows = target.rows, cols = target.cols;
+    const uint64_t stride = target.base_stride;
+    const bool aligned = target.flags & LSW_WEIGHT_ALIGNED;
+    const uint32_t row = step.row + own.row, col = step.col + own.col;
+    const T* base = reinterpret_cast<const T*>(target.base) + row * stride + col;
+#pragma unroll
+    for (int i = 0; i < kOwnRows; ++i, base += 8 * stride) {
+        const int valid = kPlain ? kOwnCols : row + 8 * i < rows ? static_cast<int>(cols - col) : 0;
+#pragma unroll
+        for (int p = 0; p < kOwnPacks<T>; ++p) {
+            load_chunk<kPlain>(&weight[i * kOwnPacks<T> + p][threadIdx.x], base + p * kPack<T>,
+                       valid - p * kPack<T>, aligned);
+        }
     }
 }
 
-// The product of a tile: `current` is the running B_j A_j of one term, `sum` what has been added up with coefficients.
-// 16 bits: tensor cores. Eight warps, 2 x 4, each 32 x 32.
-template <class T> struct Product {
-    float current[2][4][4] = {}, sum[2][4][4] = {};
+// Calls f(i) for i < kCount, dealt out to the threads.
+template <int kCount, class F> __device__ __forceinline__ void deal(F f) {
+#pragma unroll
+    for (int n = 0; n < kCount; n += kThreads) {
+        const int i = n + threadIdx.x;
+        if (n + kThreads <= kCount || i < kCount) f(i);
+    }
+}
 
-    __device__ void multiply(const Shared<T>& s, int stage, int depth) {
-        const int lane = threadIdx.x % 32, m0 = threadIdx.x / 128 * 32, n0 = threadIdx.x / 32 % 4 * 32;
-        for (int k = 0; k < depth; k += 16) {
-            uint32_t b[2][4], a[2][4];
+template <bool kPlain, class T> __device__ void load_panels(Panels<T>& panels, const Job& job, const Step& step) {
+    const int rows = job.target.rows - step.row, cols = job.target.cols - step.col;
+    const uint32_t count = job.term_count;
+    uint32_t term = step.term, k = step.k;
+    for (int depth = 0; depth < kDepth<T> && term < count; depth += kSlice) {
+        const Term t = job.terms[term];
+        const int rank = t.rank - k;
+        constexpr int kChunksA = kCols / kPack<T>, kChunksB = kSlice / kPack<T>;
+        const T* a = static_cast<const T*>(t.a) + static_cast<uint64_t>(k) * t.a_stride + step.col;
+        deal<kSlice * kChunksA>([&](int i) {
+            const int kk = i / kChunksA, n = i % kChunksA * kPack<T>;
+            const int valid = kPlain ? rank - kk : kk < rank ? cols - n : 0;
+            load_chunk<kPlain>(&panels.a[depth + kk][n], a + static_cast<uint64_t>(kk) * t.a_stride + n, valid, t.flags & LSW_A_ALIGNED);
+        });
+        const T* b = static_cast<const T*>(t.b) + static_cast<uint64_t>(step.row) * t.b_stride + k;
+        deal<kRows * kChunksB>([&](int i) {
+            const int m = i / kChunksB, kk = i % kChunksB * kPack<T>;
+            const int valid = kPlain || m < rows ? rank - kk : 0;
+            load_chunk<kPlain>(&panels.b[m][depth + kk], b + static_cast<uint64_t>(m) * t.b_stride + kk, valid, t.flags & LSW_B_ALIGNED);
+        });
+        k += kSlice;
+        if (k >= t.rank) ++term, k = 0;
+    }
+}
+
+template <bool kPlain, class T> __device__ __forceinline__ void load(Shared<T>& s, int stage, const Step& step) {
+    const Job& job = s.jobs[step.job];
+    if (step.term == 0 && step.k == 0) load_weight<kPlain, T>(s.weights[step.weight], job.target, step);
+    load_panels<kPlain>(s.panels[stage], job, step);
+}
+template <class T> __device__ __forceinline__ void load(Shared<T>& s, int stage, const Step& step) {
+    step.is_plain ? load<true>(s, stage, step) : load<false>(s, stage, step);
+}
+
+__device__ __forceinline__ void zero(float (&d)[2][4][4]) {
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                ldmatrix4(b[i], &s.b[stage][m0 + 16 * i + lane % 16][k + lane / 16 * 8]);
-                ldmatrix4_transposed(a[i], &s.a[stage][k + lane % 16][n0 + 16 * i + lane / 16 * 8]);
-            }
+    for (int i = 0; i < 32; ++i) (&d[0][0][0])[i] = 0.0f;
+}
+
+// One slice: d += b a for a warp's 32 x 32. Column n of the j-th mma is column 4 n + j of the tile ...
+template <class T> __device__ __forceinline__ void multiply(float (&d)[2][4][4], const Panels<T>& s, int k, bool starts, const Own& own) {
+    uint32_t a[4][2], b[2][4];
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
+    for (int half = 0; half < 2; ++half) {
+        const T* p = &s.a[k + 8 * half + 2 * own.in_group][own.warp_col + 4 * own.group];
+        const uint2 even = *reinterpret_cast<const uint2*>(p), odd = *reinterpret_cast<const uint2*>(p + kCols + kPack<T>);
+        a[0][half] = __byte_perm(even.x, odd.x, 0x5410), a[1][half] = __byte_perm(even.x, odd.x, 0x7632);
+        a[2][half] = __byte_perm(even.y, odd.y, 0x5410), a[3][half] = __byte_perm(even.y, odd.y, 0x7632);
+    }
+    const int lane = threadIdx.x % 32;
 #pragma unroll
-                for (int j = 0; j < 4; ++j) mma16816(current[i][j], b[i], a[j / 2][j % 2 * 2], a[j / 2][j % 2 * 2 + 1], T{});
-            }
+    for (int i = 0; i < 2; ++i) ldmatrix4(b[i], &s.b[own.warp_row + 16 * i + lane % 16][k + lane / 16 * 8]);
+    if (starts) zero(d);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) mma16816(d[i / 4][i % 4], b[i / 4], a[i % 4][0], a[i % 4][1], T{});
+}
+
+struct Parts {
+    uint32_t of[3];
+};
+__device__ __forceinline__ Parts split(float x, float y) {
+    Parts parts;
+#pragma unroll
+    for (int p = 0; p < 3; ++p) {
+        parts.of[p] = pack({x, y}, __nv_bfloat16{});
+        const float2 rounded = unpack(parts.of[p], __nv_bfloat16{});
+        x -= rounded.x, y -= rounded.y;
+    }
+    return parts;
+}
+
+template <> __device__ __forceinline__ void multiply(float (&d)[2][4][4], const Panels<float>& s, int k, bool starts, const Own& own) {
+    if (starts) zero(d);
+    Parts a[4][2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float* p = &s.a[k + 8 * half + 2 * own.in_group][own.warp_col + 4 * own.group];
+        const Pack<float> even = load16(p), odd = load16(p + kCols + kPack<float>);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) a[j][half] = split(even.lane[j], odd.lane[j]);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        uint32_t b[3][4];
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+            const float2 pair = *reinterpret_cast<const float2*>(&s.b[own.row + 16 * i + q % 2 * 8][k + q / 2 * 8 + 2 * own.in_group]);
+            const Parts parts = split(pair.x, pair.y);
+            b[0][q] = parts.of[0], b[1][q] = parts.of[1], b[2][q] = parts.of[2];
+        }
+        constexpr int kOrder[6][2] = {{2, 0}, {0, 2}, {1, 1}, {1, 0}, {0, 1}, {0, 0}};
+#pragma unroll
+        for (int o = 0; o < 6; ++o) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                mma16816(d[i][j], b[kOrder[o][0]], a[j][0].of[kOrder[o][1]], a[j][1].of[kOrder[o][1]], __nv_bfloat16{});
         }
     }
+}
 
-    __device__ void finish_term(float coefficient) {
+// `current` is the running B_j A_j of one term, `sum` what has been added up with coefficients.
+struct Product {
+    float current[2][4][4], sum[2][4][4];
+
+    __device__ __forceinline__ void finish_term(float coefficient, bool is_first) {
+        const float* c = &current[0][0][0];
+        float* t = &sum[0][0][0];
+        if (is_first) {
 #pragma unroll
-        for (int i = 0; i < 32; ++i) {
-            float& c = (&current[0][0][0])[i];
-            float& t = (&sum[0][0][0])[i];
-            t = fmaf(coefficient, c, t);
-            c = 0.0f;
+            for (int i = 0; i < 32; ++i) t[i] = coefficient * c[i];
+        } else {
+#pragma unroll
+            for (int i = 0; i < 32; ++i) t[i] = fmaf(coefficient, c[i], t[i]);
         }
     }
-
-    __device__ void add_to(Shared<T>& s) const {
-        const int lane = threadIdx.x % 32, m0 = threadIdx.x / 128 * 32 + lane / 4, n0 = threadIdx.x / 32 % 4 * 32 + lane % 4 * 2;
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            const int tile_m = i / 8, half = i / 4 % 2, tile_n = i % 4;
-            uint32_t& word = *reinterpret_cast<uint32_t*>(&s.weight[m0 + 16 * tile_m + 8 * half][n0 + 8 * tile_n]);
-            const float2 old = unpack(word, T{});
-            word = pack({old.x + sum[tile_m][tile_n][2 * half], old.y + sum[tile_m][tile_n][2 * half + 1]}, T{});
-        }
-    }
+    // Of own row i and column c.
+    __device__ __forceinline__ float at(int i, int c) const { return sum[i / 2][c % 4][i % 2 * 2 + c / 4]; }
 };
 
-// f32: plain fma, since TF32 would round the operands. Thread (y, x) has rows 4 y + i and columns 4 x + j, 64 + 4 x + j.
-template <> struct Product<float> {
-    float current[4][8] = {}, sum[4][8] = {};
+__device__ __forceinline__ void add(Pack<float>& w, const float (&x)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) w.lane[i] += x[i];
+}
+template <class T> __device__ __forceinline__ void add(Pack<T>& w, const float (&x)[8]) {
+    uint32_t words[4] = {w.bits.x, w.bits.y, w.bits.z, w.bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 old = unpack(words[i], T{});
+        words[i] = pack({old.x + x[2 * i], old.y + x[2 * i + 1]}, T{});
+    }
+    w.bits = {words[0], words[1], words[2], words[3]};
+}
 
-    __device__ void multiply(const Shared<float>& s, int stage, int depth) {
-        const int x = threadIdx.x % 16, y = threadIdx.x / 16;
-        for (int k = 0; k < depth; k += 4) {
-            Pack<float> b[4];
+// An empty sum copies bits.
+template <bool kPlain, class T> __device__ void store_weight(const uint4 (&own_weight)[kOwnRows * kOwnPacks<T>][kThreads], const Job& job, const Step& step,
+                                                const Product& product) {
+    const Own own;
+    const LswTarget& target = job.target;
+    const uint32_t rows = target.rows, cols = target.cols;
+    const uint64_t stride = target.weight_stride;
+    const bool aligned = target.flags & LSW_WEIGHT_ALIGNED, is_sum = job.term_count > 0;
+    const uint32_t row = step.row + own.row, col = step.col + own.col;
+    T* weight = reinterpret_cast<T*>(target.weight) + row * stride + col;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) b[i] = load16(&s.b[stage][4 * y + i][k]);
+    for (int i = 0; i < kOwnRows; ++i, weight += 8 * stride) {
+        const int valid = kPlain ? kOwnCols : row + 8 * i < rows ? static_cast<int>(cols - col) : 0;
 #pragma unroll
-            for (int kk = 0; kk < 4; ++kk) {
-                const Pack<float> a[2] = {load16(&s.a[stage][k + kk][4 * x]), load16(&s.a[stage][k + kk][64 + 4 * x])};
+        for (int p = 0; p < kOwnPacks<T>; ++p) {
+            Pack<T> w;
+            w.bits = own_weight[i * kOwnPacks<T> + p][threadIdx.x];
+            float x[kPack<T>];
 #pragma unroll
-                for (int i = 0; i < 32; ++i) current[i / 8][i % 8] = fmaf(b[i / 8].lane[kk], a[i % 8 / 4].lane[i % 4], current[i / 8][i % 8]);
-            }
+            for (int c = 0; c < kPack<T>; ++c) x[c] = product.at(i, p * kPack<T> + c);
+            if (is_sum) add(w, x);
+            store_chunk<kPlain>(weight + p * kPack<T>, w, valid - p * kPack<T>, aligned);
         }
     }
+}
 
-    __device__ void finish_term(float coefficient) {
-#pragma unroll
-        for (int i = 0; i < 32; ++i) {
-            sum[i / 8][i % 8] = fmaf(coefficient, current[i / 8][i % 8], sum[i / 8][i % 8]);
-            current[i / 8][i % 8] = 0.0f;
-        }
+template <class T> __device__ void switch_tiles(const LswSwitchArgs& args, Shared<T>& s) {
+    const Own own;
+    plan(args, s, args.first, 0);
+    uint32_t first = args.first;
+    Step next{};
+    bool has_next = find(args, s, blockIdx.x, first, next);
+    uint32_t taken = 0;
+    if (has_next) {
+        if (threadIdx.x == 0) taken = gridDim.x + atomicAdd(&state(args)->next_tile, 1);
+        load(s, 0, next);
     }
-
-    __device__ void add_to(Shared<float>& s) const {
-        const int x = threadIdx.x % 16, y = threadIdx.x / 16;
-#pragma unroll
-        for (int i = 0; i < 32; ++i) s.weight[4 * y + i / 8][i % 8 / 4 * 64 + 4 * x + i % 4] += sum[i / 8][i % 8];
-    }
-};
-
-template <class T> __device__ void switch_tile(const LswSwitchArgs& args, Shared<T>& s, const LswTarget& target, uint32_t index) {
-    const uint32_t tiles_per_row = (target.cols + kCols - 1) / kCols;
-    const Tile tile{index / tiles_per_row * kRows, index % tiles_per_row * kCols, target.rows, target.cols};
-    const bool aligned = target.flags & LSW_WEIGHT_ALIGNED;
-    constexpr int kChunks = kCols / kPack<T>;
-
-    const T* base = reinterpret_cast<const T*>(target.base) + tile.row * target.base_stride + tile.col;
-    for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
-        const int m = i / kChunks, n = i % kChunks * kPack<T>;
-        load_chunk(&s.weight[m][n], base + m * target.base_stride + n, m < tile.valid_rows() ? tile.valid_cols(n) : 0, aligned);
-    }
-    copy_commit();
-
-    if (s.term_count > 0) {
-        // Two stages of panels: the next step's loads run under this step's product.
-        Product<T> product;
-        Step step{0, 0};
-        load_panels(s, 0, tile, step);
+    Product product;
+    for (int stage = 0; has_next; stage ^= 1) {
+        Step now = next;
+        if (threadIdx.x == 0) s.next_tile[stage] = taken;
         copy_commit();
-        for (int stage = 0; step.term < s.term_count; stage ^= 1) {
-            const Term& term = s.terms[step.term];
-            const Step next = step.next(term);
-            if (next.term < s.term_count) load_panels(s, stage ^ 1, tile, next);
-            copy_commit();
-            copy_wait<1>();
-            __syncthreads();
-            product.multiply(s, stage, depth_of(term, step.k));
-            if (step.is_last_of(term)) product.finish_term(term.coefficient);
-            __syncthreads();
-            step = next;
-        }
-        product.add_to(s);
-    }
-    copy_wait<0>();
-    __syncthreads();
+        copy_wait<0>();
+        __syncthreads();
 
-    T* weight = reinterpret_cast<T*>(target.weight) + tile.row * target.weight_stride + tile.col;
-    for (int i = threadIdx.x; i < tile.valid_rows() * kChunks; i += kThreads) {
-        const int m = i / kChunks, n = i % kChunks * kPack<T>;
-        store_chunk(weight + m * target.weight_stride + n, &s.weight[m][n], tile.valid_cols(n), aligned);
+        const Job& job = s.jobs[now.job];
+        for (int i = 0; i < kDepth<T> / kSlice && next.term < job.term_count; ++i) next_slice(job, next.term, next.k);
+        const bool is_last = next.term >= job.term_count;
+        if (is_last) {
+            has_next = find(args, s, s.next_tile[stage], first, next);
+            if (has_next && threadIdx.x == 0) taken = gridDim.x + atomicAdd(&state(args)->next_tile, 1);
+        }
+        if (has_next) load(s, stage ^ 1, next);
+
+        for (int depth = 0; depth < kDepth<T> && now.term < job.term_count; depth += kSlice) {
+            const uint32_t term = now.term;
+            multiply(product.current, s.panels[stage], depth, now.k == 0, own);
+            next_slice(job, now.term, now.k);
+            if (now.term != term) product.finish_term(job.terms[term].coefficient, term == 0);
+        }
+        if (is_last && now.is_plain) store_weight<true, T>(s.weights[now.weight], job, now, product);
+        if (is_last && !now.is_plain) store_weight<false, T>(s.weights[now.weight], job, now, product);
     }
 }
 
@@ -267,32 +414,10 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
     extern __shared__ __align__(16) unsigned char raw[];
     Shared<T>& s = *reinterpret_cast<Shared<T>*>(raw);
     if (threadIdx.x < 32) canonical_route(args, s.route);
-    if (threadIdx.x == 0) s.any_changed = 0;
+    if (threadIdx.x == 0) s.any_changed = 0, s.jobs[0].begin = 0, s.jobs[0].target.tiles = 0;  // no target yet
     __syncthreads();
-
-    uint32_t tile = blockIdx.x, planned = 0;  // tiles of the targets that were planned before
-    for (uint32_t first = args.first; first < args.last; first += kThreads) {
-        plan(args, s, first);
-        const uint32_t total = s.prefix[kThreads];
-        uint32_t current = ~0u;
-        while (tile - planned < total) {
-            if (threadIdx.x == 0) s.next_tile = gridDim.x + atomicAdd(&state(args)->next_tile, 1);
-            uint32_t i = 0;  // the last target whose tiles begin at or before this one
-            for (uint32_t step = kThreads / 2; step > 0; step /= 2) {
-                if (s.prefix[i + step] <= tile - planned) i += step;
-            }
-            if (i != current) {
-                if (threadIdx.x < 32) build_terms(args, s, first + i);
-                current = i;
-            }
-            __syncthreads();
-            if (s.term_count > 0 || !args.in_place) switch_tile(args, s, target_of(args, first + i), tile - planned - s.prefix[i]);
-            tile = s.next_tile;
-            __syncthreads();
-        }
-        planned += total;
-        __syncthreads();
-    }
+    switch_tiles(args, s);
+    __syncthreads();
 
     // Nothing to do: every block finds the same, so there is no queue to reset and nothing to record.
     if (!s.any_changed) return;
