@@ -245,14 +245,19 @@ template <class T> __device__ __forceinline__ void load(Shared<T>& s, int stage,
     step.is_plain ? load<true>(s, stage, step) : load<false>(s, stage, step);
 }
 
-__device__ __forceinline__ void zero(float (&d)[2][4][4]) {
+// A warp's 32 x 32 of the sum, by mma: accumulators of [row block i][column block j]. Column n of block j is column 4 n + j ...
+using Sum = float[2][4][4];
+
+// Adds the four mmas of a row block.
+__device__ __forceinline__ void add_product(float (&sum)[4][4], const float (&product)[4][4], float coefficient) {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) (&d[0][0][0])[i] = 0.0f;
+    for (int i = 0; i < 16; ++i) sum[i / 4][i % 4] = fmaf(coefficient, product[i / 4][i % 4], sum[i / 4][i % 4]);
 }
 
-// One slice: d += b a for a warp's 32 x 32. Column n of the j-th mma is column 4 n + j of the tile ...
-template <class T> __device__ __forceinline__ void multiply(float (&d)[2][4][4], const Panels<T>& s, int k, bool starts, const Own& own) {
-    uint32_t a[4][2], b[2][4];
+// One slice: sum += coefficient * b a.
+template <class T> __device__ __forceinline__ void multiply(Sum& sum, float coefficient, const Panels<T>& s, int k) {
+    const Own own;
+    uint32_t a[4][2], b[4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const T* p = &s.a[k + 8 * half + 2 * own.in_group][own.warp_col + 4 * own.group];
@@ -262,10 +267,13 @@ template <class T> __device__ __forceinline__ void multiply(float (&d)[2][4][4],
     }
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) ldmatrix4(b[i], &s.b[own.warp_row + 16 * i + lane % 16][k + lane / 16 * 8]);
-    if (starts) zero(d);
+    for (int i = 0; i < 2; ++i) {
+        ldmatrix4(b, &s.b[own.warp_row + 16 * i + lane % 16][k + lane / 16 * 8]);
+        float product[4][4] = {};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) mma16816(d[i / 4][i % 4], b[i / 4], a[i % 4][0], a[i % 4][1], T{});
+        for (int j = 0; j < 4; ++j) mma16816(product[j], b, a[j][0], a[j][1], T{});
+        add_product(sum[i], product, coefficient);
+    }
 }
 
 struct Parts {
@@ -282,8 +290,9 @@ __device__ __forceinline__ Parts split(float x, float y) {
     return parts;
 }
 
-template <> __device__ __forceinline__ void multiply(float (&d)[2][4][4], const Panels<float>& s, int k, bool starts, const Own& own) {
-    if (starts) zero(d);
+template <>
+__device__ __forceinline__ void multiply(Sum& sum, float coefficient, const Panels<float>& s, int k) {
+    const Own own;
     Parts a[4][2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -302,33 +311,16 @@ template <> __device__ __forceinline__ void multiply(float (&d)[2][4][4], const 
             b[0][q] = parts.of[0], b[1][q] = parts.of[1], b[2][q] = parts.of[2];
         }
         constexpr int kOrder[6][2] = {{2, 0}, {0, 2}, {1, 1}, {1, 0}, {0, 1}, {0, 0}};
+        float product[4][4] = {};
 #pragma unroll
         for (int o = 0; o < 6; ++o) {
 #pragma unroll
             for (int j = 0; j < 4; ++j)
-                mma16816(d[i][j], b[kOrder[o][0]], a[j][0].of[kOrder[o][1]], a[j][1].of[kOrder[o][1]], __nv_bfloat16{});
+                mma16816(product[j], b[kOrder[o][0]], a[j][0].of[kOrder[o][1]], a[j][1].of[kOrder[o][1]], __nv_bfloat16{});
         }
+        add_product(sum[i], product, coefficient);
     }
 }
-
-// `current` is the running B_j A_j of one term, `sum` what has been added up with coefficients.
-struct Product {
-    float current[2][4][4], sum[2][4][4];
-
-    __device__ __forceinline__ void finish_term(float coefficient, bool is_first) {
-        const float* c = &current[0][0][0];
-        float* t = &sum[0][0][0];
-        if (is_first) {
-#pragma unroll
-            for (int i = 0; i < 32; ++i) t[i] = coefficient * c[i];
-        } else {
-#pragma unroll
-            for (int i = 0; i < 32; ++i) t[i] = fmaf(coefficient, c[i], t[i]);
-        }
-    }
-    // Of own row i and column c.
-    __device__ __forceinline__ float at(int i, int c) const { return sum[i / 2][c % 4][i % 2 * 2 + c / 4]; }
-};
 
 __device__ __forceinline__ void add(Pack<float>& w, const float (&x)[4]) {
 #pragma unroll
@@ -344,9 +336,12 @@ template <class T> __device__ __forceinline__ void add(Pack<T>& w, const float (
     w.bits = {words[0], words[1], words[2], words[3]};
 }
 
+// Of own row i and column c.
+__device__ __forceinline__ float at(const Sum& sum, int i, int c) { return sum[i / 2][c % 4][i % 2 * 2 + c / 4]; }
+
 // An empty sum copies bits.
 template <bool kPlain, class T> __device__ void store_weight(const uint4 (&own_weight)[kOwnRows * kOwnPacks<T>][kThreads], const Job& job, const Step& step,
-                                                const Product& product) {
+                                                const Sum& sum) {
     const Own own;
     const LswTarget& target = job.target;
     const uint32_t rows = target.rows, cols = target.cols;
@@ -363,7 +358,7 @@ template <bool kPlain, class T> __device__ void store_weight(const uint4 (&own_w
             w.bits = own_weight[i * kOwnPacks<T> + p][threadIdx.x];
             float x[kPack<T>];
 #pragma unroll
-            for (int c = 0; c < kPack<T>; ++c) x[c] = product.at(i, p * kPack<T> + c);
+            for (int c = 0; c < kPack<T>; ++c) x[c] = at(sum, i, p * kPack<T> + c);
             if (is_sum) add(w, x);
             store_chunk<kPlain>(weight + p * kPack<T>, w, valid - p * kPack<T>, aligned);
         }
@@ -371,7 +366,6 @@ template <bool kPlain, class T> __device__ void store_weight(const uint4 (&own_w
 }
 
 template <class T> __device__ void switch_tiles(const LswSwitchArgs& args, Shared<T>& s) {
-    const Own own;
     plan(args, s, args.first, 0);
     uint32_t first = args.first;
     Step next{};
@@ -381,7 +375,7 @@ template <class T> __device__ void switch_tiles(const LswSwitchArgs& args, Share
         if (threadIdx.x == 0) taken = gridDim.x + atomicAdd(&state(args)->next_tile, 1);
         load(s, 0, next);
     }
-    Product product;
+    Sum sum = {};
     for (int stage = 0; has_next; stage ^= 1) {
         Step now = next;
         if (threadIdx.x == 0) s.next_tile[stage] = taken;
@@ -399,13 +393,17 @@ template <class T> __device__ void switch_tiles(const LswSwitchArgs& args, Share
         if (has_next) load(s, stage ^ 1, next);
 
         for (int depth = 0; depth < kDepth<T> && now.term < job.term_count; depth += kSlice) {
-            const uint32_t term = now.term;
-            multiply(product.current, s.panels[stage], depth, now.k == 0, own);
+            multiply(sum, job.terms[now.term].coefficient, s.panels[stage], depth);
             next_slice(job, now.term, now.k);
-            if (now.term != term) product.finish_term(job.terms[term].coefficient, term == 0);
         }
-        if (is_last && now.is_plain) store_weight<true, T>(s.weights[now.weight], job, now, product);
-        if (is_last && !now.is_plain) store_weight<false, T>(s.weights[now.weight], job, now, product);
+        if (!is_last) continue;
+        if (now.is_plain) {
+            store_weight<true, T>(s.weights[now.weight], job, now, sum);
+        } else {
+            store_weight<false, T>(s.weights[now.weight], job, now, sum);
+        }
+#pragma unroll
+        for (int i = 0; i < 32; ++i) (&sum[0][0][0])[i] = 0.0f;
     }
 }
 
