@@ -17,7 +17,7 @@ enum {
     LSW_BANK_THREADS = 64,
     LSW_BANK_BATCH = 64, /* factors that one launch writes: they travel as kernel arguments (19 KB) */
 
-    LSW_SWITCH_THREADS = 256, /* also the targets that are planned at a time */
+    LSW_SWITCH_THREADS = 128, /* also the targets that are planned at a time */
     LSW_SWITCH_TILE_ROWS = 64,
     LSW_SWITCH_TILE_COLS = 128,
     LSW_SWITCH_SHARED_16BIT = 68 * 1024, /* bytes a block; asserted by the kernel */

@@ -23,16 +23,18 @@ namespace {
 constexpr int kThreads = LSW_SWITCH_THREADS;
 constexpr int kRows = LSW_SWITCH_TILE_ROWS;
 constexpr int kCols = LSW_SWITCH_TILE_COLS;
-constexpr int kWarpTile = 32;  // rows and columns of a warp
+constexpr int kWarpRows = 32, kWarpCols = 64;  // of a tile, a warp's
 constexpr int kSlice = 16;     // of a rank: what one mma takes
 #ifndef SLICES16
 #define SLICES16 2
 #define SLICES32 1
 #endif
 template <class T> constexpr int kDepth = kSlice * (sizeof(T) == 2 ? SLICES16 : SLICES32);  // of a panel: whole slices
-constexpr int kOwnRows = 4, kOwnCols = 8;                                                     // of a tile, a thread's
-template <class T> constexpr int kOwnPacks = kOwnCols / kPack<T>;                             // in a row
-static_assert(kThreads == kRows / kWarpTile * (kCols / kWarpTile) * 32, "the warps cover the tile");
+constexpr int kOwnRows = 4;        // of a tile, a thread's: 8 apart; and in each of them, in both halves of the warp's columns,
+constexpr int kOwnCols = 8;        // so many columns in a row
+template <class T> constexpr int kHalfPacks = kOwnCols / kPack<T>;  // of 16 bytes, in such a row of columns
+template <class T> constexpr int kOwnPacks = kOwnRows * 2 * kHalfPacks<T>;
+static_assert(kThreads == kRows / kWarpRows * (kCols / kWarpCols) * 32, "the warps cover the tile");
 
 struct Term {
     const void* a;
@@ -58,7 +60,7 @@ template <class T> struct Panels {
 };
 
 template <class T> struct Shared {
-    uint4 weights[2][kOwnRows * kOwnPacks<T>][kThreads];  // of two tiles, each thread's own
+    uint4 weight[kOwnPacks<T>][kThreads];  // each thread's own
     Panels<T> panels[2];
     Job jobs[2];
     Route route;
@@ -115,7 +117,7 @@ template <class T> __device__ void build(const LswSwitchArgs& args, const Route&
 
 // A step of the sum of a tile: the panels from slice (term, k) on.
 struct Step {
-    uint32_t job, weight;  // which of the two
+    uint32_t job;  // which of the two
     uint32_t row, col;
     uint32_t term, k;
     bool is_plain;
@@ -142,7 +144,7 @@ template <class T> __device__ bool find(const LswSwitchArgs& args, Shared<T>& s,
     const uint32_t index = tile - job.begin, per_row = job.tiles_per_row;
     const uint32_t row = index / per_row * kRows, col = index % per_row * kCols;
     const bool is_whole = row + kRows <= job.target.rows && col + kCols <= job.target.cols;
-    step = {step.job, step.weight ^ 1, row, col, 0, 0, job.is_plain && is_whole};
+    step = {step.job, row, col, 0, 0, job.is_plain && is_whole};
     return true;
 }
 
@@ -173,33 +175,42 @@ template <bool kPlain, class T> __device__ __forceinline__ void store_chunk(T* g
     }
 }
 
-// A thread's place in a tile: rows row + 8 i, columns col to col + 7, which an mma's accumulators make its own.
+// A thread's place in a tile.
 struct Own {
     int group, in_group, warp_row, warp_col, row, col;
     __device__ Own() {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         group = lane / 4, in_group = lane % 4;
-        warp_row = warp / (kCols / kWarpTile) * kWarpTile, warp_col = warp % (kCols / kWarpTile) * kWarpTile;
+        warp_row = warp / (kCols / kWarpCols) * kWarpRows, warp_col = warp % (kCols / kWarpCols) * kWarpCols;
         row = warp_row + group, col = warp_col + in_group * kOwnCols;
     }
 };
 
-template <bool kPlain, class T> __device__ void load_weight(uint4 (&weight)[kOwnRows * kOwnPacks<T>][kThreads], const LswTarget& target, const Step& step) {
-    const Own own;
+// Calls f(pack, offset, valid) for each of a thread's packs of W: where it is, from the first on, and how many of its elements exist.
+template <bool kPlain, class T, class F>
+__device__ __forceinline__ void each_pack(const LswTarget& target, uint64_t stride, uint32_t row, uint32_t col, F f) {
     const uint32_t rows = target.rows, cols = target.cols;
-    const uint64_t stride = target.base_stride;
-    const bool aligned = target.flags & LSW_WEIGHT_ALIGNED;
-    const uint32_t row = step.row + own.row, col = step.col + own.col;
-    const T* base = reinterpret_cast<const T*>(target.base) + row * stride + col;
+    uint64_t offset = 0;
 #pragma unroll
-    for (int i = 0; i < kOwnRows; ++i, base += 8 * stride) {
-        const int valid = kPlain ? kOwnCols : row + 8 * i < rows ? static_cast<int>(cols - col) : 0;
+    for (int i = 0; i < kOwnRows; ++i, offset += 8 * stride) {
+        const int valid = kPlain ? kCols : row + 8 * i < rows ? static_cast<int>(cols - col) : 0;
 #pragma unroll
-        for (int p = 0; p < kOwnPacks<T>; ++p) {
-            load_chunk<kPlain>(&weight[i * kOwnPacks<T> + p][threadIdx.x], base + p * kPack<T>,
-                       valid - p * kPack<T>, aligned);
+        for (int p = 0; p < 2 * kHalfPacks<T>; ++p) {
+            const int n = p / kHalfPacks<T> * (kWarpCols / 2) + p % kHalfPacks<T> * kPack<T>;
+            f(i * 2 * kHalfPacks<T> + p, offset + n, valid - n);
         }
     }
+}
+
+template <bool kPlain, class T> __device__ __forceinline__ void load_weight(Shared<T>& s, const LswTarget& target, const Step& step) {
+    const Own own;
+    const uint32_t row = step.row + own.row, col = step.col + own.col;
+    const uint64_t stride = target.base_stride;
+    const bool aligned = target.flags & LSW_WEIGHT_ALIGNED;
+    const T* base = reinterpret_cast<const T*>(target.base) + row * stride + col;
+    each_pack<kPlain, T>(target, stride, row, col, [&](int pack, uint64_t offset, int valid) {
+        load_chunk<kPlain>(&s.weight[pack][threadIdx.x], base + offset, valid, aligned);
+    });
 }
 
 // Calls f(i) for i < kCount, dealt out to the threads.
@@ -215,6 +226,7 @@ template <bool kPlain, class T> __device__ void load_panels(Panels<T>& panels, c
     const int rows = job.target.rows - step.row, cols = job.target.cols - step.col;
     const uint32_t count = job.term_count;
     uint32_t term = step.term, k = step.k;
+#pragma unroll 1
     for (int depth = 0; depth < kDepth<T> && term < count; depth += kSlice) {
         const Term t = job.terms[term];
         const int rank = t.rank - k;
@@ -236,20 +248,11 @@ template <bool kPlain, class T> __device__ void load_panels(Panels<T>& panels, c
     }
 }
 
-template <bool kPlain, class T> __device__ __forceinline__ void load(Shared<T>& s, int stage, const Step& step) {
-    const Job& job = s.jobs[step.job];
-    if (step.term == 0 && step.k == 0) load_weight<kPlain, T>(s.weights[step.weight], job.target, step);
-    load_panels<kPlain>(s.panels[stage], job, step);
-}
-template <class T> __device__ __forceinline__ void load(Shared<T>& s, int stage, const Step& step) {
-    step.is_plain ? load<true>(s, stage, step) : load<false>(s, stage, step);
-}
+// A warp's 32 x 64 of the sum, by mma: accumulators of [row block i][column block j]. Column n of block j is column 4 n + j ...
+using Sum = float[2][8][4];
 
-// A warp's 32 x 32 of the sum, by mma: accumulators of [row block i][column block j]. Column n of block j is column 4 n + j ...
-using Sum = float[2][4][4];
-
-// Adds the four mmas of a row block.
-__device__ __forceinline__ void add_product(float (&sum)[4][4], const float (&product)[4][4], float coefficient) {
+// Adds four mmas of a row block.
+__device__ __forceinline__ void add_product(float (*sum)[4], const float (&product)[4][4], float coefficient) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) sum[i / 4][i % 4] = fmaf(coefficient, product[i / 4][i % 4], sum[i / 4][i % 4]);
 }
@@ -257,22 +260,27 @@ __device__ __forceinline__ void add_product(float (&sum)[4][4], const float (&pr
 // One slice: sum += coefficient * b a.
 template <class T> __device__ __forceinline__ void multiply(Sum& sum, float coefficient, const Panels<T>& s, int k) {
     const Own own;
-    uint32_t a[4][2], b[4];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const T* p = &s.a[k + 8 * half + 2 * own.in_group][own.warp_col + 4 * own.group];
-        const uint2 even = *reinterpret_cast<const uint2*>(p), odd = *reinterpret_cast<const uint2*>(p + kCols + kPack<T>);
-        a[0][half] = __byte_perm(even.x, odd.x, 0x5410), a[1][half] = __byte_perm(even.x, odd.x, 0x7632);
-        a[2][half] = __byte_perm(even.y, odd.y, 0x5410), a[3][half] = __byte_perm(even.y, odd.y, 0x7632);
-    }
     const int lane = threadIdx.x % 32;
+    uint32_t b[2][4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        ldmatrix4(b, &s.b[own.warp_row + 16 * i + lane % 16][k + lane / 16 * 8]);
-        float product[4][4] = {};
+    for (int i = 0; i < 2; ++i) ldmatrix4(b[i], &s.b[own.warp_row + 16 * i + lane % 16][k + lane / 16 * 8]);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) mma16816(product[j], b, a[j][0], a[j][1], T{});
-        add_product(sum[i], product, coefficient);
+    for (int h = 0; h < 2; ++h) {
+        uint32_t a[4][2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const T* p = &s.a[k + 8 * half + 2 * own.in_group][own.warp_col + kWarpCols / 2 * h + 4 * own.group];
+            const uint2 even = *reinterpret_cast<const uint2*>(p), odd = *reinterpret_cast<const uint2*>(p + kCols + kPack<T>);
+            a[0][half] = __byte_perm(even.x, odd.x, 0x5410), a[1][half] = __byte_perm(even.x, odd.x, 0x7632);
+            a[2][half] = __byte_perm(even.y, odd.y, 0x5410), a[3][half] = __byte_perm(even.y, odd.y, 0x7632);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float product[4][4] = {};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) mma16816(product[j], b[i], a[j][0], a[j][1], T{});
+            add_product(&sum[i][4 * h], product, coefficient);
+        }
     }
 }
 
@@ -290,35 +298,37 @@ __device__ __forceinline__ Parts split(float x, float y) {
     return parts;
 }
 
-template <>
-__device__ __forceinline__ void multiply(Sum& sum, float coefficient, const Panels<float>& s, int k) {
+template <> __device__ __forceinline__ void multiply(Sum& sum, float coefficient, const Panels<float>& s, int k) {
     const Own own;
-    Parts a[4][2];
+    Parts b[2][4];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const float* p = &s.a[k + 8 * half + 2 * own.in_group][own.warp_col + 4 * own.group];
-        const Pack<float> even = load16(p), odd = load16(p + kCols + kPack<float>);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) a[j][half] = split(even.lane[j], odd.lane[j]);
+    for (int q = 0; q < 8; ++q) {
+        const float2 pair = *reinterpret_cast<const float2*>(&s.b[own.row + 8 * (q / 4 * 2 + q % 2)][k + q / 2 % 2 * 8 + 2 * own.in_group]);
+        b[q / 4][q % 4] = split(pair.x, pair.y);
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        uint32_t b[3][4];
+    for (int h = 0; h < 2; ++h) {
+        Parts a[4][2];
 #pragma unroll
-        for (int q = 0; q < 4; ++q) {
-            const float2 pair = *reinterpret_cast<const float2*>(&s.b[own.row + 16 * i + q % 2 * 8][k + q / 2 * 8 + 2 * own.in_group]);
-            const Parts parts = split(pair.x, pair.y);
-            b[0][q] = parts.of[0], b[1][q] = parts.of[1], b[2][q] = parts.of[2];
+        for (int half = 0; half < 2; ++half) {
+            const float* p = &s.a[k + 8 * half + 2 * own.in_group][own.warp_col + kWarpCols / 2 * h + 4 * own.group];
+            const Pack<float> even = load16(p), odd = load16(p + kCols + kPack<float>);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) a[j][half] = split(even.lane[j], odd.lane[j]);
         }
         constexpr int kOrder[6][2] = {{2, 0}, {0, 2}, {1, 1}, {1, 0}, {0, 1}, {0, 0}};
-        float product[4][4] = {};
 #pragma unroll
-        for (int o = 0; o < 6; ++o) {
+        for (int i = 0; i < 2; ++i) {
+            float product[4][4] = {};
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
-                mma16816(product[j], b[kOrder[o][0]], a[j][0].of[kOrder[o][1]], a[j][1].of[kOrder[o][1]], __nv_bfloat16{});
+            for (int o = 0; o < 6; ++o) {
+                const int p = kOrder[o][0], q = kOrder[o][1];
+                const uint32_t part[4] = {b[i][0].of[p], b[i][1].of[p], b[i][2].of[p], b[i][3].of[p]};
+#pragma unroll
+                for (int j = 0; j < 4; ++j) mma16816(product[j], part, a[j][0].of[q], a[j][1].of[q], __nv_bfloat16{});
+            }
+            add_product(&sum[i][4 * h], product, coefficient);
         }
-        add_product(sum[i], product, coefficient);
     }
 }
 
@@ -336,51 +346,59 @@ template <class T> __device__ __forceinline__ void add(Pack<T>& w, const float (
     w.bits = {words[0], words[1], words[2], words[3]};
 }
 
-// Of own row i and column c.
-__device__ __forceinline__ float at(const Sum& sum, int i, int c) { return sum[i / 2][c % 4][i % 2 * 2 + c / 4]; }
-
 // An empty sum copies bits.
-template <bool kPlain, class T> __device__ void store_weight(const uint4 (&own_weight)[kOwnRows * kOwnPacks<T>][kThreads], const Job& job, const Step& step,
-                                                const Sum& sum) {
+template <bool kPlain, class T>
+__device__ __forceinline__ void store_weight(const Shared<T>& s, const Job& job, const Step& step, const Sum& sum) {
     const Own own;
-    const LswTarget& target = job.target;
-    const uint32_t rows = target.rows, cols = target.cols;
-    const uint64_t stride = target.weight_stride;
-    const bool aligned = target.flags & LSW_WEIGHT_ALIGNED, is_sum = job.term_count > 0;
     const uint32_t row = step.row + own.row, col = step.col + own.col;
-    T* weight = reinterpret_cast<T*>(target.weight) + row * stride + col;
+    const uint64_t stride = job.target.weight_stride;
+    const bool aligned = job.target.flags & LSW_WEIGHT_ALIGNED, is_sum = job.term_count > 0;
+    T* weight = reinterpret_cast<T*>(job.target.weight) + row * stride + col;
+    each_pack<kPlain, T>(job.target, stride, row, col, [&](int pack, uint64_t offset, int valid) {
+        Pack<T> w;
+        w.bits = s.weight[pack][threadIdx.x];
+        const int i = pack / (2 * kHalfPacks<T>), h = pack / kHalfPacks<T> % 2;
+        float x[kPack<T>];
 #pragma unroll
-    for (int i = 0; i < kOwnRows; ++i, weight += 8 * stride) {
-        const int valid = kPlain ? kOwnCols : row + 8 * i < rows ? static_cast<int>(cols - col) : 0;
-#pragma unroll
-        for (int p = 0; p < kOwnPacks<T>; ++p) {
-            Pack<T> w;
-            w.bits = own_weight[i * kOwnPacks<T> + p][threadIdx.x];
-            float x[kPack<T>];
-#pragma unroll
-            for (int c = 0; c < kPack<T>; ++c) x[c] = at(sum, i, p * kPack<T> + c);
-            if (is_sum) add(w, x);
-            store_chunk<kPlain>(weight + p * kPack<T>, w, valid - p * kPack<T>, aligned);
+        for (int e = 0; e < kPack<T>; ++e) {
+            const int c = pack % kHalfPacks<T> * kPack<T> + e;
+            x[e] = sum[i / 2][4 * h + c % 4][i % 2 * 2 + c / 4];
         }
-    }
+        if (is_sum) add(w, x);
+        store_chunk<kPlain>(weight + offset, w, valid, aligned);
+    });
+}
+
+template <class T> __device__ void load_weight(Shared<T>& s, const Step& step) {
+    const LswTarget& target = s.jobs[step.job].target;
+    step.is_plain ? load_weight<true>(s, target, step) : load_weight<false>(s, target, step);
+}
+template <class T> __device__ void load_panels(Shared<T>& s, int stage, const Step& step) {
+    const Job& job = s.jobs[step.job];
+    step.is_plain ? load_panels<true>(s.panels[stage], job, step) : load_panels<false>(s.panels[stage], job, step);
+}
+template <class T> __device__ void store_weight(const Shared<T>& s, const Step& step, const Sum& sum) {
+    const Job& job = s.jobs[step.job];
+    step.is_plain ? store_weight<true>(s, job, step, sum) : store_weight<false>(s, job, step, sum);
 }
 
 template <class T> __device__ void switch_tiles(const LswSwitchArgs& args, Shared<T>& s) {
     plan(args, s, args.first, 0);
-    uint32_t first = args.first;
+    uint32_t first = args.first, taken = 0;
     Step next{};
     bool has_next = find(args, s, blockIdx.x, first, next);
-    uint32_t taken = 0;
     if (has_next) {
         if (threadIdx.x == 0) taken = gridDim.x + atomicAdd(&state(args)->next_tile, 1);
-        load(s, 0, next);
+        load_panels(s, 0, next);
+        copy_commit();
+        load_weight(s, next);
+        copy_commit();
     }
     Sum sum = {};
     for (int stage = 0; has_next; stage ^= 1) {
         Step now = next;
         if (threadIdx.x == 0) s.next_tile[stage] = taken;
-        copy_commit();
-        copy_wait<0>();
+        copy_wait<1>();  // all but W
         __syncthreads();
 
         const Job& job = s.jobs[now.job];
@@ -390,20 +408,22 @@ template <class T> __device__ void switch_tiles(const LswSwitchArgs& args, Share
             has_next = find(args, s, s.next_tile[stage], first, next);
             if (has_next && threadIdx.x == 0) taken = gridDim.x + atomicAdd(&state(args)->next_tile, 1);
         }
-        if (has_next) load(s, stage ^ 1, next);
+        if (has_next) load_panels(s, stage ^ 1, next);
+        copy_commit();
 
+#pragma unroll 1
         for (int depth = 0; depth < kDepth<T> && now.term < job.term_count; depth += kSlice) {
             multiply(sum, job.terms[now.term].coefficient, s.panels[stage], depth);
             next_slice(job, now.term, now.k);
         }
-        if (!is_last) continue;
-        if (now.is_plain) {
-            store_weight<true, T>(s.weights[now.weight], job, now, sum);
-        } else {
-            store_weight<false, T>(s.weights[now.weight], job, now, sum);
-        }
+        if (is_last) {
+            copy_wait<1>();  // all but the next panels
+            store_weight(s, now, sum);
+            if (has_next) load_weight(s, next);
 #pragma unroll
-        for (int i = 0; i < 32; ++i) (&sum[0][0][0])[i] = 0.0f;
+            for (int i = 0; i < 64; ++i) (&sum[0][0][0])[i] = 0.0f;
+        }
+        copy_commit();
     }
 }
 
@@ -432,16 +452,16 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
 
 }  // namespace
 
-#define LSW_SWITCH(suffix, T)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(LSW_SWITCH_THREADS, 2)                                          \
+#define LSW_SWITCH(suffix, T, blocks)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(LSW_SWITCH_THREADS, blocks)                                          \
         lsw_switch_##suffix(const __grid_constant__ LswSwitchArgs args) {                                        \
         static_assert(sizeof(Shared<T>) <= (sizeof(T) == 2 ? LSW_SWITCH_SHARED_16BIT : LSW_SWITCH_SHARED_32BIT), \
                       "the host asks for this much shared memory");                                              \
         switch_all<T>(args);                                                                                     \
     }
-LSW_SWITCH(f32, float)
-LSW_SWITCH(f16, __half)
-LSW_SWITCH(bf16, __nv_bfloat16)
+LSW_SWITCH(f32, float, 3)
+LSW_SWITCH(f16, __half, 4)
+LSW_SWITCH(bf16, __nv_bfloat16, 4)
 
 extern "C" __global__ void __launch_bounds__(LSW_MAX_K) lsw_switch_current(const __grid_constant__ LswCurrentArgs args) {
     if (threadIdx.x >= args.k_max) return;
