@@ -20,8 +20,8 @@ enum {
     LSW_SWITCH_THREADS = 128, /* also the targets that are planned at a time */
     LSW_SWITCH_TILE_ROWS = 64,
     LSW_SWITCH_TILE_COLS = 128,
-    LSW_SWITCH_SHARED_16BIT = 68 * 1024, /* bytes a block; asserted by the kernel */
-    LSW_SWITCH_SHARED_32BIT = 99 * 1024,
+    LSW_SWITCH_SHARED_16BIT = 50 * 1024, /* bytes a block; asserted by the kernel */
+    LSW_SWITCH_SHARED_32BIT = 92 * 1024,
 
     /* The Hopper path. */
     LSW_SWITCH90_THREADS = 512, /* two warpgroups that move data, two that compute */

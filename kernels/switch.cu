@@ -25,11 +25,7 @@ constexpr int kRows = LSW_SWITCH_TILE_ROWS;
 constexpr int kCols = LSW_SWITCH_TILE_COLS;
 constexpr int kWarpRows = 32, kWarpCols = 64;  // of a tile, a warp's
 constexpr int kSlice = 16;     // of a rank: what one mma takes
-#ifndef SLICES16
-#define SLICES16 2
-#define SLICES32 1
-#endif
-template <class T> constexpr int kDepth = kSlice * (sizeof(T) == 2 ? SLICES16 : SLICES32);  // of a panel: whole slices
+constexpr int kDepth = 2 * kSlice;  // of a panel
 constexpr int kOwnRows = 4;        // of a tile, a thread's: 8 apart; and in each of them, in both halves of the warp's columns,
 constexpr int kOwnCols = 8;        // so many columns in a row
 template <class T> constexpr int kHalfPacks = kOwnCols / kPack<T>;  // of 16 bytes, in such a row of columns
@@ -55,8 +51,8 @@ struct Job {
 
 // Panels. Rows are padded so that what a warp reads at once falls into different banks.
 template <class T> struct Panels {
-    T a[kDepth<T>][kCols + kPack<T>];
-    T b[kRows][kDepth<T> + 8];
+    T a[kDepth][kCols + kPack<T>];
+    T b[kRows][kDepth + 8];
 };
 
 template <class T> struct Shared {
@@ -65,6 +61,7 @@ template <class T> struct Shared {
     Job jobs[2];
     Route route;
     uint32_t prefix[kThreads + 1];  // tiles of all changed targets before this one
+    uint32_t first;                 // of the targets that are planned
     uint32_t warp_total[kThreads / 32];
     uint32_t next_tile[2];
     uint32_t is_last;
@@ -87,7 +84,7 @@ template <class T> __device__ void plan(const LswSwitchArgs& args, Shared<T>& s,
     sum += before;
     for (uint32_t w = 0; w < warp; ++w) sum += s.warp_total[w];
     s.prefix[threadIdx.x + 1] = sum;
-    if (threadIdx.x == 0) s.prefix[0] = before;
+    if (threadIdx.x == 0) s.prefix[0] = before, s.first = first;
     __syncthreads();
 }
 
@@ -123,12 +120,12 @@ struct Step {
     bool is_plain;
 };
 
-// Steps to the beginning of a tile: finds its target, from that of the step on. `first`: of the targets that are planned. False: there
+// Steps to the beginning of a tile: finds its target, from that of the step on. False: there
 // is no such tile.
-template <class T> __device__ bool find(const LswSwitchArgs& args, Shared<T>& s, uint32_t tile, uint32_t& first, Step& step) {
+template <class T> __device__ bool find(const LswSwitchArgs& args, Shared<T>& s, uint32_t tile, Step& step) {
     if (tile - s.jobs[step.job].begin >= s.jobs[step.job].target.tiles) {
         while (tile >= s.prefix[kThreads]) {
-            first += kThreads;
+            const uint32_t first = s.first + kThreads;
             if (first >= args.last) return false;
             plan(args, s, first, s.prefix[kThreads]);
         }
@@ -137,7 +134,7 @@ template <class T> __device__ bool find(const LswSwitchArgs& args, Shared<T>& s,
             if (s.prefix[i + half] <= tile) i += half;
         }
         step.job ^= 1;
-        if (threadIdx.x < 32) build<T>(args, s.route, first + i, s.prefix[i], s.jobs[step.job]);
+        if (threadIdx.x < 32) build<T>(args, s.route, s.first + i, s.prefix[i], s.jobs[step.job]);
         __syncthreads();
     }
     const Job& job = s.jobs[step.job];
@@ -227,7 +224,7 @@ template <bool kPlain, class T> __device__ void load_panels(Panels<T>& panels, c
     const uint32_t count = job.term_count;
     uint32_t term = step.term, k = step.k;
 #pragma unroll 1
-    for (int depth = 0; depth < kDepth<T> && term < count; depth += kSlice) {
+    for (int depth = 0; depth < kDepth && term < count; depth += kSlice) {
         const Term t = job.terms[term];
         const int rank = t.rank - k;
         constexpr int kChunksA = kCols / kPack<T>, kChunksB = kSlice / kPack<T>;
@@ -384,9 +381,9 @@ template <class T> __device__ void store_weight(const Shared<T>& s, const Step& 
 
 template <class T> __device__ void switch_tiles(const LswSwitchArgs& args, Shared<T>& s) {
     plan(args, s, args.first, 0);
-    uint32_t first = args.first, taken = 0;
+    uint32_t taken = 0;
     Step next{};
-    bool has_next = find(args, s, blockIdx.x, first, next);
+    bool has_next = find(args, s, blockIdx.x, next);
     if (has_next) {
         if (threadIdx.x == 0) taken = gridDim.x + atomicAdd(&state(args)->next_tile, 1);
         load_panels(s, 0, next);
@@ -402,17 +399,17 @@ template <class T> __device__ void switch_tiles(const LswSwitchArgs& args, Share
         __syncthreads();
 
         const Job& job = s.jobs[now.job];
-        for (int i = 0; i < kDepth<T> / kSlice && next.term < job.term_count; ++i) next_slice(job, next.term, next.k);
+        for (int i = 0; i < kDepth / kSlice && next.term < job.term_count; ++i) next_slice(job, next.term, next.k);
         const bool is_last = next.term >= job.term_count;
         if (is_last) {
-            has_next = find(args, s, s.next_tile[stage], first, next);
+            has_next = find(args, s, s.next_tile[stage], next);
             if (has_next && threadIdx.x == 0) taken = gridDim.x + atomicAdd(&state(args)->next_tile, 1);
         }
         if (has_next) load_panels(s, stage ^ 1, next);
         copy_commit();
 
 #pragma unroll 1
-        for (int depth = 0; depth < kDepth<T> && now.term < job.term_count; depth += kSlice) {
+        for (int depth = 0; depth < kDepth && now.term < job.term_count; depth += kSlice) {
             multiply(sum, job.terms[now.term].coefficient, s.panels[stage], depth);
             next_slice(job, now.term, now.k);
         }
@@ -459,9 +456,9 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
                       "the host asks for this much shared memory");                                              \
         switch_all<T>(args);                                                                                     \
     }
-LSW_SWITCH(f32, float, 3)
-LSW_SWITCH(f16, __half, 4)
-LSW_SWITCH(bf16, __nv_bfloat16, 4)
+LSW_SWITCH(f32, float, 2)
+LSW_SWITCH(f16, __half, 3)
+LSW_SWITCH(bf16, __nv_bfloat16, 3)
 
 extern "C" __global__ void __launch_bounds__(LSW_MAX_K) lsw_switch_current(const __grid_constant__ LswCurrentArgs args) {
     if (threadIdx.x >= args.k_max) return;
