@@ -164,11 +164,10 @@ template <bool kPlain, class T> __device__ __forceinline__ void load_chunk(void*
     store16(static_cast<T*>(shared), pack);
 }
 
-template <bool kPlain, class T> __device__ __forceinline__ void store_chunk(T* global, const Pack<T>& pack, int valid, bool aligned) {
-    if (kPlain || (aligned && valid >= kPack<T>)) return store16(global, pack);
-#pragma unroll
+template <class T> __device__ __forceinline__ void store_chunk(T* global, const T* shared, int valid, bool aligned) {
+    if (aligned && valid >= kPack<T>) return store16(global, load16(shared));
     for (int i = 0; i < kPack<T>; ++i) {
-        if (i < valid) global[i] = pack.lane[i];
+        if (i < valid) global[i] = shared[i];
     }
 }
 
@@ -183,36 +182,34 @@ struct Own {
     }
 };
 
-// Calls f(pack, offset, valid) for each of a thread's packs of W: where it is, from the first on, and how many of its elements exist.
-template <bool kPlain, class T, class F>
-__device__ __forceinline__ void each_pack(const LswTarget& target, uint64_t stride, uint32_t row, uint32_t col, F f) {
-    const uint32_t rows = target.rows, cols = target.cols;
-    uint64_t offset = 0;
-#pragma unroll
-    for (int i = 0; i < kOwnRows; ++i, offset += 8 * stride) {
-        const int valid = kPlain ? kCols : row + 8 * i < rows ? static_cast<int>(cols - col) : 0;
-#pragma unroll
-        for (int p = 0; p < 2 * kHalfPacks<T>; ++p) {
-            const int n = p / kHalfPacks<T> * (kWarpCols / 2) + p % kHalfPacks<T> * kPack<T>;
-            f(i * 2 * kHalfPacks<T> + p, offset + n, valid - n);
-        }
-    }
+// Where a thread's packs of W are: the row 8 i and the column n from its first one.
+template <class T> __device__ __forceinline__ int row_of(int pack) { return pack / (2 * kHalfPacks<T>) * 8; }
+template <class T> __device__ __forceinline__ int col_of(int pack) {
+    return pack / kHalfPacks<T> % 2 * (kWarpCols / 2) + pack % kHalfPacks<T> * kPack<T>;
+}
+
+// Of a matrix's rows x cols, how many elements there are from a place on, in its row.
+__device__ __forceinline__ int valid_at(uint32_t rows, uint32_t cols, uint32_t row, uint32_t col) {
+    return row < rows ? static_cast<int>(cols - col) : 0;
 }
 
 template <bool kPlain, class T> __device__ __forceinline__ void load_weight(Shared<T>& s, const LswTarget& target, const Step& step) {
     const Own own;
-    const uint32_t row = step.row + own.row, col = step.col + own.col;
+    const uint32_t rows = target.rows, cols = target.cols, row = step.row + own.row, col = step.col + own.col;
     const uint64_t stride = target.base_stride;
     const bool aligned = target.flags & LSW_WEIGHT_ALIGNED;
     const T* base = reinterpret_cast<const T*>(target.base) + row * stride + col;
-    each_pack<kPlain, T>(target, stride, row, col, [&](int pack, uint64_t offset, int valid) {
-        load_chunk<kPlain>(&s.weight[pack][threadIdx.x], base + offset, valid, aligned);
-    });
+#pragma unroll(kPlain ? kOwnPacks<T> : 1)
+    for (int pack = 0; pack < kOwnPacks<T>; ++pack) {
+        const int i = row_of<T>(pack), n = col_of<T>(pack);
+        const int valid = kPlain ? kPack<T> : valid_at(rows, cols, row + i, col + n);
+        load_chunk<kPlain>(&s.weight[pack][threadIdx.x], base + i * stride + n, valid, aligned);
+    }
 }
 
 // Calls f(i) for i < kCount, dealt out to the threads.
-template <int kCount, class F> __device__ __forceinline__ void deal(F f) {
-#pragma unroll
+template <int kCount, bool kUnrolled, class F> __device__ __forceinline__ void deal(F f) {
+#pragma unroll(kUnrolled ? kCount : 1)
     for (int n = 0; n < kCount; n += kThreads) {
         const int i = n + threadIdx.x;
         if (n + kThreads <= kCount || i < kCount) f(i);
@@ -229,13 +226,13 @@ template <bool kPlain, class T> __device__ void load_panels(Panels<T>& panels, c
         const int rank = t.rank - k;
         constexpr int kChunksA = kCols / kPack<T>, kChunksB = kSlice / kPack<T>;
         const T* a = static_cast<const T*>(t.a) + static_cast<uint64_t>(k) * t.a_stride + step.col;
-        deal<kSlice * kChunksA>([&](int i) {
+        deal<kSlice * kChunksA, kPlain>([&](int i) {
             const int kk = i / kChunksA, n = i % kChunksA * kPack<T>;
             const int valid = kPlain ? rank - kk : kk < rank ? cols - n : 0;
             load_chunk<kPlain>(&panels.a[depth + kk][n], a + static_cast<uint64_t>(kk) * t.a_stride + n, valid, t.flags & LSW_A_ALIGNED);
         });
         const T* b = static_cast<const T*>(t.b) + static_cast<uint64_t>(step.row) * t.b_stride + k;
-        deal<kRows * kChunksB>([&](int i) {
+        deal<kRows * kChunksB, kPlain>([&](int i) {
             const int m = i / kChunksB, kk = i % kChunksB * kPack<T>;
             const int valid = kPlain || m < rows ? rank - kk : 0;
             load_chunk<kPlain>(&panels.b[m][depth + kk], b + static_cast<uint64_t>(m) * t.b_stride + kk, valid, t.flags & LSW_B_ALIGNED);
@@ -345,16 +342,17 @@ template <class T> __device__ __forceinline__ void add(Pack<T>& w, const float (
 
 // An empty sum copies bits.
 template <bool kPlain, class T>
-__device__ __forceinline__ void store_weight(const Shared<T>& s, const Job& job, const Step& step, const Sum& sum) {
+__device__ __forceinline__ void store_weight(Shared<T>& s, const Job& job, const Step& step, const Sum& sum) {
     const Own own;
-    const uint32_t row = step.row + own.row, col = step.col + own.col;
+    const uint32_t rows = job.target.rows, cols = job.target.cols, row = step.row + own.row, col = step.col + own.col;
     const uint64_t stride = job.target.weight_stride;
     const bool aligned = job.target.flags & LSW_WEIGHT_ALIGNED, is_sum = job.term_count > 0;
     T* weight = reinterpret_cast<T*>(job.target.weight) + row * stride + col;
-    each_pack<kPlain, T>(job.target, stride, row, col, [&](int pack, uint64_t offset, int valid) {
+#pragma unroll
+    for (int pack = 0; pack < kOwnPacks<T>; ++pack) {
         Pack<T> w;
         w.bits = s.weight[pack][threadIdx.x];
-        const int i = pack / (2 * kHalfPacks<T>), h = pack / kHalfPacks<T> % 2;
+        const int i = row_of<T>(pack) / 8, h = pack / kHalfPacks<T> % 2;
         float x[kPack<T>];
 #pragma unroll
         for (int e = 0; e < kPack<T>; ++e) {
@@ -362,8 +360,18 @@ __device__ __forceinline__ void store_weight(const Shared<T>& s, const Job& job,
             x[e] = sum[i / 2][4 * h + c % 4][i % 2 * 2 + c / 4];
         }
         if (is_sum) add(w, x);
-        store_chunk<kPlain>(weight + offset, w, valid, aligned);
-    });
+        if (kPlain) {
+            store16(weight + 8 * i * stride + col_of<T>(pack), w);
+        } else {
+            s.weight[pack][threadIdx.x] = w.bits;
+        }
+    }
+#pragma unroll 1
+    for (int pack = kPlain ? kOwnPacks<T> : 0; pack < kOwnPacks<T>; ++pack) {
+        const int i = row_of<T>(pack), n = col_of<T>(pack);
+        const T* from = reinterpret_cast<const T*>(&s.weight[pack][threadIdx.x]);
+        store_chunk(weight + i * stride + n, from, valid_at(rows, cols, row + i, col + n), aligned);
+    }
 }
 
 template <class T> __device__ void load_weight(Shared<T>& s, const Step& step) {
@@ -374,7 +382,7 @@ template <class T> __device__ void load_panels(Shared<T>& s, int stage, const St
     const Job& job = s.jobs[step.job];
     step.is_plain ? load_panels<true>(s.panels[stage], job, step) : load_panels<false>(s.panels[stage], job, step);
 }
-template <class T> __device__ void store_weight(const Shared<T>& s, const Step& step, const Sum& sum) {
+template <class T> __device__ void store_weight(Shared<T>& s, const Step& step, const Sum& sum) {
     const Job& job = s.jobs[step.job];
     step.is_plain ? store_weight<true>(s, job, step, sum) : store_weight<false>(s, job, step, sum);
 }
