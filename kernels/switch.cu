@@ -26,6 +26,7 @@ constexpr int kCols = LSW_SWITCH_TILE_COLS;
 constexpr int kWarpRows = 32, kWarpCols = 64;  // of a tile, a warp's
 constexpr int kSlice = 16;     // of a rank: what one mma takes
 constexpr int kDepth = 2 * kSlice;  // of a panel
+constexpr uint32_t kTermSlices = LSW_MAX_RANK / kSlice;  // slices are numbered as if each term had so many
 constexpr int kOwnRows = 4;        // of a tile, a thread's: 8 apart; and in each of them, in both halves of the warp's columns,
 constexpr int kOwnCols = 8;        // so many columns in a row
 template <class T> constexpr int kHalfPacks = kOwnCols / kPack<T>;  // of 16 bytes, in such a row of columns
@@ -116,7 +117,7 @@ template <class T> __device__ void build(const LswSwitchArgs& args, const Route&
 struct Step {
     uint32_t job;  // which of the two
     uint32_t row, col;
-    uint32_t term, k;
+    uint32_t slice;  // the first one of its panels
     bool is_plain;
 };
 
@@ -141,14 +142,14 @@ template <class T> __device__ bool find(const LswSwitchArgs& args, Shared<T>& s,
     const uint32_t index = tile - job.begin, per_row = job.tiles_per_row;
     const uint32_t row = index / per_row * kRows, col = index % per_row * kCols;
     const bool is_whole = row + kRows <= job.target.rows && col + kCols <= job.target.cols;
-    step = {step.job, row, col, 0, 0, job.is_plain && is_whole};
+    step = {step.job, row, col, 0, job.is_plain && is_whole};
     return true;
 }
 
-// The slice after (term, k), which is behind the last term after the last one.
-__device__ __forceinline__ void next_slice(const Job& job, uint32_t& term, uint32_t& k) {
-    k += kSlice;
-    if (k >= job.terms[term].rank) ++term, k = 0;
+__device__ __forceinline__ uint32_t slice_end(const Job& job) { return job.term_count * kTermSlices; }
+__device__ __forceinline__ uint32_t next_slice(const Job& job, uint32_t slice) {
+    const uint32_t term = slice / kTermSlices, next = slice % kTermSlices + 1;
+    return next * kSlice < job.terms[term].rank ? slice + 1 : (term + 1) * kTermSlices;
 }
 
 // One pack from global to shared memory, of which `valid` elements exist; the rest becomes zero. In a plain tile all or none do.
@@ -218,11 +219,12 @@ template <int kCount, bool kUnrolled, class F> __device__ __forceinline__ void d
 
 template <bool kPlain, class T> __device__ void load_panels(Panels<T>& panels, const Job& job, const Step& step) {
     const int rows = job.target.rows - step.row, cols = job.target.cols - step.col;
-    const uint32_t count = job.term_count;
-    uint32_t term = step.term, k = step.k;
+    const uint32_t end = slice_end(job);
+    uint32_t slice = step.slice;
 #pragma unroll 1
-    for (int depth = 0; depth < kDepth && term < count; depth += kSlice) {
-        const Term t = job.terms[term];
+    for (int depth = 0; depth < kDepth && slice < end; depth += kSlice) {
+        const Term t = job.terms[slice / kTermSlices];
+        const uint32_t k = slice % kTermSlices * kSlice;
         const int rank = t.rank - k;
         constexpr int kChunksA = kCols / kPack<T>, kChunksB = kSlice / kPack<T>;
         const T* a = static_cast<const T*>(t.a) + static_cast<uint64_t>(k) * t.a_stride + step.col;
@@ -237,8 +239,7 @@ template <bool kPlain, class T> __device__ void load_panels(Panels<T>& panels, c
             const int valid = kPlain || m < rows ? rank - kk : 0;
             load_chunk<kPlain>(&panels.b[m][depth + kk], b + static_cast<uint64_t>(m) * t.b_stride + kk, valid, t.flags & LSW_B_ALIGNED);
         });
-        k += kSlice;
-        if (k >= t.rank) ++term, k = 0;
+        slice = next_slice(job, slice);
     }
 }
 
@@ -407,8 +408,9 @@ template <class T> __device__ void switch_tiles(const LswSwitchArgs& args, Share
         __syncthreads();
 
         const Job& job = s.jobs[now.job];
-        for (int i = 0; i < kDepth / kSlice && next.term < job.term_count; ++i) next_slice(job, next.term, next.k);
-        const bool is_last = next.term >= job.term_count;
+        const uint32_t end = slice_end(job);
+        for (int i = 0; i < kDepth / kSlice && next.slice < end; ++i) next.slice = next_slice(job, next.slice);
+        const bool is_last = next.slice >= end;
         if (is_last) {
             has_next = find(args, s, s.next_tile[stage], next);
             if (has_next && threadIdx.x == 0) taken = gridDim.x + atomicAdd(&state(args)->next_tile, 1);
@@ -417,16 +419,16 @@ template <class T> __device__ void switch_tiles(const LswSwitchArgs& args, Share
         copy_commit();
 
 #pragma unroll 1
-        for (int depth = 0; depth < kDepth && now.term < job.term_count; depth += kSlice) {
-            multiply(sum, job.terms[now.term].coefficient, s.panels[stage], depth);
-            next_slice(job, now.term, now.k);
+        for (int depth = 0; depth < kDepth && now.slice < end; depth += kSlice) {
+            multiply(sum, job.terms[now.slice / kTermSlices].coefficient, s.panels[stage], depth);
+            now.slice = next_slice(job, now.slice);
         }
         if (is_last) {
             copy_wait<1>();  // all but the next panels
             store_weight(s, now, sum);
-            if (has_next) load_weight(s, next);
 #pragma unroll
             for (int i = 0; i < 64; ++i) (&sum[0][0][0])[i] = 0.0f;
+            if (has_next) load_weight(s, next);
         }
         copy_commit();
     }
