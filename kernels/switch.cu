@@ -27,10 +27,10 @@ constexpr int kWarpRows = 32, kWarpCols = 64;  // of a tile, a warp's
 constexpr int kSlice = 16;     // of a rank: what one mma takes
 constexpr int kDepth = 2 * kSlice;  // of a panel
 constexpr uint32_t kTermSlices = LSW_MAX_RANK / kSlice;  // slices are numbered as if each term had so many
-constexpr int kOwnRows = 4;        // of a tile, a thread's: 8 apart; and in each of them, in both halves of the warp's columns,
-constexpr int kOwnCols = 8;        // so many columns in a row
-template <class T> constexpr int kHalfPacks = kOwnCols / kPack<T>;  // of 16 bytes, in such a row of columns
-template <class T> constexpr int kOwnPacks = kOwnRows * 2 * kHalfPacks<T>;
+// Of a tile, a thread has four rows, 8 apart, and in each of them, in both halves of its warp's columns, eight columns: one pack of 16
+// bytes or two, 16 columns apart.
+template <class T> constexpr int kHalfPacks = 8 / kPack<T>;
+template <class T> constexpr int kOwnPacks = 4 * 2 * kHalfPacks<T>;
 static_assert(kThreads == kRows / kWarpRows * (kCols / kWarpCols) * 32, "the warps cover the tile");
 
 struct Term {
@@ -106,6 +106,10 @@ template <class T> __device__ void build(const LswSwitchArgs& args, const Route&
     put(t.enter_slot, t.enter_at, t.enter);
     put(t.leave_slot, t.leave_at, t.leave);
     is_plain = __all_sync(kFullWarp, is_plain);
+    if (target + 1 < args.last) {
+        if (t.enter_slot >= 0) prefetch(&factor(args, target + 1, t.enter_slot));
+        if (threadIdx.x == 0) prefetch(&target_of(args, target + 1));
+    }
     if (threadIdx.x == 0) {
         job.target = target_of(args, target);
         job.tiles_per_row = (job.target.cols + kCols - 1) / kCols;
@@ -172,21 +176,22 @@ template <class T> __device__ __forceinline__ void store_chunk(T* global, const 
     }
 }
 
-// A thread's place in a tile.
+// A thread's place in its warp, and the warp's in a tile.
 struct Own {
-    int group, in_group, warp_row, warp_col, row, col;
+    int group, in_group, row, col;
     __device__ Own() {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         group = lane / 4, in_group = lane % 4;
-        warp_row = warp / (kCols / kWarpCols) * kWarpRows, warp_col = warp % (kCols / kWarpCols) * kWarpCols;
-        row = warp_row + group, col = warp_col + in_group * kOwnCols;
+        row = warp / (kCols / kWarpCols) * kWarpRows, col = warp % (kCols / kWarpCols) * kWarpCols;
     }
 };
 
-// Where a thread's packs of W are: the row 8 i and the column n from its first one.
-template <class T> __device__ __forceinline__ int row_of(int pack) { return pack / (2 * kHalfPacks<T>) * 8; }
-template <class T> __device__ __forceinline__ int col_of(int pack) {
-    return pack / kHalfPacks<T> % 2 * (kWarpCols / 2) + pack % kHalfPacks<T> * kPack<T>;
+// Where in a tile a thread's packs begin.
+template <class T> __device__ __forceinline__ int row_of(const Own& own, int pack) {
+    return own.row + own.group + pack / (2 * kHalfPacks<T>) * 8;
+}
+template <class T> __device__ __forceinline__ int col_of(const Own& own, int pack) {
+    return own.col + own.in_group * kPack<T> + pack / kHalfPacks<T> % 2 * (kWarpCols / 2) + pack % kHalfPacks<T> * 16;
 }
 
 // Of a matrix's rows x cols, how many elements there are from a place on, in its row.
@@ -196,15 +201,15 @@ __device__ __forceinline__ int valid_at(uint32_t rows, uint32_t cols, uint32_t r
 
 template <bool kPlain, class T> __device__ __forceinline__ void load_weight(Shared<T>& s, const LswTarget& target, const Step& step) {
     const Own own;
-    const uint32_t rows = target.rows, cols = target.cols, row = step.row + own.row, col = step.col + own.col;
+    const uint32_t rows = target.rows - step.row, cols = target.cols - step.col;
     const uint64_t stride = target.base_stride;
     const bool aligned = target.flags & LSW_WEIGHT_ALIGNED;
-    const T* base = reinterpret_cast<const T*>(target.base) + row * stride + col;
+    const T* base = reinterpret_cast<const T*>(target.base) + step.row * stride + step.col;
 #pragma unroll(kPlain ? kOwnPacks<T> : 1)
     for (int pack = 0; pack < kOwnPacks<T>; ++pack) {
-        const int i = row_of<T>(pack), n = col_of<T>(pack);
-        const int valid = kPlain ? kPack<T> : valid_at(rows, cols, row + i, col + n);
-        load_chunk<kPlain>(&s.weight[pack][threadIdx.x], base + i * stride + n, valid, aligned);
+        const int m = row_of<T>(own, pack), n = col_of<T>(own, pack);
+        const int valid = kPlain ? kPack<T> : valid_at(rows, cols, m, n);
+        load_chunk<kPlain>(&s.weight[pack][threadIdx.x], base + m * stride + n, valid, aligned);
     }
 }
 
@@ -245,6 +250,8 @@ template <bool kPlain, class T> __device__ void load_panels(Panels<T>& panels, c
 
 // A warp's 32 x 64 of the sum, by mma: accumulators of [row block i][column block j]. Column n of block j is column 4 n + j ...
 using Sum = float[2][8][4];
+// Blocks whose columns take turns.
+template <class T> constexpr int kBlocks = kPack<T> / 2;
 
 // Adds four mmas of a row block.
 __device__ __forceinline__ void add_product(float (*sum)[4], const float (&product)[4][4], float coefficient) {
@@ -258,13 +265,13 @@ template <class T> __device__ __forceinline__ void multiply(Sum& sum, float coef
     const int lane = threadIdx.x % 32;
     uint32_t b[2][4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) ldmatrix4(b[i], &s.b[own.warp_row + 16 * i + lane % 16][k + lane / 16 * 8]);
+    for (int i = 0; i < 2; ++i) ldmatrix4(b[i], &s.b[own.row + 16 * i + lane % 16][k + lane / 16 * 8]);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         uint32_t a[4][2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const T* p = &s.a[k + 8 * half + 2 * own.in_group][own.warp_col + kWarpCols / 2 * h + 4 * own.group];
+            const T* p = &s.a[k + 8 * half + 2 * own.in_group][own.col + kWarpCols / 2 * h + 4 * own.group];
             const uint2 even = *reinterpret_cast<const uint2*>(p), odd = *reinterpret_cast<const uint2*>(p + kCols + kPack<T>);
             a[0][half] = __byte_perm(even.x, odd.x, 0x5410), a[1][half] = __byte_perm(even.x, odd.x, 0x7632);
             a[2][half] = __byte_perm(even.y, odd.y, 0x5410), a[3][half] = __byte_perm(even.y, odd.y, 0x7632);
@@ -298,7 +305,7 @@ template <> __device__ __forceinline__ void multiply(Sum& sum, float coefficient
     Parts b[2][4];
 #pragma unroll
     for (int q = 0; q < 8; ++q) {
-        const float2 pair = *reinterpret_cast<const float2*>(&s.b[own.row + 8 * (q / 4 * 2 + q % 2)][k + q / 2 % 2 * 8 + 2 * own.in_group]);
+        const float2 pair = *reinterpret_cast<const float2*>(&s.b[own.row + own.group + 8 * (q / 4 * 2 + q % 2)][k + q / 2 % 2 * 8 + 2 * own.in_group]);
         b[q / 4][q % 4] = split(pair.x, pair.y);
     }
 #pragma unroll
@@ -306,10 +313,13 @@ template <> __device__ __forceinline__ void multiply(Sum& sum, float coefficient
         Parts a[4][2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float* p = &s.a[k + 8 * half + 2 * own.in_group][own.warp_col + kWarpCols / 2 * h + 4 * own.group];
-            const Pack<float> even = load16(p), odd = load16(p + kCols + kPack<float>);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) a[j][half] = split(even.lane[j], odd.lane[j]);
+            for (int j = 0; j < 4; j += 2) {
+                const float* p = &s.a[k + 8 * half + 2 * own.in_group][own.col + kWarpCols / 2 * h + 8 * j + 2 * own.group];
+                const float2 even = *reinterpret_cast<const float2*>(p);
+                const float2 odd = *reinterpret_cast<const float2*>(p + kCols + kPack<float>);
+                a[j][half] = split(even.x, odd.x), a[j + 1][half] = split(even.y, odd.y);
+            }
         }
         constexpr int kOrder[6][2] = {{2, 0}, {0, 2}, {1, 1}, {1, 0}, {0, 1}, {0, 0}};
 #pragma unroll
@@ -345,33 +355,30 @@ template <class T> __device__ __forceinline__ void add(Pack<T>& w, const float (
 template <bool kPlain, class T>
 __device__ __forceinline__ void store_weight(Shared<T>& s, const Job& job, const Step& step, const Sum& sum) {
     const Own own;
-    const uint32_t rows = job.target.rows, cols = job.target.cols, row = step.row + own.row, col = step.col + own.col;
+    const uint32_t rows = job.target.rows - step.row, cols = job.target.cols - step.col;
     const uint64_t stride = job.target.weight_stride;
     const bool aligned = job.target.flags & LSW_WEIGHT_ALIGNED, is_sum = job.term_count > 0;
-    T* weight = reinterpret_cast<T*>(job.target.weight) + row * stride + col;
+    T* weight = reinterpret_cast<T*>(job.target.weight) + step.row * stride + step.col;
 #pragma unroll
     for (int pack = 0; pack < kOwnPacks<T>; ++pack) {
         Pack<T> w;
         w.bits = s.weight[pack][threadIdx.x];
-        const int i = row_of<T>(pack) / 8, h = pack / kHalfPacks<T> % 2;
+        const int i = pack / (2 * kHalfPacks<T>), j = pack % (2 * kHalfPacks<T>) * kBlocks<T>;
         float x[kPack<T>];
 #pragma unroll
-        for (int e = 0; e < kPack<T>; ++e) {
-            const int c = pack % kHalfPacks<T> * kPack<T> + e;
-            x[e] = sum[i / 2][4 * h + c % 4][i % 2 * 2 + c / 4];
-        }
+        for (int e = 0; e < kPack<T>; ++e) x[e] = sum[i / 2][j + e % kBlocks<T>][i % 2 * 2 + e / kBlocks<T>];
         if (is_sum) add(w, x);
         if (kPlain) {
-            store16(weight + 8 * i * stride + col_of<T>(pack), w);
+            store16(weight + row_of<T>(own, pack) * stride + col_of<T>(own, pack), w);
         } else {
             s.weight[pack][threadIdx.x] = w.bits;
         }
     }
 #pragma unroll 1
     for (int pack = kPlain ? kOwnPacks<T> : 0; pack < kOwnPacks<T>; ++pack) {
-        const int i = row_of<T>(pack), n = col_of<T>(pack);
+        const int m = row_of<T>(own, pack), n = col_of<T>(own, pack);
         const T* from = reinterpret_cast<const T*>(&s.weight[pack][threadIdx.x]);
-        store_chunk(weight + i * stride + n, from, valid_at(rows, cols, row + i, col + n), aligned);
+        store_chunk(weight + m * stride + n, from, valid_at(rows, cols, m, n), aligned);
     }
 }
 
