@@ -9,9 +9,34 @@
 // A launch, block by block (persistent blocks, a work queue over tiles):
 //   1. canonical_route  ids that name no slot drop out, duplicates add up, entries sort by slot
 //   2. plan             which targets differ from what they hold: a prefix sum over their tiles, as many targets at a time as threads
-//   3. tiles            64 x 128 of W at a time, a step of the sum after the other
+//   3. switch_tiles     64 x 128 of W at a time
 //   4. record           the last block to finish writes down what is merged now and resets the queue
 // Nobody waits for another block: step 4 belongs to whichever block comes last, and by then all have read the old record.
+//
+// A tile's sum is a sequence of slices: 16 of a term's rank, what one mma takes. Two slices of A and B, a panel, are in shared memory
+// while the next two, of this tile or the next one, are on their way; one barrier a panel. W needs no barrier and no fragment layout: a
+// thread copies to shared memory just the 16-byte packs whose sums it will have, as soon as it has stored those of the tile before, so
+// that W is on its way while the panels come and the product runs. To have whole packs, a thread needs neighbouring columns, of which
+// an mma gives it two: so column n of block j is not column 8 j + n of the tile but one that lies among its neighbours' (see Sum), which
+// costs nothing but the order in which A is read.
+//
+// Exactness: A and B enter the tensor cores as stored. Each slice has its own accumulators, which join the sum by one fma with the f32
+// coefficient; nothing is folded into a 16-bit operand. Additions: 15 a slice, one a slice to the sum, one to W; the bound is
+// 2 (rank + 2) u a term at most, u = 2^-24, a tensor core's additions counting twice. Ranks are real: a sum stops at the rank rounded up
+// to 16, and what lies beyond the rank is zeros that the loader put there, never memory.
+//
+// f32 has no tensor core that keeps 24 bits. An element is the sum of three bf16, x = h + m + l, exactly (as long as l does not
+// underflow: 2^-133): h is x rounded, m the rest rounded, and what then remains has at most 6 bits. Of the nine products six are added
+// up, the smallest first; m l, l m and l l are left out: at most 2 * 2^-8 * 2^-17 = u of the product. (Henry, Tang, Heinecke,
+// "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", ARITH 2019.) An infinity has no such
+// parts: in A or B it makes NaN. Plain fma would be exact in the products and takes 13 of the 12.5 ms that the memory takes at K = 64, with no slot left for
+// anything else; two parts of TF32 cost as much as this and leave 2^-21 of the product out.
+//
+// Floor: W is read and written once, 4 bytes an element in 16 bits. Per tile the panels add (64 + 128) * sum(ranks) elements from L2.
+// What limits is instructions: a warp has some 400 for 1,024 elements at rank 16, k = 2, and the floor allows 1,040 with nobody waiting.
+//
+// Targets and adapters whose addresses or rows are not multiples of 16 bytes, and the ragged rim of every matrix, take the same road
+// with loads and stores element by element (load_chunk, store_chunk), in the same launch.
 #include "args.h"
 #include "common/num.cuh"
 #include "common/pack.cuh"
@@ -93,7 +118,7 @@ __device__ __forceinline__ Term make_term(const LswFactor& f, float coefficient)
     return {reinterpret_cast<const void*>(f.a), reinterpret_cast<const void*>(f.b), f.a_stride, f.b_stride, f.rank, f.flags, coefficient};
 }
 
-// One warp.
+// One warp. The tables' next entries come to L2 meanwhile, which W has swept clean.
 template <class T> __device__ void build(const LswSwitchArgs& args, const Route& route, uint32_t target, uint32_t begin, Job& job) {
     const LaneTerms t = lane_terms(args, route, target);
     bool is_plain = target_of(args, target).flags & LSW_WEIGHT_ALIGNED;
@@ -117,7 +142,7 @@ template <class T> __device__ void build(const LswSwitchArgs& args, const Route&
     }
 }
 
-// A step of the sum of a tile: the panels from slice (term, k) on.
+// What is done between two barriers: a panel of a tile's sum.
 struct Step {
     uint32_t job;  // which of the two
     uint32_t row, col;
@@ -125,8 +150,7 @@ struct Step {
     bool is_plain;
 };
 
-// Steps to the beginning of a tile: finds its target, from that of the step on. False: there
-// is no such tile.
+// Steps to the beginning of a tile, whose target is that of the step or one behind it. False: there is no such tile.
 template <class T> __device__ bool find(const LswSwitchArgs& args, Shared<T>& s, uint32_t tile, Step& step) {
     if (tile - s.jobs[step.job].begin >= s.jobs[step.job].target.tiles) {
         while (tile >= s.prefix[kThreads]) {
@@ -150,6 +174,7 @@ template <class T> __device__ bool find(const LswSwitchArgs& args, Shared<T>& s,
     return true;
 }
 
+// Behind the last slice; the slice after one.
 __device__ __forceinline__ uint32_t slice_end(const Job& job) { return job.term_count * kTermSlices; }
 __device__ __forceinline__ uint32_t next_slice(const Job& job, uint32_t slice) {
     const uint32_t term = slice / kTermSlices, next = slice % kTermSlices + 1;
@@ -194,12 +219,13 @@ template <class T> __device__ __forceinline__ int col_of(const Own& own, int pac
     return own.col + own.in_group * kPack<T> + pack / kHalfPacks<T> % 2 * (kWarpCols / 2) + pack % kHalfPacks<T> * 16;
 }
 
-// Of a matrix's rows x cols, how many elements there are from a place on, in its row.
+// Of rows x cols, how many elements there are from a place on, in its row.
 __device__ __forceinline__ int valid_at(uint32_t rows, uint32_t cols, uint32_t row, uint32_t col) {
     return row < rows ? static_cast<int>(cols - col) : 0;
 }
 
-template <bool kPlain, class T> __device__ __forceinline__ void load_weight(Shared<T>& s, const LswTarget& target, const Step& step) {
+template <bool kPlain, class T>
+__device__ __forceinline__ void load_weight(Shared<T>& s, const LswTarget& target, const Step& step) {
     const Own own;
     const uint32_t rows = target.rows - step.row, cols = target.cols - step.col;
     const uint64_t stride = target.base_stride;
@@ -248,9 +274,10 @@ template <bool kPlain, class T> __device__ void load_panels(Panels<T>& panels, c
     }
 }
 
-// A warp's 32 x 64 of the sum, by mma: accumulators of [row block i][column block j]. Column n of block j is column 4 n + j ...
+// A warp's 32 x 64 of the sum: accumulators of mmas, by blocks of 16 rows and of 8 columns. Of a block, lane 4 g + t has columns 2 t and
+// 2 t + 1. Blocks whose columns take turns make these neighbours: with kBlocks of them, column n of the j-th is kBlocks n + j, so that
+// the lane's own are kPack in a row, from kPack t on.
 using Sum = float[2][8][4];
-// Blocks whose columns take turns.
 template <class T> constexpr int kBlocks = kPack<T> / 2;
 
 // Adds four mmas of a row block.
@@ -286,6 +313,7 @@ template <class T> __device__ __forceinline__ void multiply(Sum& sum, float coef
     }
 }
 
+// f32: products of parts, six for one.
 struct Parts {
     uint32_t of[3];
 };
@@ -305,7 +333,8 @@ template <> __device__ __forceinline__ void multiply(Sum& sum, float coefficient
     Parts b[2][4];
 #pragma unroll
     for (int q = 0; q < 8; ++q) {
-        const float2 pair = *reinterpret_cast<const float2*>(&s.b[own.row + own.group + 8 * (q / 4 * 2 + q % 2)][k + q / 2 % 2 * 8 + 2 * own.in_group]);
+        const int m = own.row + 16 * (q / 4) + 8 * (q % 2) + own.group, kk = k + 8 * (q / 2 % 2) + 2 * own.in_group;
+        const float2 pair = *reinterpret_cast<const float2*>(&s.b[m][kk]);
         b[q / 4][q % 4] = split(pair.x, pair.y);
     }
 #pragma unroll
