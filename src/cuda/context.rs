@@ -249,7 +249,8 @@ impl Device {
         let hopper = if is_hopper { Some(modules.hopper()?) } else { None };
         let switch_blocks = switch_blocks(&kernels)?;
         let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
-        let mut device = Self { raw, kernels, hopper, switch_blocks, processors, modules, odd: None, taking: Mutex::new(()), _owner: owner };
+        let mut device =
+            Self { raw, kernels, hopper, switch_blocks, processors, modules, odd: None, taking: Mutex::new(()), _owner: owner };
         let odd = DeviceMemory::new(&device, 16, &StateMemory::allocate())?;
         // SAFETY: 16 bytes were just allocated; synchronous with the host for device memory, on no caller's stream.
         unsafe { driver!(cuMemsetD32_v2(odd.addr(), 0, 4)) }?;
