@@ -29,11 +29,12 @@
 // underflow: 2^-133): h is x rounded, m the rest rounded, and what then remains has at most 6 bits. Of the nine products six are added
 // up, the smallest first; m l, l m and l l are left out: at most 2 * 2^-8 * 2^-17 = u of the product. (Henry, Tang, Heinecke,
 // "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", ARITH 2019.) An infinity has no such
-// parts: in A or B it makes NaN. Plain fma would be exact in the products and takes 13 of the 12.5 ms that the memory takes at K = 64, with no slot left for
-// anything else; two parts of TF32 cost as much as this and leave 2^-21 of the product out.
+// parts: in A or B it makes NaN. Plain fma is exact in the products, but at K = 64 it needs every issue slot for as long as memory needs
+// for W; two parts of TF32 cost as much as this and leave out 2^-21.
 //
 // Floor: W is read and written once, 4 bytes an element in 16 bits. Per tile the panels add (64 + 128) * sum(ranks) elements from L2.
-// What limits is instructions: a warp has some 400 for 1,024 elements at rank 16, k = 2, and the floor allows 1,040 with nobody waiting.
+// What limits is the way of a tile through a block, which nothing fills while it waits: without panels and product the loop runs at the
+// floor (see NOTES.md).
 //
 // Targets and adapters whose addresses or rows are not multiples of 16 bytes, and the ragged rim of every matrix, take the same road
 // with loads and stores element by element (load_chunk, store_chunk), in the same launch.
@@ -49,8 +50,8 @@ constexpr int kThreads = LSW_SWITCH_THREADS;
 constexpr int kRows = LSW_SWITCH_TILE_ROWS;
 constexpr int kCols = LSW_SWITCH_TILE_COLS;
 constexpr int kWarpRows = 32, kWarpCols = 64;  // of a tile, a warp's
-constexpr int kSlice = 16;     // of a rank: what one mma takes
-constexpr int kDepth = 2 * kSlice;  // of a panel
+constexpr int kSlice = 16;                     // of a rank: what one mma takes
+constexpr int kDepth = 2 * kSlice;             // of a panel
 constexpr uint32_t kTermSlices = LSW_MAX_RANK / kSlice;  // slices are numbered as if each term had so many
 // Of a tile, a thread has four rows, 8 apart, and in each of them, in both halves of its warp's columns, eight columns: one pack of 16
 // bytes or two, 16 columns apart.
