@@ -253,7 +253,7 @@ template <bool kPlain, class T> __device__ void load_panels(Panels<T>& panels, c
     const int rows = job.target.rows - step.row, cols = job.target.cols - step.col;
     const uint32_t end = slice_end(job);
     uint32_t slice = step.slice;
-#pragma unroll(kPlain ? kDepth / kSlice : 1)
+#pragma unroll 1
     for (int depth = 0; depth < kDepth && slice < end; depth += kSlice) {
         const Term t = job.terms[slice / kTermSlices];
         const uint32_t k = slice % kTermSlices * kSlice;
@@ -455,7 +455,7 @@ template <class T> __device__ void switch_tiles(const LswSwitchArgs& args, Share
         if (has_next) load_panels(s, stage ^ 1, next);
         copy_commit();
 
-#pragma unroll(sizeof(T) == 2 ? kDepth / kSlice : 1)  // f32 has no registers for it
+#pragma unroll 1
         for (int depth = 0; depth < kDepth && now.slice < end; depth += kSlice) {
             multiply(sum, job.terms[now.slice / kTermSlices].coefficient, s.panels[stage], depth);
             now.slice = next_slice(job, now.slice);
