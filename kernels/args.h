@@ -17,11 +17,11 @@ enum {
     LSW_BANK_THREADS = 64,
     LSW_BANK_BATCH = 64, /* factors that one launch writes: they travel as kernel arguments (19 KB) */
 
-    LSW_SWITCH_THREADS = 256, /* also the targets that are planned at a time */
+    LSW_SWITCH_THREADS = 128, /* also the targets that are planned at a time */
     LSW_SWITCH_TILE_ROWS = 64,
     LSW_SWITCH_TILE_COLS = 128,
-    LSW_SWITCH_SHARED_16BIT = 48 * 1024, /* bytes a block; asserted by the kernel */
-    LSW_SWITCH_SHARED_32BIT = 88 * 1024,
+    LSW_SWITCH_SHARED_16BIT = 50 * 1024, /* bytes a block; asserted by the kernel */
+    LSW_SWITCH_SHARED_32BIT = 92 * 1024,
 
     /* The Hopper path. */
     LSW_SWITCH90_THREADS = 512, /* two warpgroups that move data, two that compute */
@@ -48,6 +48,11 @@ enum {
     LSW_ODD_COEFFICIENT = 8, /* switch: not finite; in place it counted as zero */
     LSW_STALE_MERGE = 16     /* switch in place: a merged slot was given another adapter; its targets were left as they are */
 };
+
+/* taken[0] = word[0] and word[0] = 0, in one step. Word 0: nothing. */
+typedef struct LswTakeArgs {
+    uint64_t word, taken;
+} LswTakeArgs;
 
 typedef struct LswRouteArgs {
     uint64_t logits, ids, gates, status;

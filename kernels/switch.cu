@@ -8,19 +8,36 @@
 //
 // A launch, block by block (persistent blocks, a work queue over tiles):
 //   1. canonical_route  ids that name no slot drop out, duplicates add up, entries sort by slot
-//   2. plan             which targets differ from what they hold: a prefix sum over their tiles, 256 targets at a time
-//   3. tiles            64 x 128 of W at a time: W comes to shared memory while the product runs, is changed there, and leaves
+//   2. plan             which targets differ from what they hold: a prefix sum over their tiles, as many targets at a time as threads
+//   3. switch_tiles     64 x 128 of W at a time
 //   4. record           the last block to finish writes down what is merged now and resets the queue
 // Nobody waits for another block: step 4 belongs to whichever block comes last, and by then all have read the old record.
 //
-// Exactness: A and B enter the tensor cores as stored. Each adapter has its own accumulator, which joins the sum by one fma with its
-// f32 coefficient; nothing is folded into a 16-bit operand. Ranks are real: the inner loop stops at the rank rounded up to 16, and what
-// lies beyond the rank is zeros that the loader put there, never memory.
+// A tile's sum is a sequence of slices: 16 of a term's rank, what one mma takes. Two slices of A and B, a panel, are in shared memory
+// while the next two, of this tile or the next one, are on their way; one barrier a panel. W needs no barrier and no fragment layout: a
+// thread copies to shared memory just the 16-byte packs whose sums it will have, as soon as it has stored those of the tile before, so
+// that W is on its way while the panels come and the product runs. To have whole packs, a thread needs neighbouring columns, of which
+// an mma gives it two: so column n of block j is not column 8 j + n of the tile but one that lies among its neighbours' (see Sum), which
+// costs nothing but the order in which A is read.
+//
+// Exactness: A and B enter the tensor cores as stored. Each slice has its own accumulators, which join the sum by one fma with the f32
+// coefficient; nothing is folded into a 16-bit operand. Additions: 15 a slice, one a slice to the sum, one to W; the bound is
+// 2 (rank + 2) u a term at most, u = 2^-24, a tensor core's additions counting twice. Ranks are real: a sum stops at the rank rounded up
+// to 16, and what lies beyond the rank is zeros that the loader put there, never memory.
+//
+// f32 has no tensor core that keeps 24 bits. An element is the sum of three bf16, x = h + m + l, exactly (as long as l does not
+// underflow: 2^-133): h is x rounded, m the rest rounded, and what then remains has at most 6 bits. Of the nine products six are added
+// up, the smallest first; m l, l m and l l are left out: at most 2 * 2^-8 * 2^-17 = u of the product. (Henry, Tang, Heinecke,
+// "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", ARITH 2019.) An infinity has no such
+// parts: in A or B it makes NaN. Plain fma is exact in the products, but at K = 64 it needs every issue slot for as long as memory needs
+// for W; two parts of TF32 cost as much as this and leave out 2^-21.
 //
 // Floor: W is read and written once, 4 bytes an element in 16 bits. Per tile the panels add (64 + 128) * sum(ranks) elements from L2.
+// What limits is the way of a tile through a block, which nothing fills while it waits: without panels and product the loop runs at the
+// floor (see NOTES.md).
 //
 // Targets and adapters whose addresses or rows are not multiples of 16 bytes, and the ragged rim of every matrix, take the same road
-// with loads and stores element by element (move_chunk), in the same launch.
+// with loads and stores element by element (load_chunk, store_chunk), in the same launch.
 #include "args.h"
 #include "common/num.cuh"
 #include "common/pack.cuh"
@@ -32,7 +49,15 @@ namespace {
 constexpr int kThreads = LSW_SWITCH_THREADS;
 constexpr int kRows = LSW_SWITCH_TILE_ROWS;
 constexpr int kCols = LSW_SWITCH_TILE_COLS;
-constexpr int kDepth = 32;  // of a panel: the part of the rank that is in shared memory at a time
+constexpr int kWarpRows = 32, kWarpCols = 64;  // of a tile, a warp's
+constexpr int kSlice = 16;                     // of a rank: what one mma takes
+constexpr int kDepth = 2 * kSlice;             // of a panel
+constexpr uint32_t kTermSlices = LSW_MAX_RANK / kSlice;  // slices are numbered as if each term had so many
+// Of a tile, a thread has four rows, 8 apart, and in each of them, in both halves of its warp's columns, eight columns: one pack of 16
+// bytes or two, 16 columns apart.
+template <class T> constexpr int kHalfPacks = 8 / kPack<T>;
+template <class T> constexpr int kOwnPacks = 4 * 2 * kHalfPacks<T>;
+static_assert(kThreads == kRows / kWarpRows * (kCols / kWarpCols) * 32, "the warps cover the tile");
 
 struct Term {
     const void* a;
@@ -41,23 +66,37 @@ struct Term {
     float coefficient;
 };
 
-// What a block keeps in shared memory. Rows are padded by one pack, so that eight rows of an ldmatrix fall into different banks.
-template <class T> struct Shared {
-    T weight[kRows][kCols + kPack<T>];
-    T a[2][kDepth][kCols + kPack<T>];
-    T b[2][kRows][kDepth + kPack<T>];
-    Route route;
-    uint32_t prefix[kThreads + 1];  // tiles of the changed targets before this one, of the 256 that are planned
-    uint32_t warp_total[kThreads / 32];
-    Term terms[2 * LSW_MAX_K];
+// A target that changes and its sum.
+struct Job {
+    LswTarget target;
+    uint32_t tiles_per_row;
+    bool is_plain;   // all of it is at multiples of 16 bytes, and so are the ranks
+    uint32_t begin;  // its first tile, counted over all changed targets
     uint32_t term_count;
-    uint32_t next_tile;
+    Term terms[2 * LSW_MAX_K];
+};
+
+// Panels. Rows are padded so that what a warp reads at once falls into different banks.
+template <class T> struct Panels {
+    T a[kDepth][kCols + kPack<T>];
+    T b[kRows][kDepth + 8];
+};
+
+template <class T> struct Shared {
+    uint4 weight[kOwnPacks<T>][kThreads];  // each thread's own
+    Panels<T> panels[2];
+    Job jobs[2];
+    Route route;
+    uint32_t prefix[kThreads + 1];  // tiles of all changed targets before this one
+    uint32_t first;                 // of the targets that are planned
+    uint32_t warp_total[kThreads / 32];
+    uint32_t next_tile[2];
     uint32_t is_last;
     uint32_t any_changed;
 };
 
-// Exclusive prefix sum of the tiles of the changed targets among 256, from `first` on.
-template <class T> __device__ void plan(const LswSwitchArgs& args, Shared<T>& s, uint32_t first) {
+// Exclusive prefix sum of the tiles of the changed targets among kThreads, from `first` on; `before`: of those before them.
+template <class T> __device__ void plan(const LswSwitchArgs& args, Shared<T>& s, uint32_t first, uint32_t before) {
     const uint32_t target = first + threadIdx.x;
     uint32_t tiles = 0;
     if (is_changed(args, s.route, target)) tiles = target_of(args, target).tiles, s.any_changed = 1;
@@ -69,9 +108,10 @@ template <class T> __device__ void plan(const LswSwitchArgs& args, Shared<T>& s,
     }
     if (lane == 31) s.warp_total[warp] = sum;
     __syncthreads();
+    sum += before;
     for (uint32_t w = 0; w < warp; ++w) sum += s.warp_total[w];
     s.prefix[threadIdx.x + 1] = sum;
-    if (threadIdx.x == 0) s.prefix[0] = 0;
+    if (threadIdx.x == 0) s.prefix[0] = before, s.first = first;
     __syncthreads();
 }
 
@@ -79,186 +119,355 @@ __device__ __forceinline__ Term make_term(const LswFactor& f, float coefficient)
     return {reinterpret_cast<const void*>(f.a), reinterpret_cast<const void*>(f.b), f.a_stride, f.b_stride, f.rank, f.flags, coefficient};
 }
 
-// One warp.
-template <class T> __device__ void build_terms(const LswSwitchArgs& args, Shared<T>& s, uint32_t target) {
-    const LaneTerms t = lane_terms(args, s.route, target);
-    if (t.enter_slot >= 0) s.terms[t.enter_at] = make_term(factor(args, target, t.enter_slot), t.enter);
-    if (t.leave_slot >= 0) s.terms[t.leave_at] = make_term(factor(args, target, t.leave_slot), t.leave);
-    if (threadIdx.x == 0) s.term_count = t.count;
+// One warp. The tables' next entries come to L2 meanwhile, which W has swept clean.
+template <class T> __device__ void build(const LswSwitchArgs& args, const Route& route, uint32_t target, uint32_t begin, Job& job) {
+    const LaneTerms t = lane_terms(args, route, target);
+    bool is_plain = target_of(args, target).flags & LSW_WEIGHT_ALIGNED;
+    const auto put = [&](int slot, uint32_t at, float coefficient) {
+        if (slot < 0) return;
+        const Term term = make_term(factor(args, target, slot), coefficient);
+        is_plain = is_plain && term.flags == (LSW_A_ALIGNED | LSW_B_ALIGNED) && term.rank % kPack<T> == 0;
+        job.terms[at] = term;
+    };
+    put(t.enter_slot, t.enter_at, t.enter);
+    put(t.leave_slot, t.leave_at, t.leave);
+    is_plain = __all_sync(kFullWarp, is_plain);
+    if (target + 1 < args.last) {
+        if (t.enter_slot >= 0) prefetch(&factor(args, target + 1, t.enter_slot));
+        if (threadIdx.x == 0) prefetch(&target_of(args, target + 1));
+    }
+    if (threadIdx.x == 0) {
+        job.target = target_of(args, target);
+        job.tiles_per_row = (job.target.cols + kCols - 1) / kCols;
+        job.is_plain = is_plain, job.begin = begin, job.term_count = t.count;
+    }
 }
 
-// One pack from global to shared memory, of which `valid` elements exist; the rest becomes zero.
-template <class T> __device__ __forceinline__ void load_chunk(T* shared, const T* global, int valid, bool aligned) {
-    if (aligned && valid >= kPack<T>) return copy16_async(shared, global);
-    Pack<T> pack;
-#pragma unroll
-    for (int i = 0; i < kPack<T>; ++i) {
-        if (i < valid) pack.lane[i] = global[i];
+// What is done between two barriers: a panel of a tile's sum.
+struct Step {
+    uint32_t job;  // which of the two
+    uint32_t row, col;
+    uint32_t slice;  // the first one of its panels
+    bool is_plain;
+};
+
+// Steps to the beginning of a tile, whose target is that of the step or one behind it. False: there is no such tile.
+template <class T> __device__ bool find(const LswSwitchArgs& args, Shared<T>& s, uint32_t tile, Step& step) {
+    if (tile - s.jobs[step.job].begin >= s.jobs[step.job].target.tiles) {
+        while (tile >= s.prefix[kThreads]) {
+            const uint32_t first = s.first + kThreads;
+            if (first >= args.last) return false;
+            plan(args, s, first, s.prefix[kThreads]);
+        }
+        uint32_t i = 0;  // the last target whose tiles begin at or before this one
+        for (uint32_t half = kThreads / 2; half > 0; half /= 2) {
+            if (s.prefix[i + half] <= tile) i += half;
+        }
+        step.job ^= 1;
+        if (threadIdx.x < 32) build<T>(args, s.route, s.first + i, s.prefix[i], s.jobs[step.job]);
+        __syncthreads();
     }
-    store16(shared, pack);
+    const Job& job = s.jobs[step.job];
+    const uint32_t index = tile - job.begin, per_row = job.tiles_per_row;
+    const uint32_t row = index / per_row * kRows, col = index % per_row * kCols;
+    const bool is_whole = row + kRows <= job.target.rows && col + kCols <= job.target.cols;
+    step = {step.job, row, col, 0, job.is_plain && is_whole};
+    return true;
+}
+
+// Behind the last slice; the slice after one.
+__device__ __forceinline__ uint32_t slice_end(const Job& job) { return job.term_count * kTermSlices; }
+__device__ __forceinline__ uint32_t next_slice(const Job& job, uint32_t slice) {
+    const uint32_t term = slice / kTermSlices, next = slice % kTermSlices + 1;
+    return next * kSlice < job.terms[term].rank ? slice + 1 : (term + 1) * kTermSlices;
+}
+
+// One pack from global to shared memory, of which `valid` elements exist; the rest becomes zero. In a plain tile all or none do.
+template <bool kPlain, class T> __device__ __forceinline__ void load_chunk(void* shared, const T* global, int valid, bool aligned) {
+    if (kPlain ? valid > 0 : aligned && valid >= kPack<T>) return copy16_async(shared, global);
+    Pack<T> pack;
+    if (!kPlain) {
+#pragma unroll
+        for (int i = 0; i < kPack<T>; ++i) {
+            if (i < valid) pack.lane[i] = global[i];
+        }
+    }
+    store16(static_cast<T*>(shared), pack);
 }
 
 template <class T> __device__ __forceinline__ void store_chunk(T* global, const T* shared, int valid, bool aligned) {
-    const Pack<T> pack = load16(shared);
-    if (aligned && valid >= kPack<T>) return store16(global, pack);
-#pragma unroll
+    if (aligned && valid >= kPack<T>) return store16(global, load16(shared));
     for (int i = 0; i < kPack<T>; ++i) {
-        if (i < valid) global[i] = pack.lane[i];
+        if (i < valid) global[i] = shared[i];
     }
 }
 
-// A place in the sum: which term, and how far into its rank.
-struct Step {
-    uint32_t term, k;
-    __device__ bool is_last_of(const Term& t) const { return k + kDepth >= t.rank; }
-    __device__ Step next(const Term& t) const { return is_last_of(t) ? Step{term + 1, 0} : Step{term, k + kDepth}; }
-};
-// Of this step's panels, the part that is multiplied: real ranks, rounded up to the 16 of one mma.
-__device__ __forceinline__ int depth_of(const Term& t, uint32_t k) { return min(kDepth, static_cast<int>((t.rank - k + 15) / 16 * 16)); }
-
-struct Tile {
-    uint32_t row, col, rows, cols;  // of W
-    __device__ int valid_rows() const { return min(kRows, static_cast<int>(rows - row)); }
-    __device__ int valid_cols(int from) const { return static_cast<int>(min(static_cast<uint32_t>(kCols), cols - col)) - from; }
+// A thread's place in its warp, and the warp's in a tile.
+struct Own {
+    int group, in_group, row, col;
+    __device__ Own() {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        group = lane / 4, in_group = lane % 4;
+        row = warp / (kCols / kWarpCols) * kWarpRows, col = warp % (kCols / kWarpCols) * kWarpCols;
+    }
 };
 
-template <class T> __device__ void load_panels(Shared<T>& s, int stage, const Tile& tile, const Step& step) {
-    const Term& t = s.terms[step.term];
-    const int depth = depth_of(t, step.k), valid_depth = min(depth, static_cast<int>(t.rank - step.k));
-    const T* a = static_cast<const T*>(t.a) + static_cast<uint64_t>(step.k) * t.a_stride + tile.col;
-    constexpr int kChunksA = kCols / kPack<T>;
-    for (int i = threadIdx.x; i < depth * kChunksA; i += kThreads) {
-        const int k = i / kChunksA, n = i % kChunksA * kPack<T>;
-        const int valid = k < valid_depth ? tile.valid_cols(n) : 0;
-        load_chunk(&s.a[stage][k][n], a + static_cast<uint64_t>(k) * t.a_stride + n, valid, t.flags & LSW_A_ALIGNED);
-    }
-    const T* b = static_cast<const T*>(t.b) + static_cast<uint64_t>(tile.row) * t.b_stride + step.k;
-    const int chunks = depth / kPack<T>;
-    for (int i = threadIdx.x; i < kRows * chunks; i += kThreads) {
-        const int m = i / chunks, k = i % chunks * kPack<T>;
-        const int valid = m < tile.valid_rows() ? valid_depth - k : 0;
-        load_chunk(&s.b[stage][m][k], b + static_cast<uint64_t>(m) * t.b_stride + k, valid, t.flags & LSW_B_ALIGNED);
-    }
+// Where in a tile a thread's packs begin.
+template <class T> __device__ __forceinline__ int row_of(const Own& own, int pack) {
+    return own.row + own.group + pack / (2 * kHalfPacks<T>) * 8;
+}
+template <class T> __device__ __forceinline__ int col_of(const Own& own, int pack) {
+    return own.col + own.in_group * kPack<T> + pack / kHalfPacks<T> % 2 * (kWarpCols / 2) + pack % kHalfPacks<T> * 16;
 }
 
-// The product of a tile: `current` is the running B_j A_j of one term, `sum` what has been added up with coefficients.
-// 16 bits: tensor cores. Eight warps, 2 x 4, each 32 x 32.
-template <class T> struct Product {
-    float current[2][4][4] = {}, sum[2][4][4] = {};
+// Of rows x cols, how many elements there are from a place on, in its row.
+__device__ __forceinline__ int valid_at(uint32_t rows, uint32_t cols, uint32_t row, uint32_t col) {
+    return row < rows ? static_cast<int>(cols - col) : 0;
+}
 
-    __device__ void multiply(const Shared<T>& s, int stage, int depth) {
-        const int lane = threadIdx.x % 32, m0 = threadIdx.x / 128 * 32, n0 = threadIdx.x / 32 % 4 * 32;
-        for (int k = 0; k < depth; k += 16) {
-            uint32_t b[2][4], a[2][4];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                ldmatrix4(b[i], &s.b[stage][m0 + 16 * i + lane % 16][k + lane / 16 * 8]);
-                ldmatrix4_transposed(a[i], &s.a[stage][k + lane % 16][n0 + 16 * i + lane / 16 * 8]);
-            }
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-#pragma unroll
-                for (int j = 0; j < 4; ++j) mma16816(current[i][j], b[i], a[j / 2][j % 2 * 2], a[j / 2][j % 2 * 2 + 1], T{});
-            }
-        }
-    }
-
-    __device__ void finish_term(float coefficient) {
-#pragma unroll
-        for (int i = 0; i < 32; ++i) {
-            float& c = (&current[0][0][0])[i];
-            float& t = (&sum[0][0][0])[i];
-            t = fmaf(coefficient, c, t);
-            c = 0.0f;
-        }
-    }
-
-    __device__ void add_to(Shared<T>& s) const {
-        const int lane = threadIdx.x % 32, m0 = threadIdx.x / 128 * 32 + lane / 4, n0 = threadIdx.x / 32 % 4 * 32 + lane % 4 * 2;
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            const int tile_m = i / 8, half = i / 4 % 2, tile_n = i % 4;
-            uint32_t& word = *reinterpret_cast<uint32_t*>(&s.weight[m0 + 16 * tile_m + 8 * half][n0 + 8 * tile_n]);
-            const float2 old = unpack(word, T{});
-            word = pack({old.x + sum[tile_m][tile_n][2 * half], old.y + sum[tile_m][tile_n][2 * half + 1]}, T{});
-        }
-    }
-};
-
-// f32: plain fma, since TF32 would round the operands. Thread (y, x) has rows 4 y + i and columns 4 x + j, 64 + 4 x + j.
-template <> struct Product<float> {
-    float current[4][8] = {}, sum[4][8] = {};
-
-    __device__ void multiply(const Shared<float>& s, int stage, int depth) {
-        const int x = threadIdx.x % 16, y = threadIdx.x / 16;
-        for (int k = 0; k < depth; k += 4) {
-            Pack<float> b[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) b[i] = load16(&s.b[stage][4 * y + i][k]);
-#pragma unroll
-            for (int kk = 0; kk < 4; ++kk) {
-                const Pack<float> a[2] = {load16(&s.a[stage][k + kk][4 * x]), load16(&s.a[stage][k + kk][64 + 4 * x])};
-#pragma unroll
-                for (int i = 0; i < 32; ++i) current[i / 8][i % 8] = fmaf(b[i / 8].lane[kk], a[i % 8 / 4].lane[i % 4], current[i / 8][i % 8]);
-            }
-        }
-    }
-
-    __device__ void finish_term(float coefficient) {
-#pragma unroll
-        for (int i = 0; i < 32; ++i) {
-            sum[i / 8][i % 8] = fmaf(coefficient, current[i / 8][i % 8], sum[i / 8][i % 8]);
-            current[i / 8][i % 8] = 0.0f;
-        }
-    }
-
-    __device__ void add_to(Shared<float>& s) const {
-        const int x = threadIdx.x % 16, y = threadIdx.x / 16;
-#pragma unroll
-        for (int i = 0; i < 32; ++i) s.weight[4 * y + i / 8][i % 8 / 4 * 64 + 4 * x + i % 4] += sum[i / 8][i % 8];
-    }
-};
-
-template <class T> __device__ void switch_tile(const LswSwitchArgs& args, Shared<T>& s, const LswTarget& target, uint32_t index) {
-    const uint32_t tiles_per_row = (target.cols + kCols - 1) / kCols;
-    const Tile tile{index / tiles_per_row * kRows, index % tiles_per_row * kCols, target.rows, target.cols};
+template <bool kPlain, class T>
+__device__ __forceinline__ void load_weight(Shared<T>& s, const LswTarget& target, const Step& step) {
+    const Own own;
+    const uint32_t rows = target.rows - step.row, cols = target.cols - step.col;
+    const uint64_t stride = target.base_stride;
     const bool aligned = target.flags & LSW_WEIGHT_ALIGNED;
-    constexpr int kChunks = kCols / kPack<T>;
-
-    const T* base = reinterpret_cast<const T*>(target.base) + tile.row * target.base_stride + tile.col;
-    for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
-        const int m = i / kChunks, n = i % kChunks * kPack<T>;
-        load_chunk(&s.weight[m][n], base + m * target.base_stride + n, m < tile.valid_rows() ? tile.valid_cols(n) : 0, aligned);
+    const T* base = reinterpret_cast<const T*>(target.base) + step.row * stride + step.col;
+#pragma unroll(kPlain ? kOwnPacks<T> : 1)
+    for (int pack = 0; pack < kOwnPacks<T>; ++pack) {
+        const int m = row_of<T>(own, pack), n = col_of<T>(own, pack);
+        const int valid = kPlain ? kPack<T> : valid_at(rows, cols, m, n);
+        load_chunk<kPlain>(&s.weight[pack][threadIdx.x], base + m * stride + n, valid, aligned);
     }
-    copy_commit();
+}
 
-    if (s.term_count > 0) {
-        // Two stages of panels: the next step's loads run under this step's product.
-        Product<T> product;
-        Step step{0, 0};
-        load_panels(s, 0, tile, step);
-        copy_commit();
-        for (int stage = 0; step.term < s.term_count; stage ^= 1) {
-            const Term& term = s.terms[step.term];
-            const Step next = step.next(term);
-            if (next.term < s.term_count) load_panels(s, stage ^ 1, tile, next);
-            copy_commit();
-            copy_wait<1>();
-            __syncthreads();
-            product.multiply(s, stage, depth_of(term, step.k));
-            if (step.is_last_of(term)) product.finish_term(term.coefficient);
-            __syncthreads();
-            step = next;
+// Calls f(i) for i < kCount, dealt out to the threads.
+template <int kCount, bool kUnrolled, class F> __device__ __forceinline__ void deal(F f) {
+#pragma unroll(kUnrolled ? kCount : 1)
+    for (int n = 0; n < kCount; n += kThreads) {
+        const int i = n + threadIdx.x;
+        if (n + kThreads <= kCount || i < kCount) f(i);
+    }
+}
+
+template <bool kPlain, class T> __device__ void load_panels(Panels<T>& panels, const Job& job, const Step& step) {
+    const int rows = job.target.rows - step.row, cols = job.target.cols - step.col;
+    const uint32_t end = slice_end(job);
+    uint32_t slice = step.slice;
+#pragma unroll 1
+    for (int depth = 0; depth < kDepth && slice < end; depth += kSlice) {
+        const Term t = job.terms[slice / kTermSlices];
+        const uint32_t k = slice % kTermSlices * kSlice;
+        const int rank = t.rank - k;
+        constexpr int kChunksA = kCols / kPack<T>, kChunksB = kSlice / kPack<T>;
+        const T* a = static_cast<const T*>(t.a) + static_cast<uint64_t>(k) * t.a_stride + step.col;
+        deal<kSlice * kChunksA, kPlain>([&](int i) {
+            const int kk = i / kChunksA, n = i % kChunksA * kPack<T>;
+            const int valid = kPlain ? rank - kk : kk < rank ? cols - n : 0;
+            load_chunk<kPlain>(&panels.a[depth + kk][n], a + static_cast<uint64_t>(kk) * t.a_stride + n, valid, t.flags & LSW_A_ALIGNED);
+        });
+        const T* b = static_cast<const T*>(t.b) + static_cast<uint64_t>(step.row) * t.b_stride + k;
+        deal<kRows * kChunksB, kPlain>([&](int i) {
+            const int m = i / kChunksB, kk = i % kChunksB * kPack<T>;
+            const int valid = kPlain || m < rows ? rank - kk : 0;
+            load_chunk<kPlain>(&panels.b[m][depth + kk], b + static_cast<uint64_t>(m) * t.b_stride + kk, valid, t.flags & LSW_B_ALIGNED);
+        });
+        slice = next_slice(job, slice);
+    }
+}
+
+// A warp's 32 x 64 of the sum: accumulators of mmas, by blocks of 16 rows and of 8 columns. Of a block, lane 4 g + t has columns 2 t and
+// 2 t + 1. Blocks whose columns take turns make these neighbours: with kBlocks of them, column n of the j-th is kBlocks n + j, so that
+// the lane's own are kPack in a row, from kPack t on.
+using Sum = float[2][8][4];
+template <class T> constexpr int kBlocks = kPack<T> / 2;
+
+// Adds four mmas of a row block.
+__device__ __forceinline__ void add_product(float (*sum)[4], const float (&product)[4][4], float coefficient) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) sum[i / 4][i % 4] = fmaf(coefficient, product[i / 4][i % 4], sum[i / 4][i % 4]);
+}
+
+// One slice: sum += coefficient * b a.
+template <class T> __device__ __forceinline__ void multiply(Sum& sum, float coefficient, const Panels<T>& s, int k) {
+    const Own own;
+    const int lane = threadIdx.x % 32;
+    uint32_t b[2][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) ldmatrix4(b[i], &s.b[own.row + 16 * i + lane % 16][k + lane / 16 * 8]);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        uint32_t a[4][2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const T* p = &s.a[k + 8 * half + 2 * own.in_group][own.col + kWarpCols / 2 * h + 4 * own.group];
+            const uint2 even = *reinterpret_cast<const uint2*>(p), odd = *reinterpret_cast<const uint2*>(p + kCols + kPack<T>);
+            a[0][half] = __byte_perm(even.x, odd.x, 0x5410), a[1][half] = __byte_perm(even.x, odd.x, 0x7632);
+            a[2][half] = __byte_perm(even.y, odd.y, 0x5410), a[3][half] = __byte_perm(even.y, odd.y, 0x7632);
         }
-        product.add_to(s);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float product[4][4] = {};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) mma16816(product[j], b[i], a[j][0], a[j][1], T{});
+            add_product(&sum[i][4 * h], product, coefficient);
+        }
     }
-    copy_wait<0>();
-    __syncthreads();
+}
 
-    T* weight = reinterpret_cast<T*>(target.weight) + tile.row * target.weight_stride + tile.col;
-    for (int i = threadIdx.x; i < tile.valid_rows() * kChunks; i += kThreads) {
-        const int m = i / kChunks, n = i % kChunks * kPack<T>;
-        store_chunk(weight + m * target.weight_stride + n, &s.weight[m][n], tile.valid_cols(n), aligned);
+// f32: products of parts, six for one.
+struct Parts {
+    uint32_t of[3];
+};
+__device__ __forceinline__ Parts split(float x, float y) {
+    Parts parts;
+#pragma unroll
+    for (int p = 0; p < 3; ++p) {
+        parts.of[p] = pack({x, y}, __nv_bfloat16{});
+        const float2 rounded = unpack(parts.of[p], __nv_bfloat16{});
+        x -= rounded.x, y -= rounded.y;
+    }
+    return parts;
+}
+
+template <> __device__ __forceinline__ void multiply(Sum& sum, float coefficient, const Panels<float>& s, int k) {
+    const Own own;
+    Parts b[2][4];
+#pragma unroll
+    for (int q = 0; q < 8; ++q) {
+        const int m = own.row + 16 * (q / 4) + 8 * (q % 2) + own.group, kk = k + 8 * (q / 2 % 2) + 2 * own.in_group;
+        const float2 pair = *reinterpret_cast<const float2*>(&s.b[m][kk]);
+        b[q / 4][q % 4] = split(pair.x, pair.y);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        Parts a[4][2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int j = 0; j < 4; j += 2) {
+                const float* p = &s.a[k + 8 * half + 2 * own.in_group][own.col + kWarpCols / 2 * h + 8 * j + 2 * own.group];
+                const float2 even = *reinterpret_cast<const float2*>(p);
+                const float2 odd = *reinterpret_cast<const float2*>(p + kCols + kPack<float>);
+                a[j][half] = split(even.x, odd.x), a[j + 1][half] = split(even.y, odd.y);
+            }
+        }
+        constexpr int kOrder[6][2] = {{2, 0}, {0, 2}, {1, 1}, {1, 0}, {0, 1}, {0, 0}};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float product[4][4] = {};
+#pragma unroll
+            for (int o = 0; o < 6; ++o) {
+                const int p = kOrder[o][0], q = kOrder[o][1];
+                const uint32_t part[4] = {b[i][0].of[p], b[i][1].of[p], b[i][2].of[p], b[i][3].of[p]};
+#pragma unroll
+                for (int j = 0; j < 4; ++j) mma16816(product[j], part, a[j][0].of[q], a[j][1].of[q], __nv_bfloat16{});
+            }
+            add_product(&sum[i][4 * h], product, coefficient);
+        }
+    }
+}
+
+__device__ __forceinline__ void add(Pack<float>& w, const float (&x)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) w.lane[i] += x[i];
+}
+template <class T> __device__ __forceinline__ void add(Pack<T>& w, const float (&x)[8]) {
+    uint32_t words[4] = {w.bits.x, w.bits.y, w.bits.z, w.bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 old = unpack(words[i], T{});
+        words[i] = pack({old.x + x[2 * i], old.y + x[2 * i + 1]}, T{});
+    }
+    w.bits = {words[0], words[1], words[2], words[3]};
+}
+
+// An empty sum copies bits.
+template <bool kPlain, class T>
+__device__ __forceinline__ void store_weight(Shared<T>& s, const Job& job, const Step& step, const Sum& sum) {
+    const Own own;
+    const uint32_t rows = job.target.rows - step.row, cols = job.target.cols - step.col;
+    const uint64_t stride = job.target.weight_stride;
+    const bool aligned = job.target.flags & LSW_WEIGHT_ALIGNED, is_sum = job.term_count > 0;
+    T* weight = reinterpret_cast<T*>(job.target.weight) + step.row * stride + step.col;
+#pragma unroll
+    for (int pack = 0; pack < kOwnPacks<T>; ++pack) {
+        Pack<T> w;
+        w.bits = s.weight[pack][threadIdx.x];
+        const int i = pack / (2 * kHalfPacks<T>), j = pack % (2 * kHalfPacks<T>) * kBlocks<T>;
+        float x[kPack<T>];
+#pragma unroll
+        for (int e = 0; e < kPack<T>; ++e) x[e] = sum[i / 2][j + e % kBlocks<T>][i % 2 * 2 + e / kBlocks<T>];
+        if (is_sum) add(w, x);
+        if (kPlain) {
+            store16(weight + row_of<T>(own, pack) * stride + col_of<T>(own, pack), w);
+        } else {
+            s.weight[pack][threadIdx.x] = w.bits;
+        }
+    }
+#pragma unroll 1
+    for (int pack = kPlain ? kOwnPacks<T> : 0; pack < kOwnPacks<T>; ++pack) {
+        const int m = row_of<T>(own, pack), n = col_of<T>(own, pack);
+        const T* from = reinterpret_cast<const T*>(&s.weight[pack][threadIdx.x]);
+        store_chunk(weight + m * stride + n, from, valid_at(rows, cols, m, n), aligned);
+    }
+}
+
+template <class T> __device__ void load_weight(Shared<T>& s, const Step& step) {
+    const LswTarget& target = s.jobs[step.job].target;
+    step.is_plain ? load_weight<true>(s, target, step) : load_weight<false>(s, target, step);
+}
+template <class T> __device__ void load_panels(Shared<T>& s, int stage, const Step& step) {
+    const Job& job = s.jobs[step.job];
+    step.is_plain ? load_panels<true>(s.panels[stage], job, step) : load_panels<false>(s.panels[stage], job, step);
+}
+template <class T> __device__ void store_weight(Shared<T>& s, const Step& step, const Sum& sum) {
+    const Job& job = s.jobs[step.job];
+    step.is_plain ? store_weight<true>(s, job, step, sum) : store_weight<false>(s, job, step, sum);
+}
+
+template <class T> __device__ void switch_tiles(const LswSwitchArgs& args, Shared<T>& s) {
+    plan(args, s, args.first, 0);
+    uint32_t taken = 0;
+    Step next{};
+    bool has_next = find(args, s, blockIdx.x, next);
+    if (has_next) {
+        if (threadIdx.x == 0) taken = gridDim.x + atomicAdd(&state(args)->next_tile, 1);
+        load_panels(s, 0, next);
+        copy_commit();
+        load_weight(s, next);
+        copy_commit();
+    }
+    Sum sum = {};
+    for (int stage = 0; has_next; stage ^= 1) {
+        Step now = next;
+        if (threadIdx.x == 0) s.next_tile[stage] = taken;
+        copy_wait<1>();  // all but W
+        __syncthreads();
+
+        const Job& job = s.jobs[now.job];
+        const uint32_t end = slice_end(job);
+        for (int i = 0; i < kDepth / kSlice && next.slice < end; ++i) next.slice = next_slice(job, next.slice);
+        const bool is_last = next.slice >= end;
+        if (is_last) {
+            has_next = find(args, s, s.next_tile[stage], next);
+            if (has_next && threadIdx.x == 0) taken = gridDim.x + atomicAdd(&state(args)->next_tile, 1);
+        }
+        if (has_next) load_panels(s, stage ^ 1, next);
+        copy_commit();
+
+#pragma unroll 1
+        for (int depth = 0; depth < kDepth && now.slice < end; depth += kSlice) {
+            multiply(sum, job.terms[now.slice / kTermSlices].coefficient, s.panels[stage], depth);
+            now.slice = next_slice(job, now.slice);
+        }
+        if (is_last) {
+            copy_wait<1>();  // all but the next panels
+            store_weight(s, now, sum);
+#pragma unroll
+            for (int i = 0; i < 64; ++i) (&sum[0][0][0])[i] = 0.0f;
+            if (has_next) load_weight(s, next);
+        }
+        copy_commit();
     }
 }
 
@@ -267,32 +476,10 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
     extern __shared__ __align__(16) unsigned char raw[];
     Shared<T>& s = *reinterpret_cast<Shared<T>*>(raw);
     if (threadIdx.x < 32) canonical_route(args, s.route);
-    if (threadIdx.x == 0) s.any_changed = 0;
+    if (threadIdx.x == 0) s.any_changed = 0, s.jobs[0].begin = 0, s.jobs[0].target.tiles = 0;  // no target yet
     __syncthreads();
-
-    uint32_t tile = blockIdx.x, planned = 0;  // tiles of the targets that were planned before
-    for (uint32_t first = args.first; first < args.last; first += kThreads) {
-        plan(args, s, first);
-        const uint32_t total = s.prefix[kThreads];
-        uint32_t current = ~0u;
-        while (tile - planned < total) {
-            if (threadIdx.x == 0) s.next_tile = gridDim.x + atomicAdd(&state(args)->next_tile, 1);
-            uint32_t i = 0;  // the last target whose tiles begin at or before this one
-            for (uint32_t step = kThreads / 2; step > 0; step /= 2) {
-                if (s.prefix[i + step] <= tile - planned) i += step;
-            }
-            if (i != current) {
-                if (threadIdx.x < 32) build_terms(args, s, first + i);
-                current = i;
-            }
-            __syncthreads();
-            if (s.term_count > 0 || !args.in_place) switch_tile(args, s, target_of(args, first + i), tile - planned - s.prefix[i]);
-            tile = s.next_tile;
-            __syncthreads();
-        }
-        planned += total;
-        __syncthreads();
-    }
+    switch_tiles(args, s);
+    __syncthreads();
 
     // Nothing to do: every block finds the same, so there is no queue to reset and nothing to record.
     if (!s.any_changed) return;
@@ -309,16 +496,16 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
 
 }  // namespace
 
-#define LSW_SWITCH(suffix, T)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(LSW_SWITCH_THREADS, 2)                                          \
+#define LSW_SWITCH(suffix, T, blocks)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(LSW_SWITCH_THREADS, blocks)                                          \
         lsw_switch_##suffix(const __grid_constant__ LswSwitchArgs args) {                                        \
         static_assert(sizeof(Shared<T>) <= (sizeof(T) == 2 ? LSW_SWITCH_SHARED_16BIT : LSW_SWITCH_SHARED_32BIT), \
                       "the host asks for this much shared memory");                                              \
         switch_all<T>(args);                                                                                     \
     }
-LSW_SWITCH(f32, float)
-LSW_SWITCH(f16, __half)
-LSW_SWITCH(bf16, __nv_bfloat16)
+LSW_SWITCH(f32, float, 2)
+LSW_SWITCH(f16, __half, 3)
+LSW_SWITCH(bf16, __nv_bfloat16, 3)
 
 extern "C" __global__ void __launch_bounds__(LSW_MAX_K) lsw_switch_current(const __grid_constant__ LswCurrentArgs args) {
     if (threadIdx.x >= args.k_max) return;

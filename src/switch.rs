@@ -99,9 +99,10 @@ pub(crate) struct ToPlan {
 /// A target whose list of (slot, coefficient, content of the slot) equals what it holds costs no weight traffic. What it holds is kept
 /// on the device, so a captured `to` serves every route, and a refilled slot is noticed.
 ///
-/// Numbers: A, B, W enter as stored; products and sums in f32, in a fixed order; one rounding at the end. A coefficient that is not
-/// finite propagates from base (and the next route heals it); in place it counts as zero, as does one of 2^126 or more in magnitude,
-/// since it would destroy W. [`odd`](Self::odd) tells.
+/// Numbers: A, B, W enter as stored; products and sums in f32, in a fixed order; one rounding at the end. On CUDA an f32 product is six of
+/// bf16 parts, which leave out at most 2^-24 of it (an infinity in A or B makes NaN there). A coefficient that is not finite propagates
+/// from base (and the next route heals it); in place it counts as zero, as does one of 2^126 or more in magnitude, since it would destroy
+/// W. [`odd`](Self::odd) tells.
 ///
 /// A set is in flight on one stream at a time, replays of graphs included. Memory that it owns through cudarc ties it to one stream;
 /// dropped while its work is in flight, it frees in stream order there. Weights by address are the caller's to keep. A CUDA graph that

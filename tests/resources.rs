@@ -7,6 +7,8 @@
 use crate::common::skip;
 use regex::Regex;
 use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
 
 include!(concat!(env!("OUT_DIR"), "/reports.rs"));
 
@@ -101,6 +103,61 @@ fn every_kernel_file_is_built() {
     let mut stems: Vec<_> = sources.map(|file| file.file_stem().unwrap().to_str().unwrap().to_owned()).collect();
     stems.sort();
     assert_eq!(stems, REPORTS.iter().map(|(stem, _)| *stem).collect::<Vec<_>>());
+}
+
+/// The machine code of an image: cuobjdump's, of `make setup` or on PATH. None, said aloud, where there is none, or where the build's
+/// files are gone.
+fn machine_code(stem: &str) -> Option<String> {
+    let image = Path::new(env!("OUT_DIR")).join(format!("{stem}.fatbin"));
+    if !image.is_file() {
+        skip(&format!("{} is not there: built elsewhere", image.display()));
+        return None;
+    }
+    let local = Path::new("target/cuda-tools/nvidia/cu13/bin/cuobjdump");
+    let tool = if local.is_file() { local } else { Path::new("cuobjdump") };
+    let Ok(out) = Command::new(tool).arg("-sass").arg(image).output() else {
+        skip("no cuobjdump (`make setup` fetches it)");
+        return None;
+    };
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    Some(String::from_utf8(out.stdout).unwrap())
+}
+
+/// Each function of a listing, which names it once for each card, and how many of its lines have the instruction.
+fn occurrences<'l>(listing: &'l str, instruction: &str) -> Vec<(&'l str, usize)> {
+    let instruction = Regex::new(instruction).unwrap();
+    let mut counts = Vec::<(&str, usize)>::new();
+    for line in listing.lines() {
+        if let Some((_, name)) = line.split_once("Function : ") {
+            counts.push((name.trim(), 0));
+        } else if let Some((_, count)) = counts.last_mut() {
+            *count += usize::from(instruction.is_match(line));
+        }
+    }
+    counts
+}
+
+/// The kernels of the Hopper path multiply by wgmma, HGMMA in machine code, those of the portable path by mma.sync; and no kernel has
+/// anything in local memory.
+#[test]
+fn machine_code_is_what_it_should_be() {
+    if !kernels_were_built() {
+        return;
+    }
+    for (stem, _) in REPORTS {
+        let Some(listing) = machine_code(stem) else { return };
+        let local = occurrences(&listing, r"\b(LDL|STL)\b");
+        assert!(!local.is_empty(), "{stem}: no function in\n{listing}");
+        assert!(local.iter().all(|(_, n)| *n == 0), "{stem}: local memory: {local:?}");
+        let tensor = match *stem {
+            "switch_sm90" => r"\bHGMMA\b",
+            "switch" => r"\bHMMA\b",
+            _ => continue,
+        };
+        let mut tensor = occurrences(&listing, tensor);
+        tensor.retain(|(name, _)| *name != "lsw_switch_current");
+        assert!(!tensor.is_empty() && tensor.iter().all(|(_, n)| *n > 0), "{stem}: no tensor cores: {tensor:?}");
+    }
 }
 
 /// The checks above see nothing if ptxas changes its words: these are nvcc 13.0's, faults included.

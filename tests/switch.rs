@@ -575,6 +575,37 @@ fn many_targets(backend: &Backend) {
     }
 }
 
+/// More targets than the Hopper kernel plans in one launch (32,768): the portable one serves them all, which are the rows of one matrix.
+fn more_targets_than_a_launch_plans(backend: &Backend) {
+    let (count, cols) = (32_769, 8);
+    let mut rng = Rng(14);
+    let mut grid = |rows: usize, cols: usize| {
+        let bits = rng.bits(DType::Bf16, rows * cols, 1.0);
+        Grid::new(backend, DType::Bf16, rows, cols, Layout::dense(cols), &bits)
+    };
+    let (base, weight, a, b) = (grid(count, cols), grid(count, cols), grid(1, cols), grid(count, 1));
+    let shape = TargetShape { out_features: 1, in_features: cols as u64, rank_cap: 1 };
+    let bank = AdapterBank::new(&backend.stream, DType::Bf16, 1, &vec![shape; count], StateMemory::allocate()).unwrap();
+    let row = |grid: &Grid, i: u64| grid.tensor().slice(i..i + 1, 0..grid.cols as u64).unwrap();
+    let factor = |i: u64| Some(Factor { a: a.tensor(), b: row(&b, i), scale: 1.0 });
+    bank.set_slot(&backend.stream, 0, &(0..count as u64).map(factor).collect::<Vec<_>>()).unwrap();
+    let weights = weight.weight().split_rows(&vec![1; count]).unwrap();
+    let targets = weights.into_iter().zip(0..).map(|(weight, i)| Target { weight, base: Some(row(&base, i)) }).collect();
+    let options = SwitchOptions { portable: backend.portable, ..Default::default() };
+    let mut set = SwitchSet::new(&backend.stream, &bank, targets, options).unwrap();
+    let exact = |g: &Grid| Exact::new(DType::Bf16, g.rows, g.cols, &g.bits());
+    for gate in [0.5, -1.25] {
+        let (ids, gates) = (Grid::ids(backend, &[0]), Grid::floats(backend, &[gate]));
+        set.to(&backend.stream, &ids.mat(), &gates.mat()).unwrap();
+        backend.synchronize();
+        let (want, bounds) = oracle::merge(&exact(&base), &[Term { a: &exact(&a), b: &exact(&b), coefficient: f64::from(gate) }]);
+        oracle::assert_close(DType::Bf16, &weight.values(), &want.x, &bounds, &format!("gate {gate}"));
+    }
+    set.unmerge(&backend.stream).unwrap();
+    backend.synchronize();
+    assert_eq!(weight.bits(), base.bits());
+}
+
 /// The largest rank and the widest route, in the smallest sum that has them.
 fn largest_rank_and_k(backend: &Backend) {
     for dtype in FLOATS {
@@ -746,6 +777,7 @@ on_paths!(
     the_last_slot,
     a_range_of_targets,
     many_targets,
+    more_targets_than_a_launch_plans,
     largest_rank_and_k,
     one_rounding,
     fused_weights,

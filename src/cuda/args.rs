@@ -6,11 +6,11 @@ pub const LSW_MAX_RANK: _bindgen_ty_1 = 256;
 pub const LSW_ROUTE_THREADS: _bindgen_ty_1 = 128;
 pub const LSW_BANK_THREADS: _bindgen_ty_1 = 64;
 pub const LSW_BANK_BATCH: _bindgen_ty_1 = 64;
-pub const LSW_SWITCH_THREADS: _bindgen_ty_1 = 256;
+pub const LSW_SWITCH_THREADS: _bindgen_ty_1 = 128;
 pub const LSW_SWITCH_TILE_ROWS: _bindgen_ty_1 = 64;
 pub const LSW_SWITCH_TILE_COLS: _bindgen_ty_1 = 128;
-pub const LSW_SWITCH_SHARED_16BIT: _bindgen_ty_1 = 49152;
-pub const LSW_SWITCH_SHARED_32BIT: _bindgen_ty_1 = 90112;
+pub const LSW_SWITCH_SHARED_16BIT: _bindgen_ty_1 = 51200;
+pub const LSW_SWITCH_SHARED_32BIT: _bindgen_ty_1 = 94208;
 pub const LSW_SWITCH90_THREADS: _bindgen_ty_1 = 512;
 pub const LSW_SWITCH90_TILE: _bindgen_ty_1 = 128;
 pub const LSW_SWITCH90_GROUPS: _bindgen_ty_1 = 1024;
@@ -30,6 +30,19 @@ pub const LSW_ODD_ROUTE_ID: _bindgen_ty_2 = 4;
 pub const LSW_ODD_COEFFICIENT: _bindgen_ty_2 = 8;
 pub const LSW_STALE_MERGE: _bindgen_ty_2 = 16;
 pub type _bindgen_ty_2 = ::core::ffi::c_uint;
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct LswTakeArgs {
+    pub word: u64,
+    pub taken: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LswTakeArgs"][::core::mem::size_of::<LswTakeArgs>() - 16usize];
+    ["Alignment of LswTakeArgs"][::core::mem::align_of::<LswTakeArgs>() - 8usize];
+    ["Offset of field: LswTakeArgs::word"][::core::mem::offset_of!(LswTakeArgs, word) - 0usize];
+    ["Offset of field: LswTakeArgs::taken"][::core::mem::offset_of!(LswTakeArgs, taken) - 8usize];
+};
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
 pub struct LswRouteArgs {

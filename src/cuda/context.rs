@@ -1,7 +1,8 @@
 //! The driver, probed; a device with its kernels; its streams.
 
-use super::args::{LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS, LSW_SWITCH90_SHARED};
+use super::args::{LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS, LSW_SWITCH90_SHARED, LswTakeArgs};
 use super::images::{BUILT_WITH, IMAGES};
+use super::launch::{Grid, launch};
 use super::memory::DeviceMemory;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -11,7 +12,7 @@ use crate::view::Place;
 use cudarc::driver::{CudaContext, CudaStream, sys};
 use std::ffi::CString;
 use std::ptr;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// A driver call as a `Result`. cudarc's `CUresult` is an exhaustive enum, so the value becomes a plain number at once and is never
 /// matched on: a code that a newer driver invents ends in `Error::Cuda` like any other.
@@ -45,6 +46,7 @@ pub(super) type Function = sys::CUfunction;
 /// Every kernel, looked up once.
 pub(super) struct Kernels {
     pub route: [Function; 3],
+    pub status_take: Function,
     pub bank_set: Function,
     pub switch: [Function; 3],
     pub switch_current: Function,
@@ -144,6 +146,7 @@ impl Modules {
         let floats = ["f32", "f16", "bf16"];
         Ok(Kernels {
             route: self.functions("route", "route", floats)?,
+            status_take: self.function("status", "status_take")?,
             bank_set: self.function("bank", "bank_set")?,
             switch: self.functions("switch", "switch", floats)?,
             switch_current: self.function("switch", "switch_current")?,
@@ -168,8 +171,11 @@ pub(crate) struct Device {
     /// Multiprocessors of the card.
     pub(super) processors: u32,
     modules: Modules,
-    /// The word that collects what `route` and `permute` find odd. None only while it is being dropped.
+    /// The word that collects what `route` and `permute` find odd, and behind it what was taken from it last. None only while it is being
+    /// dropped.
     odd: Option<DeviceMemory>,
+    /// Held by who takes: there is one place for what is taken.
+    taking: Mutex<()>,
     /// Keeps the context alive, where it is cudarc's. Dropped last.
     _owner: Option<Arc<CudaContext>>,
 }
@@ -243,7 +249,8 @@ impl Device {
         let hopper = if is_hopper { Some(modules.hopper()?) } else { None };
         let switch_blocks = switch_blocks(&kernels)?;
         let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
-        let mut device = Self { raw, kernels, hopper, switch_blocks, processors, modules, odd: None, _owner: owner };
+        let mut device =
+            Self { raw, kernels, hopper, switch_blocks, processors, modules, odd: None, taking: Mutex::new(()), _owner: owner };
         let odd = DeviceMemory::new(&device, 16, &StateMemory::allocate())?;
         // SAFETY: 16 bytes were just allocated; synchronous with the host for device memory, on no caller's stream.
         unsafe { driver!(cuMemsetD32_v2(odd.addr(), 0, 4)) }?;
@@ -265,13 +272,14 @@ impl Device {
         self.odd.as_ref().expect("set by new").addr()
     }
 
+    /// Kernels on other streams may report meanwhile: what they say is taken now or stays.
     pub fn take_odd(&self, stream: &DeviceStream) -> Result<Odd> {
         let _entered = self.enter()?;
-        let odd = stream.read_u32(self.odd_word())?;
-        if odd != 0 {
-            stream.fill_u32(self.odd_word(), 0, 1)?;
-        }
-        Ok(Odd(odd))
+        let _taking = self.taking.lock().unwrap_or_else(PoisonError::into_inner);
+        let args = LswTakeArgs { word: self.odd_word(), taken: self.odd_word() + 4 };
+        // SAFETY: two words of our own, and nobody else uses the second one while the lock is held.
+        unsafe { launch(stream, self.kernels.status_take, Grid { blocks: 1, threads: 1, shared: 0 }, &args) }?;
+        Ok(Odd(stream.read_u32(args.taken)?))
     }
 }
 

@@ -53,6 +53,7 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
         for function in stream.device().hopper.iter().flat_map(|hopper| hopper.switch) {
             launch(stream, function, one(LSW_SWITCH90_THREADS, LSW_SWITCH90_SHARED), &LswSwitchArgs::default())?;
         }
+        launch(stream, k.status_take, one(1, 0), &LswTakeArgs::default())?;
         launch(stream, k.bank_set, one(LSW_BANK_THREADS, 0), &LswBankArgs::default())?;
         launch(stream, k.switch_current, one(LSW_MAX_K, 0), &LswCurrentArgs::default())?;
         for function in [k.permute_count, k.permute_scatter] {
