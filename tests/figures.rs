@@ -53,7 +53,8 @@ fn ratio(a: Option<f64>, b: Option<f64>, unit: &str) -> String {
 fn table(prefix: &str, rows: &[Row]) -> String {
     let rows: Vec<&Row> = rows.iter().filter(|row| row.case.starts_with(prefix)).collect();
     assert!(!rows.is_empty(), "no record has {prefix}");
-    let mut text = "| case | time | over the floor | over the base | peer | its time | faster |\n|---|---|---|---|---|---|---|\n".to_owned();
+    let mut text =
+        "| case | time | over the floor | over the base | peer | its time | faster |\n|---|---|---|---|---|---|---|\n".to_owned();
     for row in &rows {
         text += &format!(
             "| {} | {} | {} | {} | {} | {} | {} |\n",

@@ -575,6 +575,25 @@ fn many_targets(backend: &Backend) {
     }
 }
 
+/// So many tiles side by side that a block takes several in a row, for which it keeps B: with few ranks (three tiles), and with so many
+/// that B's panels have no place to stay (up to 32). A second route, since what is kept must not outlive it.
+fn runs_of_tiles(backend: &Backend) {
+    for (rows, ranks) in [(66, vec![4, 2]), (5, vec![96, 70, 64, 40])] {
+        let (cols, k) = (54_400, ranks.len());
+        let spec = Spec { shapes: vec![(rows, cols)], max_rank: 96, slots: k, k_max: k, ..small(DType::Bf16, Form::FromBase) };
+        let mut model = Model::new(backend, &spec);
+        for (slot, &rank) in ranks.iter().enumerate() {
+            let pair = model.pair(rows, cols, rank, 0.5, 0.3);
+            model.set_slot(slot, vec![Some(pair)]);
+        }
+        let ids: Vec<i32> = (0..k as i32).collect();
+        for gates in [[0.25, -1.0, 0.5, 2.0], [1.5, 0.125, -0.75, 0.0]] {
+            model.to(&ids, &gates[..k]);
+            model.assert_holds(&ids, &gates[..k], &format!("ranks {ranks:?}"));
+        }
+    }
+}
+
 /// More targets than the Hopper kernel plans in one launch (32,768): the portable one serves them all, which are the rows of one matrix.
 fn more_targets_than_a_launch_plans(backend: &Backend) {
     let (count, cols) = (32_769, 8);
@@ -777,6 +796,7 @@ on_paths!(
     the_last_slot,
     a_range_of_targets,
     many_targets,
+    runs_of_tiles,
     more_targets_than_a_launch_plans,
     largest_rank_and_k,
     one_rounding,
