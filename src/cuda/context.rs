@@ -53,6 +53,8 @@ pub(super) struct Kernels {
     /// By bytes a unit: 16, 4, 2, 1.
     pub gather: [Function; 4],
     pub combine: [Function; 3],
+    pub apply_shrink: [Function; 3],
+    pub apply_expand: [Function; 3],
     pub measure_scale: [Function; 3],
     pub measure_fill: [Function; 3],
     pub measure_read: Function,
@@ -151,6 +153,8 @@ impl Modules {
             permute_scatter: self.function("permute", "permute_scatter")?,
             gather: self.functions("permute", "gather", ["16", "4", "2", "1"])?,
             combine: self.functions("permute", "combine", floats)?,
+            apply_shrink: self.functions("apply", "apply_shrink", floats)?,
+            apply_expand: self.functions("apply", "apply_expand", floats)?,
             measure_scale: self.functions("measure", "measure_scale", floats)?,
             measure_fill: self.functions("measure", "measure_fill", floats)?,
             measure_read: self.function("measure", "measure_read")?,
@@ -167,6 +171,8 @@ pub(crate) struct Device {
     pub(super) switch_blocks: [u32; 3],
     /// Multiprocessors of the card.
     pub(super) processors: u32,
+    /// Whether a kernel may start before the one before it has ended: from 9.0 on.
+    pub(super) has_dependent_launch: bool,
     modules: Modules,
     /// The word that collects what `route` and `permute` find odd. None only while it is being dropped.
     odd: Option<DeviceMemory>,
@@ -237,13 +243,14 @@ impl Device {
         }
         probe()?;
         let _entered = Entered::new(raw)?;
-        let is_hopper = capability()? == (9, 0);
+        let capability = capability()?;
+        let (is_hopper, has_dependent_launch) = (capability == (9, 0), capability >= (9, 0));
         let modules = Modules::load(is_hopper)?;
         let kernels = modules.kernels()?;
         let hopper = if is_hopper { Some(modules.hopper()?) } else { None };
         let switch_blocks = switch_blocks(&kernels)?;
         let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
-        let mut device = Self { raw, kernels, hopper, switch_blocks, processors, modules, odd: None, _owner: owner };
+        let mut device = Self { raw, kernels, hopper, switch_blocks, processors, has_dependent_launch, modules, odd: None, _owner: owner };
         let odd = DeviceMemory::new(&device, 16, &StateMemory::allocate())?;
         // SAFETY: 16 bytes were just allocated; synchronous with the host for device memory, on no caller's stream.
         unsafe { driver!(cuMemsetD32_v2(odd.addr(), 0, 4)) }?;

@@ -1,0 +1,261 @@
+// Unmerged adapters: every row of a batch under its own route, the weights left as they are.
+//
+//   shrink  products[r, p, i] = A_p[i] . x[r]                     for entry p of row r's canonical route, i below the rank of its slot
+//   expand  y[r, o] = round(y[r, o] + sum over p of c_p (B_p[o] . products[r, p]))        c = gate * scale
+//
+// for all targets of a group that share x (q, k, v; gate, up) in one launch each. The products stay in f32: y is rounded once.
+//
+// Floor of one token: the chosen adapters, read once (Llama-2-7B, rank 16, two of them: 0.16 GB a token, 35 us of an H200's
+// bandwidth in 128 groups), so that all that counts is latency: launches, and loads that wait for loads (ids -> factor -> A -> sum ->
+// products -> y). Hence:
+//
+// - A row of A is a block's: every thread has its packs in flight at once, and one exchange through shared memory ends it. With
+//   many tokens a block takes four rows, so that x is read a quarter as often; each row's sum has the same order either way.
+// - expand is a dependent launch. shrink lets it start as soon as shrink itself has passed its own wait: from then on all that came
+//   before shrink is complete, and shrink writes the products alone. So expand reads route, factors and B (into registers) while
+//   shrink runs, and waits before the first product and y only.
+// - A warp of expand owns 32 rows of B. It reads them in passes of consecutive 16-byte packs, as many lanes a row as its rank has
+//   packs: loads are dense whatever the rank is, and a few are in flight whatever the order of entries.
+//
+// The order of all sums depends on the shape and on the row's own route only: no atomics, the same bits in every run and in any batch.
+// Where addresses are not multiples of 16 bytes the same packs are gathered element by element: the same bits again. What lies
+// behind a row's end or rank is not read, or read and not used.
+#include "args.h"
+#include "common/num.cuh"
+#include "common/pack.cuh"
+#include "common/ptx.cuh"
+#include "common/route.cuh"
+
+namespace {
+
+// Eight elements: of 16 bits a pack, of 32 bits two.
+template <class T> struct Eight {
+    Pack<T> part[8 / kPack<T>];
+    __device__ __forceinline__ float at(int i) const { return to_float(part[i / kPack<T>].lane[i % kPack<T>]); }
+};
+
+// The first `left` of eight elements; zeros for the others.
+template <class T> __device__ __forceinline__ Eight<T> load_eight(const T* p, uint32_t left, bool aligned) {
+    Eight<T> eight;
+    if (aligned && left >= 8) {
+#pragma unroll
+        for (int i = 0; i < 8 / kPack<T>; ++i) eight.part[i] = load16(p + i * kPack<T>);
+    } else if (left > 0) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            if (i < left) eight.part[i / kPack<T>].lane[i % kPack<T>] = p[i];
+        }
+    }
+    return eight;
+}
+
+// The item whose route a row has; -1: none.
+__device__ __forceinline__ int64_t item_of(const LswApplyArgs& args, uint32_t row) {
+    if (args.row_map == 0) return row;
+    return known_id(reinterpret_cast<const int32_t*>(args.row_map)[row], args.items);
+}
+
+// One warp: lane e's entry of an item's canonical route. One block a row reports ids that are odd.
+__device__ __forceinline__ RouteEntry load_entry(const LswApplyArgs& args, uint64_t item, bool reports) {
+    const uint32_t lane = threadIdx.x % 32;
+    int id = -1;
+    float gate = 0.0f;
+    if (lane < args.k) {
+        const int given = reinterpret_cast<const int32_t*>(args.ids)[item * args.ids_stride + lane];
+        id = known_id(given, args.slots);
+        gate = reinterpret_cast<const float*>(args.gates)[item * args.gates_stride + lane];
+        if (reports && id == -1 && given != -1) atomicOr(reinterpret_cast<uint32_t*>(args.status), LSW_ODD_ROUTE_ID);
+    }
+    return canonical_entry(id, gate, args.k);
+}
+
+__device__ __forceinline__ void report_coefficient(const LswApplyArgs& args, const LswFactor& f, float c) {
+    if (f.rank > 0 && !is_finite(c)) atomicOr(reinterpret_cast<uint32_t*>(args.status), LSW_ODD_COEFFICIENT);
+}
+
+__device__ __forceinline__ const float* products(const LswApplyArgs& args, uint32_t row, uint32_t position) {
+    return reinterpret_cast<const float*>(args.products) + (static_cast<uint64_t>(row) * args.k + position) * args.width;
+}
+
+// Takes a unit's target off the front: units of earlier targets come first.
+__device__ __forceinline__ const LswApplyTarget& target_of(const LswApplyArgs& args, uint32_t& unit, uint32_t LswApplyTarget::*size,
+                                                           uint32_t step) {
+    const LswApplyTarget* target = args.targets;
+    for (uint32_t units; unit >= (units = (target->*size + step - 1) / step); ++target) unit -= units;
+    return *target;
+}
+
+// A block: kRows rows of A of one entry of one row's route. All threads share each dot product.
+template <int kRows, class T> __device__ __forceinline__ void shrink(const LswApplyArgs& args) {
+    dependency_wait();
+    dependency_release();
+    uint32_t unit = blockIdx.x % args.units;
+    const uint32_t position = blockIdx.x / args.units % args.k, row = blockIdx.x / args.units / args.k;
+    const int64_t item = item_of(args, row);
+    if (item < 0) return;
+    const RouteEntry entry = load_entry(args, item, unit == 0 && position == 0 && threadIdx.x < 32);
+    const uint32_t owner = __ballot_sync(kFullWarp, entry.slot >= 0 && entry.position == position);
+    if (owner == 0) return;
+    const int slot = __shfl_sync(kFullWarp, entry.slot, __ffs(owner) - 1);
+    const float gate = __shfl_sync(kFullWarp, entry.gate, __ffs(owner) - 1);
+
+    const LswApplyTarget& target = target_of(args, unit, &LswApplyTarget::rank_cap, kRows);
+    const LswFactor f = reinterpret_cast<const LswFactor*>(target.factors)[slot];
+    const uint32_t first = unit * kRows;
+    const float c = gate * f.scale;
+    if (threadIdx.x == 0 && first == 0) report_coefficient(args, f, c);
+    if (c == 0.0f || first >= f.rank) return;
+
+    const T* x = reinterpret_cast<const T*>(args.x) + row * args.x_stride;
+    const T* a = reinterpret_cast<const T*>(f.a) + static_cast<uint64_t>(first) * f.a_stride;
+    const bool a_aligned = f.flags & LSW_A_ALIGNED;
+    float sum[kRows] = {};
+#pragma unroll 2
+    for (uint32_t col = 8 * threadIdx.x; col < args.in; col += 8 * LSW_SHRINK_THREADS) {
+        const uint32_t left = args.in - col;
+        const Eight<T> x_eight = load_eight(x + col, left, args.x_aligned);
+        Eight<T> a_eight[kRows];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            a_eight[r] = load_eight(a + r * static_cast<uint64_t>(f.a_stride) + col, first + r < f.rank ? left : 0, a_aligned);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) sum[r] = fmaf(a_eight[r].at(i), x_eight.at(i), sum[r]);
+        }
+    }
+
+    constexpr int kWarps = LSW_SHRINK_THREADS / 32;
+    __shared__ float warp_sums[kRows][kWarps];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+        for (int lane = 16; lane > 0; lane /= 2) sum[r] += __shfl_xor_sync(kFullWarp, sum[r], lane);
+        if (threadIdx.x % 32 == 0) warp_sums[r][threadIdx.x / 32] = sum[r];
+    }
+    __syncthreads();
+    if (threadIdx.x < kRows && first + threadIdx.x < f.rank) {
+        float total = 0.0f;
+        for (int w = 0; w < kWarps; ++w) total += warp_sums[threadIdx.x][w];
+        const_cast<float*>(products(args, row, position))[target.column + first + threadIdx.x] = total;
+    }
+}
+
+// What expand needs of an entry of the route. Rank 0: it adds nothing.
+struct Term {
+    uint64_t b;
+    uint32_t b_stride, rank;
+    float c;
+    bool b_aligned;
+};
+
+__device__ __forceinline__ float load_y(const LswApplyArgs& args, const LswApplyTarget& target, uint64_t at) {
+    if (args.y_type == 0) return reinterpret_cast<const float*>(target.y)[at];
+    if (args.y_type == 1) return to_float(reinterpret_cast<const __half*>(target.y)[at]);
+    return to_float(reinterpret_cast<const __nv_bfloat16*>(target.y)[at]);
+}
+
+__device__ __forceinline__ void store_y(const LswApplyArgs& args, const LswApplyTarget& target, uint64_t at, float y) {
+    if (args.y_type == 0) reinterpret_cast<float*>(target.y)[at] = y;
+    if (args.y_type == 1) reinterpret_cast<__half*>(target.y)[at] = from_float<__half>(y);
+    if (args.y_type == 2) reinterpret_cast<__nv_bfloat16*>(target.y)[at] = from_float<__nv_bfloat16>(y);
+}
+
+// Writes a row's terms at a target; the largest rank among them, 0 if nothing applies. One warp.
+__device__ __forceinline__ uint32_t load_terms(const LswApplyArgs& args, const LswApplyTarget& target, int64_t item, uint32_t unit,
+                                               Term* terms, uint32_t& count) {
+    const RouteEntry entry = load_entry(args, item, unit == 0);
+    Term term{};
+    if (entry.slot >= 0) {
+        const LswFactor f = reinterpret_cast<const LswFactor*>(target.factors)[entry.slot];
+        const float c = entry.gate * f.scale;
+        if (unit == 0) report_coefficient(args, f, c);
+        if (c != 0.0f && f.rank > 0) term = {f.b, f.b_stride, f.rank, c, (f.flags & LSW_B_ALIGNED) != 0};
+        terms[entry.position] = term;
+    }
+    count = __popc(__ballot_sync(kFullWarp, entry.slot >= 0));
+    return __reduce_max_sync(kFullWarp, term.rank);
+}
+
+// A block: LSW_EXPAND_THREADS elements of one row of one target's y. Lane l of a warp owns the l-th of its 32.
+template <class T> __device__ __forceinline__ void expand(const LswApplyArgs& args) {
+    constexpr uint32_t kAhead = 4;  // packs in flight a lane
+    __shared__ Term terms[LSW_MAX_K];
+    __shared__ uint32_t shared_count, shared_rank;
+    uint32_t unit = blockIdx.x % args.units;
+    const uint32_t row = blockIdx.x / args.units;
+    const LswApplyTarget& target = target_of(args, unit, &LswApplyTarget::out, LSW_EXPAND_THREADS);
+    const int64_t item = item_of(args, row);
+    if (threadIdx.x < 32) {
+        uint32_t count = 0, rank = 0;
+        if (item >= 0) rank = load_terms(args, target, item, unit, terms, count);
+        if (threadIdx.x == 0) shared_count = count, shared_rank = rank;
+    }
+    __syncthreads();
+
+    // A pass of a warp over a term takes 32 >> shift rows of B, 1 << shift lanes each.
+    const uint32_t shift = 32 - __clz((max(shared_rank, 1u) - 1) / 8);
+    static_assert(LSW_MAX_RANK <= 8 * 32, "a row of B is at most one eight a lane");
+    const uint32_t steps = shared_rank == 0 ? 0 : shared_count << shift;
+    const uint32_t lane = threadIdx.x % 32, first = unit * LSW_EXPAND_THREADS + threadIdx.x / 32 * 32;
+    const uint32_t part = 8 * (lane & ((1u << shift) - 1));
+    const uint64_t at = row * target.y_stride + first + lane;
+    float sum = 0.0f, y = 0.0f;
+    for (uint32_t step0 = 0; step0 < steps; step0 += kAhead) {
+        Eight<T> b[kAhead];
+#pragma unroll
+        for (uint32_t i = 0; i < kAhead; ++i) {
+            const uint32_t step = step0 + i, pass = step & ((1u << shift) - 1);
+            const uint32_t o = first + (pass << (5 - shift)) + (lane >> shift);
+            if (step >= steps || o >= target.out) continue;
+            const Term& term = terms[step >> shift];
+            const uint32_t left = term.rank > part ? term.rank - part : 0;
+            b[i] = load_eight(reinterpret_cast<const T*>(term.b) + o * static_cast<uint64_t>(term.b_stride) + part, left, term.b_aligned);
+        }
+        if (step0 == 0) {
+            dependency_wait();
+            if (first + lane < target.out) y = load_y(args, target, at);
+        }
+        Eight<float> product[kAhead];
+#pragma unroll
+        for (uint32_t i = 0; i < kAhead; ++i) {
+            const uint32_t position = (step0 + i) >> shift;
+            if (step0 + i >= steps) continue;
+            const uint32_t rank = terms[position].rank;
+            product[i] = load_eight(products(args, row, position) + target.column + part, rank > part ? rank - part : 0, true);
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < kAhead; ++i) {
+            const uint32_t step = step0 + i, pass = step & ((1u << shift) - 1);
+            if (step >= steps) break;
+            float dot = 0.0f;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) dot = fmaf(b[i].at(j), product[i].at(j), dot);
+            for (uint32_t other = 1u << shift >> 1; other > 0; other /= 2) dot += __shfl_xor_sync(kFullWarp, dot, other);
+            // From the lanes of the pass's rows to the lanes that own them.
+            const float mine = __shfl_sync(kFullWarp, dot, lane << shift & 31);
+            const Term& term = terms[step >> shift];
+            if (lane >> (5 - shift) == pass && term.rank > 0) sum = fmaf(term.c, mine, sum);
+        }
+    }
+    if (steps == 0) return dependency_wait();
+    if (first + lane < target.out) store_y(args, target, at, y + sum);
+}
+
+}  // namespace
+
+// Without rows there may be no units to divide by. Two blocks a multiprocessor are enough: without the hint ptxas spills for more.
+#define LSW_APPLY(suffix, T)                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(LSW_SHRINK_THREADS, 2)                                                      \
+        lsw_apply_shrink_##suffix(const __grid_constant__ LswApplyArgs args) {                                               \
+        if (args.rows == 0) return;                                                                                          \
+        if (args.shrink_rows == 1) return shrink<1, T>(args);                                                                \
+        shrink<LSW_SHRINK_ROWS, T>(args);                                                                                    \
+    }                                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(LSW_EXPAND_THREADS)                                                         \
+        lsw_apply_expand_##suffix(const __grid_constant__ LswApplyArgs args) {                                               \
+        if (args.rows > 0) expand<T>(args);                                                                                  \
+    }
+LSW_APPLY(f32, float)
+LSW_APPLY(f16, __half)
+LSW_APPLY(bf16, __nv_bfloat16)
