@@ -1,8 +1,6 @@
 //! Launches of unmerged adapters.
 
-use super::args::{
-    LSW_APPLY_TARGETS, LSW_EXPAND_THREADS, LSW_SHRINK_ROWS, LSW_SHRINK_THREADS, LswApplyArgs, LswApplyTarget, LswFactor,
-};
+use super::args::{LSW_APPLY_TARGETS, LSW_EXPAND_THREADS, LSW_SHRINK_ROWS, LSW_SHRINK_THREADS, LswApplyArgs, LswApplyTarget, LswFactor};
 use super::context::{DeviceStream, by_dtype};
 use super::launch::{Grid, launch_dependent};
 use crate::apply::{GroupTarget, Plan};
