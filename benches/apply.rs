@@ -8,7 +8,7 @@ use crate::peer::Cublas;
 use crate::timing::{Mode, Role, Subject, Timing, Work};
 use crate::values::Rng;
 use crate::{Case, Outcome};
-use cudarc::driver::CudaStream;
+use cudarc::driver::{CudaStream, result};
 use lora_switch::{DType, Form, Mat, MatMut, Routes, Stream, apply, apply_expand, apply_shrink, apply_workspace_bytes, measure};
 use std::ops::Range;
 use std::sync::Arc;
@@ -81,7 +81,9 @@ impl<'l> Pass<'l> {
         let bytes = GROUPS.iter().map(widest).collect::<lora_switch::Result<Vec<u64>>>()?;
         let outs = |targets: &Range<usize>| targets.clone().map(|t| model.spec.shapes[t].0).sum::<u64>();
         let y = |g: usize| lab.buffer(dtype, rows * outs(&GROUPS[g]));
-        let side = lab.cuda.context().new_stream()?;
+        // First in line for the multiprocessors: its blocks are few, and behind the product's they would come too late.
+        let (_, first) = result::stream::get_priority_range()?;
+        let side = lab.cuda.context().new_stream_with_priority(first)?;
         let ours = lab.context.cuda_stream(&side)?;
         Ok(Self {
             x: [lab.random(dtype, rows * 4096, 1.0, 11)?, lab.random(dtype, rows * 11008, 1.0, 12)?],

@@ -20,69 +20,17 @@
 // The order of all sums depends on the shape and on the row's own route only: no atomics, the same bits in every run and in any batch.
 // Where addresses are not multiples of 16 bytes the same packs are gathered element by element: the same bits again. What lies
 // behind a row's end or rank is not read, or read and not used.
-#include "args.h"
-#include "common/num.cuh"
-#include "common/pack.cuh"
+#include "common/apply.cuh"
 #include "common/ptx.cuh"
 #include "common/route.cuh"
 
 namespace {
 
-// Eight elements: of 16 bits a pack, of 32 bits two.
-template <class T> struct Eight {
-    Pack<T> part[8 / kPack<T>];
-    __device__ __forceinline__ float at(int i) const { return to_float(part[i / kPack<T>].lane[i % kPack<T>]); }
-};
-
-// The first `left` of eight elements; zeros for the others.
-template <class T> __device__ __forceinline__ Eight<T> load_eight(const T* p, uint32_t left, bool aligned) {
-    Eight<T> eight;
-    if (aligned && left >= 8) {
-#pragma unroll
-        for (int i = 0; i < 8 / kPack<T>; ++i) eight.part[i] = load16(p + i * kPack<T>);
-    } else if (left > 0) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            if (i < left) eight.part[i / kPack<T>].lane[i % kPack<T>] = p[i];
-        }
-    }
-    return eight;
-}
-
-// The item whose route a row has; -1: none.
-__device__ __forceinline__ int64_t item_of(const LswApplyArgs& args, uint32_t row) {
-    if (args.row_map == 0) return row;
-    return known_id(reinterpret_cast<const int32_t*>(args.row_map)[row], args.items);
-}
-
-// One warp: lane e's entry of an item's canonical route. One block a row reports ids that are odd.
+// One warp: lane e's entry of an item's canonical route.
 __device__ __forceinline__ RouteEntry load_entry(const LswApplyArgs& args, uint64_t item, bool reports) {
     const uint32_t lane = threadIdx.x % 32;
-    int id = -1;
-    float gate = 0.0f;
-    if (lane < args.k) {
-        const int given = reinterpret_cast<const int32_t*>(args.ids)[item * args.ids_stride + lane];
-        id = known_id(given, args.slots);
-        gate = reinterpret_cast<const float*>(args.gates)[item * args.gates_stride + lane];
-        if (reports && id == -1 && given != -1) atomicOr(reinterpret_cast<uint32_t*>(args.status), LSW_ODD_ROUTE_ID);
-    }
-    return canonical_entry(id, gate, args.k);
-}
-
-__device__ __forceinline__ void report_coefficient(const LswApplyArgs& args, const LswFactor& f, float c) {
-    if (f.rank > 0 && !is_finite(c)) atomicOr(reinterpret_cast<uint32_t*>(args.status), LSW_ODD_COEFFICIENT);
-}
-
-__device__ __forceinline__ const float* products(const LswApplyArgs& args, uint32_t row, uint32_t position) {
-    return reinterpret_cast<const float*>(args.products) + (static_cast<uint64_t>(row) * args.k + position) * args.width;
-}
-
-// Takes a unit's target off the front: units of earlier targets come first.
-__device__ __forceinline__ const LswApplyTarget& target_of(const LswApplyArgs& args, uint32_t& unit, uint32_t LswApplyTarget::*size,
-                                                           uint32_t step) {
-    const LswApplyTarget* target = args.targets;
-    for (uint32_t units; unit >= (units = (target->*size + step - 1) / step); ++target) unit -= units;
-    return *target;
+    const bool exists = lane < args.k;
+    return canonical_entry(exists ? slot_at(args, item, lane, reports) : -1, exists ? gate_at(args, item, lane) : 0.0f, args.k);
 }
 
 // A block: kRows rows of A of one entry of one row's route. All threads share each dot product.
@@ -93,7 +41,7 @@ template <int kRows, class T> __device__ __forceinline__ void shrink(const LswAp
     const uint32_t position = blockIdx.x / args.units % args.k, row = blockIdx.x / args.units / args.k;
     const int64_t item = item_of(args, row);
     if (item < 0) return;
-    const RouteEntry entry = load_entry(args, item, unit == 0 && position == 0 && threadIdx.x < 32);
+    const RouteEntry entry = load_entry(args, item, false);
     const uint32_t owner = __ballot_sync(kFullWarp, entry.slot >= 0 && entry.position == position);
     if (owner == 0) return;
     const int slot = __shfl_sync(kFullWarp, entry.slot, __ffs(owner) - 1);
@@ -103,7 +51,6 @@ template <int kRows, class T> __device__ __forceinline__ void shrink(const LswAp
     const LswFactor f = reinterpret_cast<const LswFactor*>(target.factors)[slot];
     const uint32_t first = unit * kRows;
     const float c = gate * f.scale;
-    if (threadIdx.x == 0 && first == 0) report_coefficient(args, f, c);
     if (c == 0.0f || first >= f.rank) return;
 
     const T* x = reinterpret_cast<const T*>(args.x) + row * args.x_stride;
@@ -137,7 +84,7 @@ template <int kRows, class T> __device__ __forceinline__ void shrink(const LswAp
     if (threadIdx.x < kRows && first + threadIdx.x < f.rank) {
         float total = 0.0f;
         for (int w = 0; w < kWarps; ++w) total += warp_sums[threadIdx.x][w];
-        const_cast<float*>(products(args, row, position))[target.column + first + threadIdx.x] = total;
+        products(args, row, position)[target.column + first + threadIdx.x] = total;
     }
 }
 
@@ -169,7 +116,7 @@ __device__ __forceinline__ uint32_t load_terms(const LswApplyArgs& args, const L
     if (entry.slot >= 0) {
         const LswFactor f = reinterpret_cast<const LswFactor*>(target.factors)[entry.slot];
         const float c = entry.gate * f.scale;
-        if (unit == 0) report_coefficient(args, f, c);
+        if (unit == 0) report_coefficient(args, f.rank, c);
         if (c != 0.0f && f.rank > 0) term = {f.b, f.b_stride, f.rank, c, (f.flags & LSW_B_ALIGNED) != 0};
         terms[entry.position] = term;
     }
@@ -257,5 +204,3 @@ template <class T> __device__ __forceinline__ void expand(const LswApplyArgs& ar
         if (args.rows > 0) expand<T>(args);                                                                                  \
     }
 LSW_APPLY(f32, float)
-LSW_APPLY(f16, __half)
-LSW_APPLY(bf16, __nv_bfloat16)

@@ -2,7 +2,7 @@
 
 use crate::bank::AdapterBank;
 use crate::check::{Checked, MAX_COUNT, Named, narrow};
-use crate::cuda::args::{LSW_APPLY_TARGETS, LSW_MAX_K};
+use crate::cuda::args::{LSW_APPLY_FEW, LSW_APPLY_MANY, LSW_APPLY_SLICES, LSW_APPLY_STAGED, LSW_APPLY_TARGETS, LSW_MAX_K};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::stream::{Stream, StreamKind};
@@ -71,6 +71,10 @@ pub(crate) struct Plan<'b> {
     pub row_map: Option<RawMat>,
     /// A x, f32 [rows k, width]: of row r and the p-th entry of its canonical route, in row r k + p.
     pub products: RawMat,
+    /// Of A x on the tensor cores, each as large as `products`: parts that the second half adds up.
+    pub slices: u32,
+    /// Where a permutation of many rows has its place, u32 [rows].
+    pub order: Option<u64>,
     pub rows: u32,
     pub k: u32,
 }
@@ -93,7 +97,7 @@ pub fn apply_workspace_bytes(bank: &AdapterBank, targets: Range<u64>, rows: u64,
     let group = check_group(bank, targets)?;
     let rows = narrow("rows", rows, MAX_COUNT)?;
     let k = narrow("k", k, u64::from(LSW_MAX_K))?;
-    Ok(check_size(&group, rows, k)? * u64::from(group.width) * 4)
+    Ok(Sizes::new(&group, rows, k)?.bytes())
 }
 
 /// Adds to each row what its adapters make of its input, for a group of targets that share it (q, k, v; gate, up):
@@ -219,13 +223,34 @@ fn check_group(bank: &AdapterBank, targets: Range<u64>) -> Result<Group> {
     Ok(group)
 }
 
-/// Entries of all routes, of which no launch has more than its grid can count.
-fn check_size(group: &Group, rows: u32, k: u32) -> Result<u64> {
-    let entries = u64::from(rows) * u64::from(k);
-    narrow("rows * k * the targets' rank_cap", entries * u64::from(group.width), MAX_COUNT)?;
-    let outputs: u64 = group.targets.iter().flatten().map(|t| u64::from(t.out_features)).sum();
-    narrow("rows * the targets' out_features", u64::from(rows) * outputs, MAX_OUTPUTS)?;
-    Ok(entries)
+/// What the workspace holds.
+struct Sizes {
+    /// Of all routes.
+    entries: u64,
+    width: u64,
+    slices: u32,
+    ordered_rows: u32,
+}
+
+impl Sizes {
+    /// No launch has more blocks than its grid can count.
+    fn new(group: &Group, rows: u32, k: u32) -> Result<Self> {
+        let (entries, width) = (u64::from(rows) * u64::from(k), u64::from(group.width));
+        narrow("rows * k * the targets' rank_cap", entries * width, MAX_COUNT)?;
+        let outputs: u64 = group.targets.iter().flatten().map(|t| u64::from(t.out_features)).sum();
+        narrow("rows * the targets' out_features", u64::from(rows) * outputs, MAX_OUTPUTS)?;
+        let is_small = rows <= LSW_APPLY_FEW && entries * width <= u64::from(LSW_APPLY_STAGED);
+        let slices = if is_small { LSW_APPLY_SLICES } else { 1 };
+        Ok(Self { entries, width, slices, ordered_rows: if rows > LSW_APPLY_MANY { rows } else { 0 } })
+    }
+
+    fn products_bytes(&self) -> u64 {
+        self.entries * self.width * u64::from(self.slices) * 4
+    }
+
+    fn bytes(&self) -> u64 {
+        self.products_bytes() + u64::from(self.ordered_rows) * 4
+    }
 }
 
 fn check<'b>(
@@ -255,7 +280,8 @@ fn check<'b>(
         Some(map) => map.dtype_in(&[DType::I32])?.rows(1, "a vector")?.cols(u64::from(rows), "the rows of the batch")?,
         None => ids.rows(u64::from(rows), "the rows of the batch, since there is no row_map")?,
     };
-    let products = check_workspace(workspace, check_size(&group, rows, k)?, u64::from(group.width))?;
+    let sizes = Sizes::new(&group, rows, k)?;
+    let products = check_workspace(workspace, &sizes)?;
     for mat in [ids, gates, workspace].into_iter().chain(x).chain(row_map) {
         mat.memory()?.on(stream)?;
     }
@@ -280,20 +306,22 @@ fn check<'b>(
         gates: gates.mat,
         row_map: row_map.map(|map| map.mat),
         products,
+        slices: sizes.slices,
+        order: (sizes.ordered_rows > 0).then(|| products.addr + sizes.products_bytes()),
         rows,
         k,
     })
 }
 
 /// The products' matrix at the workspace's begin.
-fn check_workspace(workspace: Named<'_>, entries: u64, width: u64) -> Result<RawMat> {
+fn check_workspace(workspace: Named<'_>, sizes: &Sizes) -> Result<RawMat> {
     workspace.dtype_in(&[DType::U8])?.rows(1, "a vector")?;
-    let needed = entries * width * 4;
+    let needed = sizes.bytes();
     if workspace.mat.cols < needed {
         return Err(Error::argument("workspace.cols", workspace.mat.cols, format!("at least {needed} bytes")));
     }
     if needed > 0 && !workspace.mat.addr.is_multiple_of(16) {
         return Err(Error::argument("workspace.data", format!("{:#x}", workspace.mat.addr), "a multiple of 16 bytes"));
     }
-    Ok(RawMat { dtype: DType::F32, rows: entries, cols: width, stride: width, ..workspace.mat })
+    Ok(RawMat { dtype: DType::F32, rows: sizes.entries, cols: sizes.width, stride: sizes.width, ..workspace.mat })
 }

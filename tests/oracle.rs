@@ -97,7 +97,7 @@ pub fn merge(base: &Exact, terms: &[Term<'_>]) -> (Exact, Vec<f64>) {
 }
 
 /// y + sum of c B (A x), and what the f32 sums may err by: an element of A x by a rounding for each addition, that of B (A x) likewise,
-/// each of at most the sum of magnitudes; 2 u as in `merge`.
+/// each of at most the sum of magnitudes; 2 u as in `merge`. Tensor cores may take A x in two parts: twice the additions.
 pub fn apply(y: &[f64], x: &[f64], terms: &[Term<'_>]) -> (Vec<f64>, Vec<f64>) {
     let (mut out, mut magnitudes) = (y.to_vec(), y.iter().map(|y| y.abs()).collect::<Vec<_>>());
     for t in terms {
@@ -110,7 +110,7 @@ pub fn apply(y: &[f64], x: &[f64], terms: &[Term<'_>]) -> (Vec<f64>, Vec<f64>) {
             }
         }
     }
-    let additions = x.len() + terms.iter().map(|t| t.a.rows + 2).sum::<usize>() + 2;
+    let additions = x.len() + terms.iter().map(|t| 2 * t.a.rows + 4).sum::<usize>() + 2;
     (out, magnitudes.iter().map(|m| additions as f64 * 2.0 * U32 * m).collect())
 }
 

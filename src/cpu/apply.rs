@@ -16,7 +16,7 @@ struct Term<'t> {
 
 impl Plan<'_> {
     /// Entries of a row's route by ascending slot; gates of equal ids added up in order of appearance. Empty for a row of no item.
-    fn route(&self, pool: &Pool, row: u64) -> Vec<(usize, f32)> {
+    fn route(&self, report: impl Fn(Odd), row: u64) -> Vec<(usize, f32)> {
         // SAFETY: the plan's matrices are checked host memory, borrowed by the call.
         let map = self.row_map.map(|map| i64::from(unsafe { map.row::<i32>(0) }[row as usize]));
         let item = map.map_or(Some(row), |item| u64::try_from(item).ok());
@@ -27,7 +27,7 @@ impl Plan<'_> {
         for (&id, &gate) in ids.iter().zip(gates) {
             let Some(slot) = usize::try_from(id).ok().filter(|&slot| (slot as u64) < self.bank.slots()) else {
                 if id != -1 {
-                    pool.report(Odd::ROUTE_ID);
+                    report(Odd::ROUTE_ID);
                 }
                 continue;
             };
@@ -41,13 +41,13 @@ impl Plan<'_> {
     }
 
     /// What of a route concerns a target.
-    fn terms<'t>(&self, pool: &Pool, table: &'t [Entry], target: &GroupTarget, route: &[(usize, f32)]) -> Vec<Term<'t>> {
+    fn terms<'t>(&self, report: impl Fn(Odd), table: &'t [Entry], target: &GroupTarget, route: &[(usize, f32)]) -> Vec<Term<'t>> {
         let entries = &table[target.index as usize * self.bank.slots() as usize..];
         let term = |(position, &(slot, gate)): (usize, &(usize, f32))| {
             let factor = entries[slot].factor.as_ref().filter(|f| f.a.rows() > 0)?;
             let coefficient = gate * factor.scale;
             if !coefficient.is_finite() {
-                pool.report(Odd::COEFFICIENT);
+                report(Odd::COEFFICIENT);
             }
             (coefficient != 0.0).then_some(Term { factor, coefficient, position: position as u64 })
         };
@@ -70,11 +70,11 @@ fn shrink_as<T: Float>(pool: &Pool, plan: &Plan<'_>) {
     let x = plan.x.expect("a plan of this half");
     let table = &plan.bank.table()[..];
     pool.for_each(u64::from(plan.rows), |row| {
-        let route = plan.route(pool, row);
+        let route = plan.route(|_| (), row);
         // SAFETY: checked host memory, borrowed by the call.
         let x: Vec<f32> = unsafe { x.row::<T>(row) }.iter().map(|x| x.to_f32()).collect();
         for target in plan.targets() {
-            for term in plan.terms(pool, table, target, &route) {
+            for term in plan.terms(|_| (), table, target, &route) {
                 // SAFETY: inside the checked workspace, which is disjoint from all else; this iteration alone writes this row's part.
                 let product = unsafe { plan.product(row, target, &term).row_mut::<f32>(0) };
                 for (i, product) in product.iter_mut().enumerate() {
@@ -94,9 +94,9 @@ pub(crate) fn expand(pool: &Pool, plan: &Plan<'_>) {
 fn expand_as<T: Float>(pool: &Pool, plan: &Plan<'_>) {
     let table = &plan.bank.table()[..];
     pool.for_each(u64::from(plan.rows), |row| {
-        let route = plan.route(pool, row);
+        let route = plan.route(|odd| pool.report(odd), row);
         for target in plan.targets() {
-            let terms = plan.terms(pool, table, target, &route);
+            let terms = plan.terms(|odd| pool.report(odd), table, target, &route);
             if terms.is_empty() {
                 continue;
             }

@@ -53,11 +53,21 @@ pub(super) struct Kernels {
     /// By bytes a unit: 16, 4, 2, 1.
     pub gather: [Function; 4],
     pub combine: [Function; 3],
-    pub apply_shrink: [Function; 3],
-    pub apply_expand: [Function; 3],
+    pub apply_f32: Apply,
+    /// f16, bf16; of few rows and of many.
+    pub apply_few: [Apply; 2],
+    pub apply_many: [Apply; 2],
+    pub apply_order: Function,
     pub measure_scale: [Function; 3],
     pub measure_fill: [Function; 3],
     pub measure_read: Function,
+}
+
+/// The halves of an unmerged product.
+#[derive(Clone, Copy)]
+pub(super) struct Apply {
+    pub shrink: Function,
+    pub expand: Function,
 }
 
 /// What only a Hopper card has. Whoever holds one may launch these kernels; only a device makes it.
@@ -142,6 +152,11 @@ impl Modules {
         Ok(found)
     }
 
+    fn apply(&self, file: &str, suffix: &str) -> Result<Apply> {
+        let function = |half: &str| self.function(file, &format!("apply_{half}_{suffix}"));
+        Ok(Apply { shrink: function("shrink")?, expand: function("expand")? })
+    }
+
     fn kernels(&self) -> Result<Kernels> {
         let floats = ["f32", "f16", "bf16"];
         Ok(Kernels {
@@ -153,8 +168,10 @@ impl Modules {
             permute_scatter: self.function("permute", "permute_scatter")?,
             gather: self.functions("permute", "gather", ["16", "4", "2", "1"])?,
             combine: self.functions("permute", "combine", floats)?,
-            apply_shrink: self.functions("apply", "apply_shrink", floats)?,
-            apply_expand: self.functions("apply", "apply_expand", floats)?,
+            apply_f32: self.apply("apply", "f32")?,
+            apply_few: [self.apply("apply_mma", "f16")?, self.apply("apply_mma", "bf16")?],
+            apply_many: [self.apply("apply_mma", "many_f16")?, self.apply("apply_mma", "many_bf16")?],
+            apply_order: self.function("apply_mma", "apply_order")?,
             measure_scale: self.functions("measure", "measure_scale", floats)?,
             measure_fill: self.functions("measure", "measure_fill", floats)?,
             measure_read: self.function("measure", "measure_read")?,

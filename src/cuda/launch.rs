@@ -93,12 +93,11 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
         for function in k.measure_scale.into_iter().chain(k.measure_fill) {
             launch(stream, function, one(LSW_MEASURE_THREADS, 0), &LswMeasureArgs::default())?;
         }
-        for function in k.apply_shrink {
-            launch(stream, function, one(LSW_SHRINK_THREADS, 0), &LswApplyArgs::default())?;
+        for apply in [k.apply_f32].into_iter().chain(k.apply_few).chain(k.apply_many) {
+            launch_dependent(stream, apply.shrink, one(LSW_SHRINK_THREADS, 0), &LswApplyArgs::default())?;
+            launch_dependent(stream, apply.expand, one(LSW_EXPAND_THREADS, 0), &LswApplyArgs::default())?;
         }
-        for function in k.apply_expand {
-            launch_dependent(stream, function, one(LSW_EXPAND_THREADS, 0), &LswApplyArgs::default())?;
-        }
+        launch_dependent(stream, k.apply_order, one(LSW_ORDER_THREADS, 0), &LswApplyArgs::default())?;
         launch(stream, k.measure_read, one(LSW_READ_THREADS, 0), &LswMeasureArgs::default())?;
         for function in k.combine {
             launch(stream, function, one(LSW_MOVE_THREADS, 0), &LswCombineArgs::default())?;
