@@ -5,17 +5,15 @@
 //
 // for all targets of a group that share x (q, k, v; gate, up) in one launch each. The products stay in f32: y is rounded once.
 //
-// Floor of one token: the chosen adapters, read once (Llama-2-7B, rank 16, two of them: 0.16 GB a token, 35 us of an H200's
-// bandwidth in 128 groups), so that all that counts is latency: launches, and loads that wait for loads (ids -> factor -> A -> sum ->
-// products -> y). Hence:
+// This file: f32, which tensor cores would round. apply_mma.cu does 16 bits, where speed matters.
 //
 // - A row of A is a block's: every thread has its packs in flight at once, and one exchange through shared memory ends it. With
-//   many tokens a block takes four rows, so that x is read a quarter as often; each row's sum has the same order either way.
-// - expand is a dependent launch. shrink lets it start as soon as shrink itself has passed its own wait: from then on all that came
-//   before shrink is complete, and shrink writes the products alone. So expand reads route, factors and B (into registers) while
-//   shrink runs, and waits before the first product and y only.
+//   many rows a block takes four rows of A, so that x is read a quarter as often; each row's sum has the same order either way.
 // - A warp of expand owns 32 rows of B. It reads them in passes of consecutive 16-byte packs, as many lanes a row as its rank has
-//   packs: loads are dense whatever the rank is, and a few are in flight whatever the order of entries.
+//   eights: loads are dense whatever the rank is, and a few are in flight whatever the order of entries.
+// - expand is a dependent launch: see apply_mma.cu.
+//
+// Adapters are read again for each row. That is right for a few; a large batch in f32 is slow.
 //
 // The order of all sums depends on the shape and on the row's own route only: no atomics, the same bits in every run and in any batch.
 // Where addresses are not multiples of 16 bytes the same packs are gathered element by element: the same bits again. What lies
@@ -29,8 +27,9 @@ namespace {
 // One warp: lane e's entry of an item's canonical route.
 __device__ __forceinline__ RouteEntry load_entry(const LswApplyArgs& args, uint64_t item, bool reports) {
     const uint32_t lane = threadIdx.x % 32;
-    const bool exists = lane < args.k;
-    return canonical_entry(exists ? slot_at(args, item, lane, reports) : -1, exists ? gate_at(args, item, lane) : 0.0f, args.k);
+    const int given = id_at(args, item, lane);
+    if (reports) report_id(args, given);
+    return canonical_entry(known_id(given, args.slots), gate_at(args, item, lane), args.k);
 }
 
 // A block: kRows rows of A of one entry of one row's route. All threads share each dot product.

@@ -13,6 +13,12 @@
 //   expand  y += c (B products). M: rows, N: 32 outputs a warp, K: ranks. The products are f32: they enter as two tf32 of 11 bits
 //           each, and B is exact in tf32, so that nothing is lost but the last bits of an f32. Terms are scaled and added in f32.
 //
+// Floor of one token: the chosen adapters, read once (Llama-2-7B, rank 16, two of them: 0.16 GB, 35 us of an H200's bandwidth, in 128
+// groups of targets). So latency is all that counts: launches, and loads that wait for loads (ids -> factor -> A -> sum -> products
+// -> y). expand is a dependent launch: shrink lets it start as soon as shrink itself has passed its own wait. From then on all that
+// came before shrink is complete, and shrink writes the products alone; so expand reads routes, factors and its first steps of B
+// while shrink runs, and waits before products and y only. Floor of many rows: x read and y read and written once.
+//
 // Both operands come straight from memory into registers, without shared memory between: the order of k within a step is free as long
 // as both agree on it, so a lane takes eight (four) consecutive elements of a row where the layout of the mma asks for pairs eight
 // apart. In the same way a lane owns eight consecutive outputs of a row: y is read and written 16 bytes at a time, once.
@@ -48,12 +54,13 @@ template <int kRows> __device__ void load_route(const LswApplyArgs& args, uint32
         float gate[kAhead];
 #pragma unroll
         for (uint32_t e = 0; e < kAhead; ++e) {
-            const bool exists = e0 + e < args.k;
-            slot[e] = exists ? slot_at(args, item, e0 + e, reports) : -1;
-            gate[e] = exists ? gate_at(args, item, e0 + e) : 0.0f;
+            slot[e] = id_at(args, item, e0 + e);
+            gate[e] = gate_at(args, item, e0 + e);
         }
 #pragma unroll
         for (uint32_t e = 0; e < kAhead; ++e) {
+            if (reports) report_id(args, slot[e]);
+            slot[e] = known_id(slot[e], args.slots);
             if (slot[e] < 0) continue;
             uint32_t at = count;
             while (at > 0 && routes.slot[i][at - 1] > slot[e]) --at;
@@ -132,8 +139,17 @@ template <class T> __device__ __forceinline__ Tile<T> tile_at(const LswApplyArgs
     return {row, exists, (f.flags & LSW_A_ALIGNED) != 0};
 }
 
-// One warp: sum = a slice of A x of 16 kFrags rows and 8 kTiles ranks, as the mma lays out its results.
-template <int kFrags, int kTiles, class T>
+// Loads that the compiler may move: where everything is whole packs there is nothing to decide but whether to load.
+template <bool kWhole, class T> __device__ __forceinline__ Eight<T> load_pack(const T* p, uint32_t left, bool aligned) {
+    if constexpr (!kWhole) return load_eight(p, left, aligned);
+    Eight<T> eight;
+    if (left > 0) eight.part[0] = load16(p);
+    return eight;
+}
+
+// One warp: sum = a slice of A x of 16 kFrags rows and 8 kTiles ranks, as the mma lays out its results. kSteps of 32 columns are in
+// flight.
+template <int kSteps, bool kWhole, int kFrags, int kTiles, class T>
 __device__ __forceinline__ void multiply_slice(const LswApplyArgs& args, const Routes<16 * kFrags>& routes, const Walk<16 * kFrags>& walk,
                                                const Tile<T> (&tiles)[kTiles], uint32_t slice, float (&sum)[kFrags][kTiles][4]) {
     const uint32_t lane = threadIdx.x % 32;
@@ -147,37 +163,42 @@ __device__ __forceinline__ void multiply_slice(const LswApplyArgs& args, const R
         for (int h = 0; h < 2; ++h) {
             const uint32_t i = 16 * f + 8 * h + lane / 4;
             uses[f][h] = walk.uses(i);
-            x[f][h] = reinterpret_cast<const T*>(args.x) + routes.row[i] * args.x_stride;
+            x[f][h] = reinterpret_cast<const T*>(args.x) + (uses[f][h] ? routes.row[i] : 0) * args.x_stride;
 #pragma unroll
             for (int t = 0; t < kTiles; ++t) sum[f][t][2 * h] = sum[f][t][2 * h + 1] = 0.0f;
         }
     }
-#pragma unroll (kTiles == 1 ? 4 : 1)
-    for (uint32_t col0 = begin; col0 < end; col0 += 32) {
-        const uint32_t col = col0 + 8 * (lane % 4), left = col < args.in ? args.in - col : 0;
-        Eight<T> a[kTiles], rows[kFrags][2];
+    for (uint32_t col0 = begin + 8 * (lane % 4); col0 - 8 * (lane % 4) < end; col0 += 32 * kSteps) {
+        Eight<T> a[kSteps][kTiles], rows[kSteps][kFrags][2];
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) a[t] = load_eight(tiles[t].a + col, tiles[t].exists ? left : 0, tiles[t].aligned);
+        for (int s = 0; s < kSteps; ++s) {
+            const uint32_t col = col0 + 32 * s, left = col < end ? end - col : 0;
 #pragma unroll
-        for (int f = 0; f < kFrags; ++f) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) rows[f][h] = load_eight(x[f][h] + col, uses[f][h] ? left : 0, args.x_aligned);
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
+            for (int t = 0; t < kTiles; ++t) a[s][t] = load_pack<kWhole>(tiles[t].a + col, tiles[t].exists ? left : 0, tiles[t].aligned);
 #pragma unroll
             for (int f = 0; f < kFrags; ++f) {
-                const uint32_t m[4] = {word(rows[f][0], 2 * half), word(rows[f][1], 2 * half), word(rows[f][0], 2 * half + 1),
-                                       word(rows[f][1], 2 * half + 1)};
 #pragma unroll
-                for (int t = 0; t < kTiles; ++t) mma16816(sum[f][t], m, word(a[t], 2 * half), word(a[t], 2 * half + 1), T{});
+                for (int h = 0; h < 2; ++h) rows[s][f][h] = load_pack<kWhole>(x[f][h] + col, uses[f][h] ? left : 0, args.x_aligned);
+            }
+        }
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                for (int f = 0; f < kFrags; ++f) {
+                    const uint32_t m[4] = {word(rows[s][f][0], 2 * half), word(rows[s][f][1], 2 * half), word(rows[s][f][0], 2 * half + 1),
+                                           word(rows[s][f][1], 2 * half + 1)};
+#pragma unroll
+                    for (int t = 0; t < kTiles; ++t) mma16816(sum[f][t], m, word(a[s][t], 2 * half), word(a[s][t], 2 * half + 1), T{});
+                }
             }
         }
     }
 }
 
 // A block: 16 kFrags rows, 8 kTiles columns of the products, every splits-th slot. Of one warp it does one slice, of eight warps all.
-template <int kFrags, int kTiles, class T> __device__ __forceinline__ void shrink(const LswApplyArgs& args) {
+template <int kSteps, int kFrags, int kTiles, class T> __device__ __forceinline__ void shrink(const LswApplyArgs& args) {
     constexpr int kRows = 16 * kFrags, kRanks = 8 * kTiles;
     constexpr uint32_t kWarps = LSW_SHRINK_THREADS / 32;
     __shared__ Routes<kRows> routes;
@@ -204,6 +225,10 @@ template <int kFrags, int kTiles, class T> __device__ __forceinline__ void shrin
         float sum[kFrags][kTiles][4];
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) tiles[t] = tile_at<T>(args, column + 8 * t, slot);
+        bool is_whole = args.x_aligned && args.in % 8 == 0;
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) is_whole = is_whole && (tiles[t].aligned || !tiles[t].exists);
+        is_whole = __all_sync(kFullWarp, is_whole);
         if (warp == 0) {
 #pragma unroll
             for (int p = 0; p < walk.kParts; ++p) {
@@ -218,7 +243,9 @@ template <int kFrags, int kTiles, class T> __device__ __forceinline__ void shrin
             }
         };
         for (uint32_t z = 0; z < (args.slices > 1 ? 1 : kSlices); z += kWarps) {
-            multiply_slice<kFrags, kTiles, T>(args, routes, walk, tiles, args.slices > 1 ? slice : z + warp, sum);
+            const uint32_t mine = args.slices > 1 ? slice : z + warp;
+            if (is_whole) multiply_slice<kSteps, true>(args, routes, walk, tiles, mine, sum);
+            else multiply_slice<1, false>(args, routes, walk, tiles, mine, sum);
             for (uint32_t w = 0; w < blockDim.x / 32; ++w) {
                 if (warp == w) {
                     if (z + w == 0) for_each([&](uint32_t row, uint32_t rank, float x) { sums[row][rank] = x; });
@@ -245,7 +272,7 @@ struct Term {
     uint32_t rank;
     float scale;
     uint16_t users;  // bit i: row i of the group
-    uint16_t b_aligned;
+    uint16_t is_whole;  // its rows are whole aligned fours
 };
 
 constexpr uint32_t kMaxTerms = kGroup * LSW_MAX_K;
@@ -267,25 +294,18 @@ __device__ __forceinline__ uint32_t load_terms(const LswApplyArgs& args, const L
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < shared_count; i += LSW_EXPAND_THREADS) {
         Term& term = terms[i];
-        const LswFactor f = factor_of(target, static_cast<int>(term.b));
-        term = {f.b, f.b_stride, f.rank, f.scale, term.users, static_cast<uint16_t>((f.flags & LSW_B_ALIGNED) != 0)};
+        const uint32_t slot = term.b;
+        const LswFactor f = factor_of(target, slot);
+        for (uint32_t row = 0; reports && row < kGroup; ++row) {
+            if (!(term.users >> row & 1)) continue;
+            uint32_t position = 0;
+            while (routes.slot[row][position] != slot) ++position;
+            report_coefficient(args, f.rank, routes.gate[row][position] * f.scale);
+        }
+        term = {f.b, f.b_stride, f.rank, f.scale, term.users, static_cast<uint16_t>((f.flags & LSW_B_ALIGNED) != 0 && f.rank % 4 == 0)};
     }
     __syncthreads();
     return shared_count;
-}
-
-// The first `left` of four elements; zeros for the others.
-template <class T> __device__ __forceinline__ uint2 load_four(const T* p, uint32_t left, bool aligned) {
-    uint2 bits{0, 0};
-    if (aligned && left >= 4) return *reinterpret_cast<const uint2*>(p);
-    if (left == 0) return bits;
-    T lane[4] = {};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        if (i < left) lane[i] = p[i];
-    }
-    memcpy(&bits, lane, 8);
-    return bits;
 }
 
 // Where the sums of A x are: the workspace or, of few rows, shared memory.
@@ -330,31 +350,46 @@ struct ExpandShared {
 struct Step {
     uint32_t term, rank;
     uint2 b[4];
-    float4 product[2];
-    float c[2];  // 0: the row does not use the term
+    float4 product[2];  // past the rank: anything
+    float c[2];         // 0: the row does not use the term
 };
 
 template <class T> __device__ __forceinline__ void load_b(Step& step, const Term& term, uint32_t first, uint32_t out) {
     const uint32_t lane = threadIdx.x % 32, rank = step.rank + 4 * (lane % 4);
+    const T* b = reinterpret_cast<const T*>(term.b) + rank;
+    const uint32_t left = rank < term.rank ? term.rank - rank : 0;
+    const auto row = [&](int j) { return first + 8 * (lane / 8) + 2 * j + lane / 4 % 2; };
+    if (term.is_whole) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const bool exists = left > 0 && row(j) < out;
+            step.b[j] = exists ? *reinterpret_cast<const uint2*>(b + row(j) * static_cast<uint64_t>(term.b_stride)) : uint2{0, 0};
+        }
+        return;
+    }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-        const uint32_t o = first + 8 * (lane / 8) + 2 * j + lane / 4 % 2;
-        const bool exists = o < out && rank < term.rank;
-        const T* row = reinterpret_cast<const T*>(term.b) + (exists ? o : 0) * static_cast<uint64_t>(term.b_stride);
-        step.b[j] = load_four(row + rank, exists ? term.rank - rank : 0, term.b_aligned);
+        T lanes[4] = {};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (i < left && row(j) < out) lanes[i] = b[row(j) * static_cast<uint64_t>(term.b_stride) + i];
+        }
+        memcpy(&step.b[j], lanes, 8);
     }
 }
 
 // sum += B products, the products in two parts that lose nothing.
-template <class T> __device__ __forceinline__ void multiply(const Step& step, float (&sum)[4][4]) {
+template <class T> __device__ __forceinline__ void multiply(const Step& step, uint32_t rank, float (&sum)[4][4]) {
+    const uint32_t at = step.rank + 4 * (threadIdx.x % 4);
     float high[2][4], low[2][4];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const float p[4] = {step.product[h].x, step.product[h].y, step.product[h].z, step.product[h].w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            high[h][i] = round_tf32(p[i]);
-            low[h][i] = is_finite(high[h][i]) ? round_tf32(p[i] - high[h][i]) : 0.0f;
+            const float x = at + i < rank && step.c[h] != 0.0f ? p[i] : 0.0f;
+            high[h][i] = round_tf32(x);
+            low[h][i] = is_finite(high[h][i]) ? round_tf32(x - high[h][i]) : 0.0f;
         }
     }
 #pragma unroll
@@ -421,20 +456,17 @@ template <int kAhead, class T, class Y> __device__ __forceinline__ void expand(c
                     const Term& t = terms[steps[s].term];
                     if (steps[s].rank == 0) position[h] = next[h]++;
                     const float c = routes.gate[i][position[h]] * t.scale;
-                    if (unit == 0 && first == 0 && q == 0) report_coefficient(args, t.rank, c);
                     if (t.rank == 0 || c == 0.0f) continue;  // the products were not written, or need not be looked at
                     steps[s].c[h] = c;
                     if (at >= t.rank) continue;
                     const float* p = found.start + routes.row[i] * found.row_stride + position[h] * found.position_stride + at;
-                    const float4 all = *reinterpret_cast<const float4*>(p);
-                    steps[s].product[h] = {all.x, at + 1 < t.rank ? all.y : 0.0f, at + 2 < t.rank ? all.z : 0.0f,
-                                           at + 3 < t.rank ? all.w : 0.0f};
+                    steps[s].product[h] = *reinterpret_cast<const float4*>(p);
                 }
             }
 #pragma unroll
             for (int s = 0; s < kAhead; ++s) {
                 if (steps[s].term >= count) break;
-                multiply<T>(steps[s], sum);
+                multiply<T>(steps[s], terms[steps[s].term].rank, sum);
                 if (steps[s].rank + 16 < terms[steps[s].term].rank) continue;
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
@@ -472,7 +504,7 @@ __device__ __forceinline__ uint32_t bucket_of(const LswApplyArgs& args, uint32_t
     const int64_t item = item_of(args, row);
     uint32_t low = kNone, next = kNone;
     for (uint32_t e = 0; item >= 0 && e < args.k; ++e) {
-        const int slot = slot_at(args, item, e, false);
+        const int slot = known_id(id_at(args, item, e), args.slots);
         if (slot < 0 || slot == low) continue;
         next = min(next, max(low, static_cast<uint32_t>(slot)));
         low = min(low, static_cast<uint32_t>(slot));
@@ -524,11 +556,11 @@ extern "C" __global__ void __launch_bounds__(LSW_ORDER_THREADS) lsw_apply_order(
 #define LSW_APPLY(suffix, T)                                                                                                 \
     extern "C" __global__ void __launch_bounds__(LSW_SHRINK_THREADS, 2)                                                      \
         lsw_apply_shrink_##suffix(const __grid_constant__ LswApplyArgs args) {                                               \
-        if (args.rows > 0) shrink<1, 1, T>(args);                                                                            \
+        if (args.rows > 0) shrink<8, 1, 1, T>(args);                                                                            \
     }                                                                                                                        \
     extern "C" __global__ void __launch_bounds__(LSW_SHRINK_THREADS, 1)                                                      \
         lsw_apply_shrink_many_##suffix(const __grid_constant__ LswApplyArgs args) {                                          \
-        if (args.rows > 0) shrink<LSW_MANY_ROWS / 16, LSW_MANY_RANKS / 8, T>(args);                            \
+        if (args.rows > 0) shrink<1, LSW_MANY_ROWS / 16, LSW_MANY_RANKS / 8, T>(args);                            \
     }                                                                                                                        \
     extern "C" __global__ void __launch_bounds__(LSW_EXPAND_THREADS, 2)                                                      \
         lsw_apply_expand_##suffix(const __grid_constant__ LswApplyArgs args) {                                               \

@@ -45,15 +45,16 @@ __device__ __forceinline__ int64_t item_of(const LswApplyArgs& args, uint32_t ro
     return known_id(reinterpret_cast<const int32_t*>(args.row_map)[row], args.items);
 }
 
-// An entry of an item's route: its slot, -1 for none.
-__device__ __forceinline__ int slot_at(const LswApplyArgs& args, uint64_t item, uint32_t e, bool reports) {
-    const int given = reinterpret_cast<const int32_t*>(args.ids)[item * args.ids_stride + e];
-    const int id = known_id(given, args.slots);
-    if (reports && id != given) atomicOr(reinterpret_cast<uint32_t*>(args.status), given == -1 ? 0 : LSW_ODD_ROUTE_ID);
-    return id;
+// An entry of an item's route, as it was given; -1 behind the last.
+__device__ __forceinline__ int id_at(const LswApplyArgs& args, uint64_t item, uint32_t e) {
+    return e < args.k ? reinterpret_cast<const int32_t*>(args.ids)[item * args.ids_stride + e] : -1;
 }
 __device__ __forceinline__ float gate_at(const LswApplyArgs& args, uint64_t item, uint32_t e) {
-    return reinterpret_cast<const float*>(args.gates)[item * args.gates_stride + e];
+    return e < args.k ? reinterpret_cast<const float*>(args.gates)[item * args.gates_stride + e] : 0.0f;
+}
+
+__device__ __forceinline__ void report_id(const LswApplyArgs& args, int given) {
+    if (given != -1 && known_id(given, args.slots) == -1) atomicOr(reinterpret_cast<uint32_t*>(args.status), LSW_ODD_ROUTE_ID);
 }
 
 __device__ __forceinline__ void report_coefficient(const LswApplyArgs& args, uint32_t rank, float c) {

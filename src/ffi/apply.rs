@@ -101,12 +101,13 @@ pub unsafe extern "C" fn lsw_apply_workspace_bytes(
 /// no memory with each other nor with anything else of the call.
 ///
 /// Numbers: x, A and B enter as stored. Both products and the sum over the route are in f32, in a
-/// fixed order, and nothing is rounded between them; y is rounded once. A coefficient that is not
-/// finite propagates into its own row alone. Deterministic, and a row's bits do not depend on the
-/// other rows or on their number.
+/// fixed order; A x stays f32 (tensor cores take it in two parts, to 2^-22); y is rounded once. A
+/// coefficient that is not finite propagates into its own row alone. Deterministic, and a row's
+/// bits do not depend on the other rows or on their number.
 ///
-/// Two launches on CUDA; enqueued, and may be captured: one graph serves every route and every
-/// refill of a slot. lsw_context_take_odd tells of ids out of range (but -1) and of coefficients
+/// Two launches on CUDA, three above 64 rows in 16 bits; enqueued, and may be captured: one graph
+/// serves every route and every refill of a slot. A bank of 16 bits uses the tensor cores at any
+/// number of rows; one of f32 does not, and reads the adapters again for each row. lsw_context_take_odd tells of ids out of range (but -1) and of coefficients
 /// that are not finite.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_apply(
@@ -135,11 +136,12 @@ pub unsafe extern "C" fn lsw_apply(
 
 /// The first half of lsw_apply: A x of all adapters in the rows' routes, into the workspace, for
 /// the targets first <= i < first + count. It does not need y, so that it may run beside the base
-/// product, on another stream.
+/// product, on another stream; one of high priority, since its few blocks would otherwise wait
+/// behind the product's.
 ///
 /// The second half, lsw_apply_expand, is ordered after it and gets the same targets, routes and
 /// workspace. In between nobody writes the workspace, ids, gates and row_map, nor the slots of the
-/// bank that they name. One launch; enqueued, and may be captured.
+/// bank that they name. One launch or two; enqueued, and may be captured.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_apply_shrink(
     bank: *const lsw_bank,
