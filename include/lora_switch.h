@@ -699,12 +699,14 @@ lsw_status lsw_apply_workspace_bytes(const struct lsw_bank *bank,
  * no memory with each other nor with anything else of the call.
  *
  * Numbers: x, A and B enter as stored. Both products and the sum over the route are in f32, in a
- * fixed order, and nothing is rounded between them; y is rounded once. A coefficient that is not
- * finite propagates into its own row alone. Deterministic, and a row's bits do not depend on the
- * other rows or on their number.
+ * fixed order; A x stays f32 (tensor cores take it in two parts, to 2^-22); y is rounded once. A
+ * coefficient that is not finite propagates into its own row alone. Deterministic, and a row's
+ * bits do not depend on the other rows; nor on their number, but that a bank of 16 bits on CUDA
+ * takes another path above 64 rows.
  *
- * Two launches on CUDA; enqueued, and may be captured: one graph serves every route and every
- * refill of a slot. lsw_context_take_odd tells of ids out of range (but -1) and of coefficients
+ * Two launches on CUDA, three above 64 rows in 16 bits; enqueued, and may be captured: one graph
+ * serves every route and every refill of a slot. Up to 64 rows, and in f32, the adapters are read
+ * again for each row. lsw_context_take_odd tells of ids out of range (but -1) and of coefficients
  * that are not finite.
  */
 lsw_status lsw_apply(const struct lsw_bank *bank,
@@ -720,11 +722,12 @@ lsw_status lsw_apply(const struct lsw_bank *bank,
 /**
  * The first half of lsw_apply: A x of all adapters in the rows' routes, into the workspace, for
  * the targets first <= i < first + count. It does not need y, so that it may run beside the base
- * product, on another stream.
+ * product, on another stream; one of high priority, since its few blocks would otherwise wait
+ * behind the product's.
  *
  * The second half, lsw_apply_expand, is ordered after it and gets the same targets, routes and
  * workspace. In between nobody writes the workspace, ids, gates and row_map, nor the slots of the
- * bank that they name. One launch; enqueued, and may be captured.
+ * bank that they name. One launch or two; enqueued, and may be captured.
  */
 lsw_status lsw_apply_shrink(const struct lsw_bank *bank,
                             void *stream,

@@ -5,19 +5,27 @@
 //
 // for all targets of a group that share x (q, k, v; gate, up) in one launch each. The products stay in f32: y is rounded once.
 //
-// This file: f32, which tensor cores would round. apply_mma.cu does 16 bits, where speed matters.
+// This file: batches of up to 64 rows, and f32, which tensor cores would round. Larger batches of 16 bits: apply_mma.cu.
+//
+// Floor of one token: the chosen adapters, read once (Llama-2-7B, rank 16, two of them: 0.16 GB, 35 us of an H200's bandwidth, in 128
+// groups of targets). So latency is all that counts: launches, and loads that wait for loads (ids -> factor -> A -> sum -> products
+// -> y). Hence:
 //
 // - A row of A is a block's: every thread has its packs in flight at once, and one exchange through shared memory ends it. With
 //   many rows a block takes four rows of A, so that x is read a quarter as often; each row's sum has the same order either way.
+// - expand is a dependent launch. shrink lets it start as soon as shrink itself has passed its own wait: from then on all that came
+//   before shrink is complete, and shrink writes the products alone. So expand reads route, factors and B (into registers) while
+//   shrink runs, and waits before the first product and y only.
 // - A warp of expand owns 32 rows of B. It reads them in passes of consecutive 16-byte packs, as many lanes a row as its rank has
-//   eights: loads are dense whatever the rank is, and a few are in flight whatever the order of entries.
-// - expand is a dependent launch: see apply_mma.cu.
-//
-// Adapters are read again for each row. That is right for a few; a large batch in f32 is slow.
+//   eights: loads are dense whatever the rank is, and eight are in flight whatever the order of entries. With many rows a block goes
+//   on to further outputs, so that the chain up to the first B is paid for once.
 //
 // The order of all sums depends on the shape and on the row's own route only: no atomics, the same bits in every run and in any batch.
 // Where addresses are not multiples of 16 bytes the same packs are gathered element by element: the same bits again. What lies
 // behind a row's end or rank is not read, or read and not used.
+//
+// Tried for few rows and dropped: the tensor cores, with 16 rows a product and A x in 16 slices over the blocks (one token 1.33 of
+// the base, 32 tokens 1.77, where this took 1.18 and 1.61): the walk over a group's slots is a longer chain than it saves in bytes.
 #include "common/apply.cuh"
 #include "common/ptx.cuh"
 #include "common/route.cuh"
@@ -28,8 +36,34 @@ namespace {
 __device__ __forceinline__ RouteEntry load_entry(const LswApplyArgs& args, uint64_t item, bool reports) {
     const uint32_t lane = threadIdx.x % 32;
     const int given = id_at(args, item, lane);
+    const float gate = gate_at(args, item, lane);
     if (reports) report_id(args, given);
-    return canonical_entry(known_id(given, args.slots), gate_at(args, item, lane), args.k);
+    return canonical_entry(known_id(given, args.slots), gate, args.k);
+}
+
+// A thread's part of the dot products of x with some rows of A: its columns in ascending order. kWhole: all are whole aligned packs.
+template <bool kWhole, int kRows, class T>
+__device__ __forceinline__ void multiply_rows(const T* x, const T* a, uint32_t in, uint64_t a_stride, uint32_t rows, float (&sum)[kRows]) {
+    constexpr uint32_t kStep = 8 * LSW_SHRINK_THREADS;
+    constexpr int kAhead = kWhole ? 2 : 1;
+    for (uint32_t col0 = 8 * threadIdx.x; col0 < in; col0 += kAhead * kStep) {
+        Eight<T> x_eight[kAhead], a_eight[kAhead][kRows];
+#pragma unroll
+        for (int s = 0; s < kAhead; ++s) {
+            const uint32_t col = col0 + s * kStep, left = col < in ? in - col : 0;
+            x_eight[s] = kWhole ? load_eight_if(left > 0, x + col) : load_eight(x + col, left, false);
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                const T* row = a + r * a_stride + col;
+                a_eight[s][r] = kWhole ? load_eight_if(left > 0 && r < rows, row) : load_eight(row, r < rows ? left : 0, false);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 8 * kAhead; ++i) {
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) sum[r] = fmaf(a_eight[i / 8][r].at(i % 8), x_eight[i / 8].at(i % 8), sum[r]);
+        }
+    }
 }
 
 // A block: kRows rows of A of one entry of one row's route. All threads share each dot product.
@@ -54,23 +88,9 @@ template <int kRows, class T> __device__ __forceinline__ void shrink(const LswAp
 
     const T* x = reinterpret_cast<const T*>(args.x) + row * args.x_stride;
     const T* a = reinterpret_cast<const T*>(f.a) + static_cast<uint64_t>(first) * f.a_stride;
-    const bool a_aligned = f.flags & LSW_A_ALIGNED;
     float sum[kRows] = {};
-#pragma unroll 2
-    for (uint32_t col = 8 * threadIdx.x; col < args.in; col += 8 * LSW_SHRINK_THREADS) {
-        const uint32_t left = args.in - col;
-        const Eight<T> x_eight = load_eight(x + col, left, args.x_aligned);
-        Eight<T> a_eight[kRows];
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            a_eight[r] = load_eight(a + r * static_cast<uint64_t>(f.a_stride) + col, first + r < f.rank ? left : 0, a_aligned);
-        }
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-#pragma unroll
-            for (int r = 0; r < kRows; ++r) sum[r] = fmaf(a_eight[r].at(i), x_eight.at(i), sum[r]);
-        }
-    }
+    if (args.x_aligned && (f.flags & LSW_A_ALIGNED) && args.in % 8 == 0) multiply_rows<true>(x, a, args.in, f.a_stride, f.rank - first, sum);
+    else multiply_rows<false>(x, a, args.in, f.a_stride, f.rank - first, sum);
 
     constexpr int kWarps = LSW_SHRINK_THREADS / 32;
     __shared__ float warp_sums[kRows][kWarps];
@@ -92,7 +112,7 @@ struct Term {
     uint64_t b;
     uint32_t b_stride, rank;
     float c;
-    bool b_aligned;
+    bool is_whole;  // whole aligned packs of eight
 };
 
 __device__ __forceinline__ float load_y(const LswApplyArgs& args, const LswApplyTarget& target, uint64_t at) {
@@ -116,21 +136,21 @@ __device__ __forceinline__ uint32_t load_terms(const LswApplyArgs& args, const L
         const LswFactor f = reinterpret_cast<const LswFactor*>(target.factors)[entry.slot];
         const float c = entry.gate * f.scale;
         if (unit == 0) report_coefficient(args, f.rank, c);
-        if (c != 0.0f && f.rank > 0) term = {f.b, f.b_stride, f.rank, c, (f.flags & LSW_B_ALIGNED) != 0};
+        if (c != 0.0f && f.rank > 0) term = {f.b, f.b_stride, f.rank, c, (f.flags & LSW_B_ALIGNED) && f.rank % 8 == 0};
         terms[entry.position] = term;
     }
     count = __popc(__ballot_sync(kFullWarp, entry.slot >= 0));
     return __reduce_max_sync(kFullWarp, term.rank);
 }
 
-// A block: LSW_EXPAND_THREADS elements of one row of one target's y. Lane l of a warp owns the l-th of its 32.
+// A block: LSW_EXPAND_THREADS x chunks elements of one row of one target's y. Lane l of a warp owns the l-th of 32 at a time.
 template <class T> __device__ __forceinline__ void expand(const LswApplyArgs& args) {
-    constexpr uint32_t kAhead = 4;  // packs in flight a lane
+    constexpr uint32_t kAhead = 16 / sizeof(T);  // eights in flight a lane
     __shared__ Term terms[LSW_MAX_K];
     __shared__ uint32_t shared_count, shared_rank;
     uint32_t unit = blockIdx.x % args.units;
     const uint32_t row = blockIdx.x / args.units;
-    const LswApplyTarget& target = target_of(args, unit, &LswApplyTarget::out, LSW_EXPAND_THREADS);
+    const LswApplyTarget& target = target_of(args, unit, &LswApplyTarget::out, args.chunks * LSW_EXPAND_THREADS);
     const int64_t item = item_of(args, row);
     if (threadIdx.x < 32) {
         uint32_t count = 0, rank = 0;
@@ -138,54 +158,60 @@ template <class T> __device__ __forceinline__ void expand(const LswApplyArgs& ar
         if (threadIdx.x == 0) shared_count = count, shared_rank = rank;
     }
     __syncthreads();
+    if (shared_rank == 0) return dependency_wait();
 
     // A pass of a warp over a term takes 32 >> shift rows of B, 1 << shift lanes each.
-    const uint32_t shift = 32 - __clz((max(shared_rank, 1u) - 1) / 8);
+    const uint32_t shift = 32 - __clz((shared_rank - 1) / 8);
     static_assert(LSW_MAX_RANK <= 8 * 32, "a row of B is at most one eight a lane");
-    const uint32_t steps = shared_rank == 0 ? 0 : shared_count << shift;
-    const uint32_t lane = threadIdx.x % 32, first = unit * LSW_EXPAND_THREADS + threadIdx.x / 32 * 32;
+    const uint32_t steps = shared_count << shift, lane = threadIdx.x % 32;
     const uint32_t part = 8 * (lane & ((1u << shift) - 1));
-    const uint64_t at = row * target.y_stride + first + lane;
-    float sum = 0.0f, y = 0.0f;
-    for (uint32_t step0 = 0; step0 < steps; step0 += kAhead) {
-        Eight<T> b[kAhead];
+    for (uint32_t chunk = 0; chunk < args.chunks; ++chunk) {
+        const uint32_t first = (unit * args.chunks + chunk) * LSW_EXPAND_THREADS + threadIdx.x / 32 * 32;
+        const uint64_t at = row * target.y_stride + first + lane;
+        float sum = 0.0f, y = 0.0f;
+        for (uint32_t step0 = 0; step0 < steps; step0 += kAhead) {
+            Eight<T> b[kAhead];
 #pragma unroll
-        for (uint32_t i = 0; i < kAhead; ++i) {
-            const uint32_t step = step0 + i, pass = step & ((1u << shift) - 1);
-            const uint32_t o = first + (pass << (5 - shift)) + (lane >> shift);
-            if (step >= steps || o >= target.out) continue;
-            const Term& term = terms[step >> shift];
-            const uint32_t left = term.rank > part ? term.rank - part : 0;
-            b[i] = load_eight(reinterpret_cast<const T*>(term.b) + o * static_cast<uint64_t>(term.b_stride) + part, left, term.b_aligned);
-        }
-        if (step0 == 0) {
-            dependency_wait();
-            if (first + lane < target.out) y = load_y(args, target, at);
-        }
-        Eight<float> product[kAhead];
+            for (uint32_t i = 0; i < kAhead; ++i) {
+                const uint32_t step = step0 + i, pass = step & ((1u << shift) - 1);
+                const uint32_t o = first + (pass << (5 - shift)) + (lane >> shift);
+                if (step >= steps) break;
+                const Term& term = terms[step >> shift];
+                const T* p = reinterpret_cast<const T*>(term.b) + o * static_cast<uint64_t>(term.b_stride) + part;
+                const uint32_t left = o < target.out && term.rank > part ? term.rank - part : 0;
+                b[i] = term.is_whole ? load_eight_if(left > 0, p) : load_eight(p, left, false);
+            }
+            if (step0 == 0) {
+                // Of what came before, nothing but the products and y is still being written.
+                if (chunk == 0) dependency_wait();
+                if (first + lane < target.out) y = load_y(args, target, at);
+            }
+            Eight<float> product[kAhead];
 #pragma unroll
-        for (uint32_t i = 0; i < kAhead; ++i) {
-            const uint32_t position = (step0 + i) >> shift;
-            if (step0 + i >= steps) continue;
-            const uint32_t rank = terms[position].rank;
-            product[i] = load_eight(products(args, row, position) + target.column + part, rank > part ? rank - part : 0, true);
-        }
+            for (uint32_t i = 0; i < kAhead; ++i) {
+                const uint32_t position = (step0 + i) >> shift;
+                if (step0 + i >= steps) break;
+                // The workspace goes on to the next multiple of eight ranks, with anything.
+                product[i] = load_eight_if(terms[position].rank > part, products(args, row, position) + target.column + part);
+            }
 #pragma unroll
-        for (uint32_t i = 0; i < kAhead; ++i) {
-            const uint32_t step = step0 + i, pass = step & ((1u << shift) - 1);
-            if (step >= steps) break;
-            float dot = 0.0f;
+            for (uint32_t i = 0; i < kAhead; ++i) {
+                const uint32_t step = step0 + i, pass = step & ((1u << shift) - 1);
+                if (step >= steps) break;
+                const Term& term = terms[step >> shift];
+                float dot = 0.0f;
 #pragma unroll
-            for (int j = 0; j < 8; ++j) dot = fmaf(b[i].at(j), product[i].at(j), dot);
-            for (uint32_t other = 1u << shift >> 1; other > 0; other /= 2) dot += __shfl_xor_sync(kFullWarp, dot, other);
-            // From the lanes of the pass's rows to the lanes that own them.
-            const float mine = __shfl_sync(kFullWarp, dot, lane << shift & 31);
-            const Term& term = terms[step >> shift];
-            if (lane >> (5 - shift) == pass && term.rank > 0) sum = fmaf(term.c, mine, sum);
+                for (int j = 0; j < 8; ++j) {
+                    if (part + j < term.rank) dot = fmaf(b[i].at(j), product[i].at(j), dot);
+                }
+                for (uint32_t other = 1u << shift >> 1; other > 0; other /= 2) dot += __shfl_xor_sync(kFullWarp, dot, other);
+                // From the lanes of the pass's rows to the lanes that own them.
+                const float mine = __shfl_sync(kFullWarp, dot, lane << shift & 31);
+                if (lane >> (5 - shift) == pass && term.rank > 0) sum = fmaf(term.c, mine, sum);
+            }
         }
+        if (first + lane < target.out) store_y(args, target, at, y + sum);
     }
-    if (steps == 0) return dependency_wait();
-    if (first + lane < target.out) store_y(args, target, at, y + sum);
 }
 
 }  // namespace
@@ -203,3 +229,5 @@ template <class T> __device__ __forceinline__ void expand(const LswApplyArgs& ar
         if (args.rows > 0) expand<T>(args);                                                                                  \
     }
 LSW_APPLY(f32, float)
+LSW_APPLY(f16, __half)
+LSW_APPLY(bf16, __nv_bfloat16)

@@ -1,23 +1,16 @@
-// Unmerged adapters of 16 bits, on the tensor cores: what apply.cu says, for any number of rows.
+// Unmerged adapters of 16 bits for more than 64 rows, on the tensor cores: what apply.cu says, with y read and written once.
 //
-// The rows of a batch are taken in groups of 16 (shrink: of 64, where there are many), the M of an mma; each slot that occurs in a
-// group is one product for all of them, and a row takes the results of its own slots only. So an adapter is read once a group, and not
-// once a row. An element of an mma's result depends on its own row of the first operand alone: whatever the other rows of the group
-// hold, NaN included, a row's bits are the same, and the same alone as in any batch.
+// The rows of a batch are taken in groups (shrink: of 64, expand: of 16, the M of an mma); each slot that occurs in a group is one
+// product for all of them, and a row takes the results of its own slots only. So an adapter is read once a group, and not once a
+// row. An element of an mma's result depends on its own row of the first operand alone: whatever the other rows of the group hold,
+// NaN included, a row's bits are the same, and the same in any batch of more than 64.
 //
-//   order   above 64 rows: a permutation that brings rows of like routes together, so that a group has few slots (with 8 slots,
-//           k = 2: about 2.3 instead of 8). One block; buckets of the two lowest slots; atomics decide the order within a bucket,
-//           which no result depends on.
-//   shrink  products = A x. M: rows, N: eight ranks, K: in_features, in 16 slices, which are added up in order: by the warps of a
-//           block or, where there are few rows, left to expand, so that one token's A is read by 96 blocks instead of 12.
+//   order   a permutation that brings rows of like routes together, so that a group of 16 has few slots (with 8 slots, k = 2: about
+//           2.3 instead of 8). One block; buckets of the two lowest slots; atomics decide the order within a bucket, which no result
+//           depends on.
+//   shrink  products = A x. M: rows, N: ranks, K: in_features, in 16 slices that the warps of a block add up in order.
 //   expand  y += c (B products). M: rows, N: 32 outputs a warp, K: ranks. The products are f32: they enter as two tf32 of 11 bits
 //           each, and B is exact in tf32, so that nothing is lost but the last bits of an f32. Terms are scaled and added in f32.
-//
-// Floor of one token: the chosen adapters, read once (Llama-2-7B, rank 16, two of them: 0.16 GB, 35 us of an H200's bandwidth, in 128
-// groups of targets). So latency is all that counts: launches, and loads that wait for loads (ids -> factor -> A -> sum -> products
-// -> y). expand is a dependent launch: shrink lets it start as soon as shrink itself has passed its own wait. From then on all that
-// came before shrink is complete, and shrink writes the products alone; so expand reads routes, factors and its first steps of B
-// while shrink runs, and waits before products and y only. Floor of many rows: x read and y read and written once.
 //
 // Both operands come straight from memory into registers, without shared memory between: the order of k within a step is free as long
 // as both agree on it, so a lane takes eight (four) consecutive elements of a row where the layout of the mma asks for pairs eight
@@ -114,10 +107,6 @@ __device__ __forceinline__ const LswApplyTarget& target_at(const LswApplyArgs& a
     return args.targets[t];
 }
 
-__device__ __forceinline__ float* product_slice(const LswApplyArgs& args, uint32_t slice, uint32_t row, uint32_t position) {
-    return products(args, row, position) + static_cast<uint64_t>(slice) * args.rows * args.k * args.width;
-}
-
 template <class T> __device__ __forceinline__ uint32_t word(const Eight<T>& eight, int i) {
     const uint4& bits = eight.part[0].bits;
     return i == 0 ? bits.x : i == 1 ? bits.y : i == 2 ? bits.z : bits.w;
@@ -139,17 +128,9 @@ template <class T> __device__ __forceinline__ Tile<T> tile_at(const LswApplyArgs
     return {row, exists, (f.flags & LSW_A_ALIGNED) != 0};
 }
 
-// Loads that the compiler may move: where everything is whole packs there is nothing to decide but whether to load.
-template <bool kWhole, class T> __device__ __forceinline__ Eight<T> load_pack(const T* p, uint32_t left, bool aligned) {
-    if constexpr (!kWhole) return load_eight(p, left, aligned);
-    Eight<T> eight;
-    if (left > 0) eight.part[0] = load16(p);
-    return eight;
-}
-
-// One warp: sum = a slice of A x of 16 kFrags rows and 8 kTiles ranks, as the mma lays out its results. kSteps of 32 columns are in
-// flight.
-template <int kSteps, bool kWhole, int kFrags, int kTiles, class T>
+// One warp: sum = a slice of A x of 16 kFrags rows and 8 kTiles ranks, as the mma lays out its results. kWhole: all
+// are whole aligned packs.
+template <bool kWhole, int kFrags, int kTiles, class T>
 __device__ __forceinline__ void multiply_slice(const LswApplyArgs& args, const Routes<16 * kFrags>& routes, const Walk<16 * kFrags>& walk,
                                                const Tile<T> (&tiles)[kTiles], uint32_t slice, float (&sum)[kFrags][kTiles][4]) {
     const uint32_t lane = threadIdx.x % 32;
@@ -168,52 +149,49 @@ __device__ __forceinline__ void multiply_slice(const LswApplyArgs& args, const R
             for (int t = 0; t < kTiles; ++t) sum[f][t][2 * h] = sum[f][t][2 * h + 1] = 0.0f;
         }
     }
-    for (uint32_t col0 = begin + 8 * (lane % 4); col0 - 8 * (lane % 4) < end; col0 += 32 * kSteps) {
-        Eight<T> a[kSteps][kTiles], rows[kSteps][kFrags][2];
+    for (uint32_t col0 = begin; col0 < end; col0 += 32) {
+        const uint32_t col = col0 + 8 * (lane % 4), left = col < end ? end - col : 0;
+        Eight<T> a[kTiles], rows[kFrags][2];
 #pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
-            const uint32_t col = col0 + 32 * s, left = col < end ? end - col : 0;
+        for (int t = 0; t < kTiles; ++t) {
+            const T* p = tiles[t].a + col;
+            a[t] = kWhole ? load_eight_if(tiles[t].exists && left > 0, p) : load_eight(p, tiles[t].exists ? left : 0, false);
+        }
 #pragma unroll
-            for (int t = 0; t < kTiles; ++t) a[s][t] = load_pack<kWhole>(tiles[t].a + col, tiles[t].exists ? left : 0, tiles[t].aligned);
+        for (int f = 0; f < kFrags; ++f) {
 #pragma unroll
-            for (int f = 0; f < kFrags; ++f) {
-#pragma unroll
-                for (int h = 0; h < 2; ++h) rows[s][f][h] = load_pack<kWhole>(x[f][h] + col, uses[f][h] ? left : 0, args.x_aligned);
+            for (int h = 0; h < 2; ++h) {
+                const T* p = x[f][h] + col;
+                rows[f][h] = kWhole ? load_eight_if(uses[f][h] && left > 0, p) : load_eight(p, uses[f][h] ? left : 0, false);
             }
         }
 #pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
+        for (int half = 0; half < 2; ++half) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
+            for (int f = 0; f < kFrags; ++f) {
+                const uint32_t m[4] = {word(rows[f][0], 2 * half), word(rows[f][1], 2 * half), word(rows[f][0], 2 * half + 1),
+                                       word(rows[f][1], 2 * half + 1)};
 #pragma unroll
-                for (int f = 0; f < kFrags; ++f) {
-                    const uint32_t m[4] = {word(rows[s][f][0], 2 * half), word(rows[s][f][1], 2 * half), word(rows[s][f][0], 2 * half + 1),
-                                           word(rows[s][f][1], 2 * half + 1)};
-#pragma unroll
-                    for (int t = 0; t < kTiles; ++t) mma16816(sum[f][t], m, word(a[s][t], 2 * half), word(a[s][t], 2 * half + 1), T{});
-                }
+                for (int t = 0; t < kTiles; ++t) mma16816(sum[f][t], m, word(a[t], 2 * half), word(a[t], 2 * half + 1), T{});
             }
         }
     }
 }
 
-// A block: 16 kFrags rows, 8 kTiles columns of the products, every splits-th slot. Of one warp it does one slice, of eight warps all.
-template <int kSteps, int kFrags, int kTiles, class T> __device__ __forceinline__ void shrink(const LswApplyArgs& args) {
-    constexpr int kRows = 16 * kFrags, kRanks = 8 * kTiles;
+// A block: LSW_MANY_ROWS rows, LSW_MANY_RANKS columns of the products, every splits-th slot.
+template <class T> __device__ __forceinline__ void shrink(const LswApplyArgs& args) {
+    constexpr int kRows = LSW_MANY_ROWS, kRanks = LSW_MANY_RANKS, kFrags = kRows / 16, kTiles = kRanks / 8;
     constexpr uint32_t kWarps = LSW_SHRINK_THREADS / 32;
+    static_assert(kSlices % kWarps == 0, "a slice a warp at a time");
     __shared__ Routes<kRows> routes;
     __shared__ float sums[kRows][kRanks + 1];
     __shared__ int positions[kRows];
     dependency_wait();
     dependency_release();
-    uint32_t unit = blockIdx.x;
-    const uint32_t column = unit % args.units * kRanks;
-    unit /= args.units;
-    const uint32_t split = unit % args.splits;
-    unit /= args.splits;
-    const uint32_t slice = unit % args.slices, group = unit / args.slices;
+    const uint32_t column = blockIdx.x % args.units * kRanks, split = blockIdx.x / args.units % args.splits;
+    const uint32_t group = blockIdx.x / args.units / args.splits;
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (uint32_t i = threadIdx.x; i < kRows; i += blockDim.x) load_route(args, group * kRows + i, i, routes, false);
+    for (uint32_t i = threadIdx.x; i < kRows; i += LSW_SHRINK_THREADS) load_route(args, group * kRows + i, i, routes, false);
     __syncthreads();
 
     Walk<kRows> walk;
@@ -222,44 +200,39 @@ template <int kSteps, int kFrags, int kTiles, class T> __device__ __forceinline_
         if (slot == kNone) return;
         if (entry % args.splits != split) continue;
         Tile<T> tiles[kTiles];
-        float sum[kFrags][kTiles][4];
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) tiles[t] = tile_at<T>(args, column + 8 * t, slot);
         bool is_whole = args.x_aligned && args.in % 8 == 0;
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) is_whole = is_whole && (tiles[t].aligned || !tiles[t].exists);
+        for (int t = 0; t < kTiles; ++t) {
+            tiles[t] = tile_at<T>(args, column + 8 * t, slot);
+            is_whole = is_whole && (tiles[t].aligned || !tiles[t].exists);
+        }
         is_whole = __all_sync(kFullWarp, is_whole);
         if (warp == 0) {
 #pragma unroll
-            for (int p = 0; p < walk.kParts; ++p) {
-                if (32 * p + lane < kRows) positions[32 * p + lane] = walk.position[p];
-            }
+            for (int p = 0; p < walk.kParts; ++p) positions[32 * p + lane] = walk.position[p];
         }
-        const auto for_each = [&](auto f) {  // of this lane's results: row, rank, value
-#pragma unroll
-            for (int i = 0; i < kFrags * kTiles * 4; ++i) {
-                const int frag = i / (4 * kTiles), tile = i / 4 % kTiles, e = i % 4;
-                f(16 * frag + lane / 4 + 8 * (e / 2), 8 * tile + lane % 4 * 2 + e % 2, sum[frag][tile][e]);
-            }
-        };
-        for (uint32_t z = 0; z < (args.slices > 1 ? 1 : kSlices); z += kWarps) {
-            const uint32_t mine = args.slices > 1 ? slice : z + warp;
-            if (is_whole) multiply_slice<kSteps, true>(args, routes, walk, tiles, mine, sum);
-            else multiply_slice<1, false>(args, routes, walk, tiles, mine, sum);
-            for (uint32_t w = 0; w < blockDim.x / 32; ++w) {
+        for (uint32_t z = 0; z < kSlices; z += kWarps) {
+            float sum[kFrags][kTiles][4];
+            if (is_whole) multiply_slice<true>(args, routes, walk, tiles, z + warp, sum);
+            else multiply_slice<false>(args, routes, walk, tiles, z + warp, sum);
+            for (uint32_t w = 0; w < kWarps; ++w) {
                 if (warp == w) {
-                    if (z + w == 0) for_each([&](uint32_t row, uint32_t rank, float x) { sums[row][rank] = x; });
-                    else for_each([&](uint32_t row, uint32_t rank, float x) { sums[row][rank] += x; });
+#pragma unroll
+                    for (int i = 0; i < kFrags * kTiles * 4; ++i) {
+                        const int frag = i / (4 * kTiles), tile = i / 4 % kTiles, e = i % 4;
+                        float& total = sums[16 * frag + lane / 4 + 8 * (e / 2)][8 * tile + lane % 4 * 2 + e % 2];
+                        total = z + w == 0 ? sum[frag][tile][e] : total + sum[frag][tile][e];
+                    }
                 }
                 __syncthreads();
             }
         }
-        for (uint32_t i = threadIdx.x; i < kRows * kRanks; i += blockDim.x) {
+        for (uint32_t i = threadIdx.x; i < kRows * kRanks; i += LSW_SHRINK_THREADS) {
             const uint32_t row = i / kRanks, rank = i % kRanks;
             if (positions[row] < 0 || column + rank >= args.width) continue;
             const LswApplyTarget& target = target_at(args, column + rank);
             if (column + rank - target.column >= factor_of(target, slot).rank) continue;
-            product_slice(args, slice, routes.row[row], positions[row])[column + rank] = sums[row][rank];
+            products(args, routes.row[row], positions[row])[column + rank] = sums[row][rank];
         }
         __syncthreads();
     }
@@ -308,42 +281,9 @@ __device__ __forceinline__ uint32_t load_terms(const LswApplyArgs& args, const L
     return shared_count;
 }
 
-// Where the sums of A x are: the workspace or, of few rows, shared memory.
-struct Products {
-    const float* start;
-    uint64_t row_stride;
-    uint32_t position_stride;
-};
-
-// The parts of A x of few rows at a target, added up in order.
-__device__ __forceinline__ Products stage(const LswApplyArgs& args, const LswApplyTarget& target, const Routes<kGroup>& routes,
-                                          float (&staged)[LSW_APPLY_STAGED]) {
-    const uint32_t cap = (target.rank_cap + 7) / 8 * 8;
-    for (uint32_t i = threadIdx.x; i < args.rows * args.k * cap; i += LSW_EXPAND_THREADS) {
-        const uint32_t row = i / (args.k * cap), position = i / cap % args.k, rank = i % cap;
-        float sum = 0.0f;
-        uint32_t p = 0;  // entries behind the last were not written
-        while (p < position && routes.slot[row][p] != kNone) ++p;
-        if (routes.slot[row][p] != kNone && rank < factor_of(target, routes.slot[row][p]).rank) {
-            const float* part = products(args, row, position) + target.column + rank;
-            const uint64_t stride = static_cast<uint64_t>(args.rows) * args.k * args.width;
-            float parts[kSlices];
-#pragma unroll
-            for (uint32_t z = 0; z < kSlices; ++z) parts[z] = part[z * stride];
-            sum = parts[0];
-#pragma unroll
-            for (uint32_t z = 1; z < kSlices; ++z) sum += parts[z];
-        }
-        staged[i] = sum;
-    }
-    __syncthreads();
-    return {staged, static_cast<uint64_t>(args.k) * cap, cap};
-}
-
 struct ExpandShared {
     Routes<kGroup> routes;
     Term terms[kMaxTerms];
-    float products[LSW_APPLY_STAGED];
 };
 
 // A lane's part of a step of 16 ranks of a term: four elements of four rows of B, four products of two rows of the batch.
@@ -403,15 +343,15 @@ template <class T> __device__ __forceinline__ void multiply(const Step& step, ui
 }
 
 // A block: a group of rows and LSW_EXPAND_THREADS x chunks outputs of one target. A warp does 32 outputs at a time; a lane owns
-// eight of them in rows g and g + 8. kAhead steps are in flight.
-template <int kAhead, class T, class Y> __device__ __forceinline__ void expand(const LswApplyArgs& args, ExpandShared& shared) {
+// eight of them in rows g and g + 8.
+template <class T, class Y> __device__ __forceinline__ void expand(const LswApplyArgs& args, ExpandShared& shared) {
+    constexpr int kAhead = 2;  // steps in flight
     Routes<kGroup>& routes = shared.routes;
     Term(&terms)[kMaxTerms] = shared.terms;
     uint32_t unit = blockIdx.x % args.units;
     const uint32_t group = blockIdx.x / args.units, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const LswApplyTarget& target = target_of(args, unit, &LswApplyTarget::out, args.chunks * LSW_EXPAND_THREADS);
     const uint32_t count = load_terms(args, target, group, unit == 0, routes, terms);
-    Products found{};
     for (uint32_t chunk = 0; chunk < args.chunks; ++chunk) {
         const uint32_t first = ((unit * args.chunks + chunk) * (LSW_EXPAND_THREADS / 32) + threadIdx.x / 32) * 32;
         const uint32_t mine = first + 8 * q, left = mine < target.out ? target.out - mine : 0;
@@ -432,12 +372,8 @@ template <int kAhead, class T, class Y> __device__ __forceinline__ void expand(c
                 rank += 16;
                 if (rank >= terms[term].rank) ++term, rank = 0;
             }
-            if (begins && chunk == 0) {
-                // Of what came before, nothing but the products and y is still being written.
-                dependency_wait();
-                if (args.slices > 1) found = stage(args, target, routes, shared.products);
-                else found = {products(args, 0, 0) + target.column, static_cast<uint64_t>(args.k) * args.width, args.width};
-            }
+            // Of what came before, nothing but the products and y is still being written.
+            if (begins && chunk == 0) dependency_wait();
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const bool exists = begins && routes.slot[g + 8 * h][0] != kNone;
@@ -459,7 +395,7 @@ template <int kAhead, class T, class Y> __device__ __forceinline__ void expand(c
                     if (t.rank == 0 || c == 0.0f) continue;  // the products were not written, or need not be looked at
                     steps[s].c[h] = c;
                     if (at >= t.rank) continue;
-                    const float* p = found.start + routes.row[i] * found.row_stride + position[h] * found.position_stride + at;
+                    const float* p = products(args, routes.row[i], position[h]) + target.column + at;
                     steps[s].product[h] = *reinterpret_cast<const float4*>(p);
                 }
             }
@@ -492,11 +428,11 @@ template <int kAhead, class T, class Y> __device__ __forceinline__ void expand(c
     }
 }
 
-template <int kAhead, class T> __device__ __forceinline__ void expand(const LswApplyArgs& args) {
+template <class T> __device__ __forceinline__ void expand(const LswApplyArgs& args) {
     __shared__ ExpandShared shared;
-    if (args.y_type == 0) return expand<kAhead, T, float>(args, shared);
-    if (args.y_type == 1) return expand<kAhead, T, __half>(args, shared);
-    expand<kAhead, T, __nv_bfloat16>(args, shared);
+    if (args.y_type == 0) return expand<T, float>(args, shared);
+    if (args.y_type == 1) return expand<T, __half>(args, shared);
+    expand<T, __nv_bfloat16>(args, shared);
 }
 
 // The bucket of a row: by its lowest slot, then by its next one, as finely as there are buckets.
@@ -551,24 +487,15 @@ extern "C" __global__ void __launch_bounds__(LSW_ORDER_THREADS) lsw_apply_order(
     }
 }
 
-// Few rows wait for memory, so that more of it is asked for at a time; many rows hide that with more blocks. Without rows there may be
-// no units to divide by.
+// Without rows there may be no units to divide by.
 #define LSW_APPLY(suffix, T)                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(LSW_SHRINK_THREADS, 2)                                                      \
-        lsw_apply_shrink_##suffix(const __grid_constant__ LswApplyArgs args) {                                               \
-        if (args.rows > 0) shrink<8, 1, 1, T>(args);                                                                            \
-    }                                                                                                                        \
     extern "C" __global__ void __launch_bounds__(LSW_SHRINK_THREADS, 1)                                                      \
         lsw_apply_shrink_many_##suffix(const __grid_constant__ LswApplyArgs args) {                                          \
-        if (args.rows > 0) shrink<1, LSW_MANY_ROWS / 16, LSW_MANY_RANKS / 8, T>(args);                            \
-    }                                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(LSW_EXPAND_THREADS, 2)                                                      \
-        lsw_apply_expand_##suffix(const __grid_constant__ LswApplyArgs args) {                                               \
-        if (args.rows > 0) expand<4, T>(args);                                                                               \
+        if (args.rows > 0) shrink<T>(args);                                                                                  \
     }                                                                                                                        \
     extern "C" __global__ void __launch_bounds__(LSW_EXPAND_THREADS, 4)                                                      \
         lsw_apply_expand_many_##suffix(const __grid_constant__ LswApplyArgs args) {                                          \
-        if (args.rows > 0) expand<2, T>(args);                                                                               \
+        if (args.rows > 0) expand<T>(args);                                                                                  \
     }
 LSW_APPLY(f16, __half)
 LSW_APPLY(bf16, __nv_bfloat16)

@@ -2,7 +2,7 @@
 
 use crate::bank::AdapterBank;
 use crate::check::{Checked, MAX_COUNT, Named, narrow};
-use crate::cuda::args::{LSW_APPLY_FEW, LSW_APPLY_MANY, LSW_APPLY_SLICES, LSW_APPLY_STAGED, LSW_APPLY_TARGETS, LSW_MAX_K};
+use crate::cuda::args::{LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_MAX_K};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::stream::{Stream, StreamKind};
@@ -71,8 +71,6 @@ pub(crate) struct Plan<'b> {
     pub row_map: Option<RawMat>,
     /// A x, f32 [rows k, width]: of row r and the p-th entry of its canonical route, in row r k + p.
     pub products: RawMat,
-    /// Of A x on the tensor cores, each as large as `products`: parts that the second half adds up.
-    pub slices: u32,
     /// Where a permutation of many rows has its place, u32 [rows].
     pub order: Option<u64>,
     pub rows: u32,
@@ -115,12 +113,13 @@ pub fn apply_workspace_bytes(bank: &AdapterBank, targets: Range<u64>, rows: u64,
 /// with anything else of the call.
 ///
 /// Numbers: x, A and B enter as stored. Both products and the sum over the route are in f32, in a fixed order; A x stays f32 (tensor
-/// cores take it in two parts, to 2^-22); y is rounded once. A coefficient that is not finite propagates into its own row alone. Deterministic, and a row's
-/// bits do not depend on the other rows or on their number.
+/// cores take it in two parts, to 2^-22); y is rounded once. A coefficient that is not finite propagates into its own row alone.
+/// Deterministic, and a row's bits do not depend on the other rows; nor on their number, but that a bank of 16 bits on CUDA takes
+/// another path above 64 rows.
 ///
 /// On CUDA two launches are enqueued (three above 64 rows in 16 bits), each as a dependent of the one before where the card knows that
 /// (9.0 and newer). Captured in a graph, they serve every route and every refill of a slot; nothing of a route is ever on the host.
-/// A bank of 16 bits uses the tensor cores at any number of rows. One of f32 does not: it reads the adapters again for each row.
+/// Up to 64 rows, and in f32, the adapters are read again for each row.
 /// [`take_odd`](Stream::take_odd) tells of ids out of range and of coefficients that are not finite.
 ///
 /// # Errors
@@ -229,7 +228,6 @@ struct Sizes {
     /// Of all routes.
     entries: u64,
     width: u64,
-    slices: u32,
     ordered_rows: u32,
 }
 
@@ -240,13 +238,11 @@ impl Sizes {
         narrow("rows * k * the targets' rank_cap", entries * width, MAX_COUNT)?;
         let outputs: u64 = group.targets.iter().flatten().map(|t| u64::from(t.out_features)).sum();
         narrow("rows * the targets' out_features", u64::from(rows) * outputs, MAX_OUTPUTS)?;
-        let is_small = rows <= LSW_APPLY_FEW && entries * width <= u64::from(LSW_APPLY_STAGED);
-        let slices = if is_small { LSW_APPLY_SLICES } else { 1 };
-        Ok(Self { entries, width, slices, ordered_rows: if rows > LSW_APPLY_MANY { rows } else { 0 } })
+        Ok(Self { entries, width, ordered_rows: if rows > LSW_APPLY_MANY { rows } else { 0 } })
     }
 
     fn products_bytes(&self) -> u64 {
-        self.entries * self.width * u64::from(self.slices) * 4
+        self.entries * self.width * 4
     }
 
     fn bytes(&self) -> u64 {
@@ -307,7 +303,6 @@ fn check<'b>(
         gates: gates.mat,
         row_map: row_map.map(|map| map.mat),
         products,
-        slices: sizes.slices,
         order: (sizes.ordered_rows > 0).then(|| products.addr + sizes.products_bytes()),
         rows,
         k,

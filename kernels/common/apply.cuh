@@ -27,6 +27,17 @@ template <class T> __device__ __forceinline__ Eight<T> load_eight(const T* p, ui
     return eight;
 }
 
+// The same where everything is whole packs, so that nothing is left to decide but whether to load: the compiler can keep many in
+// flight, which it does not across branches.
+template <class T> __device__ __forceinline__ Eight<T> load_eight_if(bool exists, const T* p) {
+    Eight<T> eight;
+#pragma unroll
+    for (int i = 0; i < 8 / kPack<T>; ++i) {
+        if (exists) eight.part[i] = load16(p + i * kPack<T>);
+    }
+    return eight;
+}
+
 template <class T> __device__ __forceinline__ void store_eight(T* p, const Eight<T>& eight, uint32_t left, bool aligned) {
     if (aligned && left >= 8) {
 #pragma unroll

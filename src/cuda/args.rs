@@ -21,16 +21,14 @@ pub const LSW_PERMUTE_MAX_BLOCKS: _bindgen_ty_1 = 1024;
 pub const LSW_MOVE_THREADS: _bindgen_ty_1 = 256;
 pub const LSW_APPLY_TARGETS: _bindgen_ty_1 = 8;
 pub const LSW_SHRINK_THREADS: _bindgen_ty_1 = 256;
-pub const LSW_EXPAND_THREADS: _bindgen_ty_1 = 128;
 pub const LSW_SHRINK_ROWS: _bindgen_ty_1 = 4;
+pub const LSW_EXPAND_THREADS: _bindgen_ty_1 = 128;
+pub const LSW_EXPAND_CHUNKS: _bindgen_ty_1 = 8;
+pub const LSW_APPLY_MANY: _bindgen_ty_1 = 64;
 pub const LSW_APPLY_GROUP: _bindgen_ty_1 = 16;
 pub const LSW_APPLY_SLICES: _bindgen_ty_1 = 16;
-pub const LSW_APPLY_FEW: _bindgen_ty_1 = 4;
-pub const LSW_APPLY_STAGED: _bindgen_ty_1 = 2048;
-pub const LSW_APPLY_MANY: _bindgen_ty_1 = 64;
 pub const LSW_MANY_ROWS: _bindgen_ty_1 = 64;
 pub const LSW_MANY_RANKS: _bindgen_ty_1 = 48;
-pub const LSW_MANY_CHUNKS: _bindgen_ty_1 = 8;
 pub const LSW_ORDER_THREADS: _bindgen_ty_1 = 1024;
 pub const LSW_ORDER_BUCKETS: _bindgen_ty_1 = 4096;
 pub const LSW_MEASURE_THREADS: _bindgen_ty_1 = 1024;
@@ -426,10 +424,10 @@ pub struct LswApplyArgs {
     pub units: u32,
     pub shrink_rows: u32,
     pub splits: u32,
-    pub slices: u32,
     pub chunks: u32,
     pub y_type: u32,
     pub x_aligned: u32,
+    pub padding: u32,
     pub targets: [LswApplyTarget; 8usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -456,10 +454,10 @@ const _: () = {
     ["Offset of field: LswApplyArgs::units"][::core::mem::offset_of!(LswApplyArgs, units) - 108usize];
     ["Offset of field: LswApplyArgs::shrink_rows"][::core::mem::offset_of!(LswApplyArgs, shrink_rows) - 112usize];
     ["Offset of field: LswApplyArgs::splits"][::core::mem::offset_of!(LswApplyArgs, splits) - 116usize];
-    ["Offset of field: LswApplyArgs::slices"][::core::mem::offset_of!(LswApplyArgs, slices) - 120usize];
-    ["Offset of field: LswApplyArgs::chunks"][::core::mem::offset_of!(LswApplyArgs, chunks) - 124usize];
-    ["Offset of field: LswApplyArgs::y_type"][::core::mem::offset_of!(LswApplyArgs, y_type) - 128usize];
-    ["Offset of field: LswApplyArgs::x_aligned"][::core::mem::offset_of!(LswApplyArgs, x_aligned) - 132usize];
+    ["Offset of field: LswApplyArgs::chunks"][::core::mem::offset_of!(LswApplyArgs, chunks) - 120usize];
+    ["Offset of field: LswApplyArgs::y_type"][::core::mem::offset_of!(LswApplyArgs, y_type) - 124usize];
+    ["Offset of field: LswApplyArgs::x_aligned"][::core::mem::offset_of!(LswApplyArgs, x_aligned) - 128usize];
+    ["Offset of field: LswApplyArgs::padding"][::core::mem::offset_of!(LswApplyArgs, padding) - 132usize];
     ["Offset of field: LswApplyArgs::targets"][::core::mem::offset_of!(LswApplyArgs, targets) - 136usize];
 };
 #[repr(C)]

@@ -53,9 +53,8 @@ pub(super) struct Kernels {
     /// By bytes a unit: 16, 4, 2, 1.
     pub gather: [Function; 4],
     pub combine: [Function; 3],
-    pub apply_f32: Apply,
-    /// f16, bf16; of few rows and of many.
-    pub apply_few: [Apply; 2],
+    pub apply: [Apply; 3],
+    /// Of many rows: f16, bf16.
     pub apply_many: [Apply; 2],
     pub apply_order: Function,
     pub measure_scale: [Function; 3],
@@ -168,8 +167,7 @@ impl Modules {
             permute_scatter: self.function("permute", "permute_scatter")?,
             gather: self.functions("permute", "gather", ["16", "4", "2", "1"])?,
             combine: self.functions("permute", "combine", floats)?,
-            apply_f32: self.apply("apply", "f32")?,
-            apply_few: [self.apply("apply_mma", "f16")?, self.apply("apply_mma", "bf16")?],
+            apply: [self.apply("apply", "f32")?, self.apply("apply", "f16")?, self.apply("apply", "bf16")?],
             apply_many: [self.apply("apply_mma", "many_f16")?, self.apply("apply_mma", "many_bf16")?],
             apply_order: self.function("apply_mma", "apply_order")?,
             measure_scale: self.functions("measure", "measure_scale", floats)?,

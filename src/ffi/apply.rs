@@ -103,11 +103,12 @@ pub unsafe extern "C" fn lsw_apply_workspace_bytes(
 /// Numbers: x, A and B enter as stored. Both products and the sum over the route are in f32, in a
 /// fixed order; A x stays f32 (tensor cores take it in two parts, to 2^-22); y is rounded once. A
 /// coefficient that is not finite propagates into its own row alone. Deterministic, and a row's
-/// bits do not depend on the other rows or on their number.
+/// bits do not depend on the other rows; nor on their number, but that a bank of 16 bits on CUDA
+/// takes another path above 64 rows.
 ///
 /// Two launches on CUDA, three above 64 rows in 16 bits; enqueued, and may be captured: one graph
-/// serves every route and every refill of a slot. A bank of 16 bits uses the tensor cores at any
-/// number of rows; one of f32 does not, and reads the adapters again for each row. lsw_context_take_odd tells of ids out of range (but -1) and of coefficients
+/// serves every route and every refill of a slot. Up to 64 rows, and in f32, the adapters are read
+/// again for each row. lsw_context_take_odd tells of ids out of range (but -1) and of coefficients
 /// that are not finite.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_apply(

@@ -295,7 +295,7 @@ static void sets(void) {
 }
 
 static void unmerged(void) {
-    static float x[3][8], y[3][4], z[3][4], workspace[3 * 2 * 2 * 8 * 16];
+    static float x[3][8], y[3][4], z[3][4], workspace[3 * 2 * 2 * 8];
     static int32_t map[3] = {2, -1, 0};
     lsw_target_shape shapes[3] = {{4, 8, 2}, {4, 8, 2}, {4, 7, 2}};
     lsw_bank_options options = {sizeof options, LSW_F32, 0, 2, NULL, 0};
