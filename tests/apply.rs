@@ -286,7 +286,7 @@ fn rows_are_kept_apart(backend: &Backend) {
         // Every fifth row has the adapter of NaNs, and one of them infinity for x; some have it at zero.
         let ids: Vec<u32> =
             (0..rows).flat_map(|row| if row % 5 == 0 { [2, 1] } else { [(row % 2) as u32, 2 + (row % 2) as u32] }).collect();
-        let gates = |row: usize| if row % 5 == 0 { [1.0f32, 0.5] } else { [0.5, (row % 2) as f32] };
+        let gates = |row: usize| if row.is_multiple_of(5) { [1.0f32, 0.5] } else { [0.5, (row % 2) as f32] };
         let gates: Vec<u32> = (0..rows).flat_map(gates).map(f32::to_bits).collect();
         batch.ids.set_bits(&ids);
         batch.gates.set_bits(&gates);
