@@ -167,6 +167,7 @@ template <class T> __device__ __forceinline__ void expand(const LswApplyArgs& ar
     const uint32_t part = 8 * (lane & ((1u << shift) - 1));
     for (uint32_t chunk = 0; chunk < args.chunks; ++chunk) {
         const uint32_t first = (unit * args.chunks + chunk) * LSW_EXPAND_THREADS + threadIdx.x / 32 * 32;
+        if (chunk > 0 && first >= target.out) break;
         const uint64_t at = row * target.y_stride + first + lane;
         float sum = 0.0f, y = 0.0f;
         for (uint32_t step0 = 0; step0 < steps; step0 += kAhead) {

@@ -128,8 +128,8 @@ template <class T> __device__ __forceinline__ Tile<T> tile_at(const LswApplyArgs
     return {row, exists, (f.flags & LSW_A_ALIGNED) != 0};
 }
 
-// One warp: sum = a slice of A x of 16 kFrags rows and 8 kTiles ranks, as the mma lays out its results. kWhole: all
-// are whole aligned packs.
+// One warp: sum = a slice of A x of 16 kFrags rows and 8 kTiles ranks, as the mma lays out its results. kWhole: all are whole aligned
+// packs.
 template <bool kWhole, int kFrags, int kTiles, class T>
 __device__ __forceinline__ void multiply_slice(const LswApplyArgs& args, const Routes<16 * kFrags>& routes, const Walk<16 * kFrags>& walk,
                                                const Tile<T> (&tiles)[kTiles], uint32_t slice, float (&sum)[kFrags][kTiles][4]) {
