@@ -4,6 +4,7 @@
 //! To add an operation: a file with a `cases()`, named in `all_cases` below.
 
 mod accuracy;
+mod apply;
 mod check;
 mod floor;
 mod lab;
@@ -60,7 +61,7 @@ pub(crate) struct Outcome {
 }
 
 fn all_cases() -> Vec<Case> {
-    [floor::cases(), switch::cases()].into_iter().flatten().collect()
+    [floor::cases(), switch::cases(), apply::cases()].into_iter().flatten().collect()
 }
 
 #[derive(Default)]

@@ -161,6 +161,11 @@ impl Model {
         Target { weight, base: self.base.as_ref().map(base) }
     }
 
+    /// The bank of all targets, where one set serves them.
+    pub fn bank(&self) -> &AdapterBank {
+        self.sets[0].bank()
+    }
+
     /// Enqueues the switch of all sets to one of the two routes.
     pub fn to(&mut self, route: usize) -> Result<()> {
         let (ids, gates) = &self.routes[route];

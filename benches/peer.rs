@@ -68,11 +68,7 @@ impl Cublas {
     fn add_in_place(&self, dtype: DType, p: &Product) -> Result<()> {
         let (one, none) = (1f32, blas::cublasOperation_t::CUBLAS_OP_N);
         let scalar = ptr::from_ref(&one).cast();
-        let kind = match dtype {
-            DType::F32 => blas::cudaDataType::CUDA_R_32F,
-            DType::F16 => blas::cudaDataType::CUDA_R_16F,
-            _ => blas::cudaDataType::CUDA_R_16BF,
-        };
+        let kind = kind(dtype);
         let (m, n, k) = (p.cols as i32, p.out as i32, p.k as i32);
         let (a, b, d) = (p.a as *const c_void, p.b as *const c_void, p.d as *mut c_void);
         let (compute, algorithm) = (blas::cublasComputeType_t::CUBLAS_COMPUTE_32F, blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT);
@@ -81,6 +77,25 @@ impl Cublas {
             blas::cublasGemmEx(self.plain, none, none, m, n, k, scalar, a, kind, m, b, kind, k, scalar, d, kind, m, compute, algorithm)
         };
         status.result().map_err(|e| said("cublasGemmEx", e))
+    }
+
+    /// y [rows, out] = x [rows, cols] W [out, cols]', row-major and dense, by address: what torch's `linear` calls.
+    pub fn linear(&self, dtype: DType, [rows, out, cols]: [u64; 3], [x, w, y]: [u64; 3]) -> Result<()> {
+        let (one, zero) = (1f32, 0f32);
+        let (transposed, none) = (blas::cublasOperation_t::CUBLAS_OP_T, blas::cublasOperation_t::CUBLAS_OP_N);
+        let (alpha, beta, kind) = (ptr::from_ref(&one).cast(), ptr::from_ref(&zero).cast(), kind(dtype));
+        let (m, n, k) = (out as i32, rows as i32, cols as i32);
+        let (w, x, y) = (w as *const c_void, x as *const c_void, y as *mut c_void);
+        let (compute, algorithm) = (blas::cublasComputeType_t::CUBLAS_COMPUTE_32F, blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT);
+        // SAFETY: dense matrices of these shapes in device memory; the call reads the scalars itself.
+        let status = unsafe {
+            blas::cublasGemmEx(self.plain, transposed, none, m, n, k, alpha, w, kind, k, x, kind, k, beta, y, kind, m, compute, algorithm)
+        };
+        status.result().map_err(|e| said("cublasGemmEx", e))
+    }
+
+    pub fn name(&self) -> String {
+        format!("cuBLAS {}", self.version)
     }
 
     /// C is another matrix than D: only the light interface does that without a copy.
@@ -121,6 +136,14 @@ impl Cublas {
                 })
         };
         done.map_err(|e| said("cublasLtMatmul", e))
+    }
+}
+
+fn kind(dtype: DType) -> blas::cudaDataType {
+    match dtype {
+        DType::F32 => blas::cudaDataType::CUDA_R_32F,
+        DType::F16 => blas::cudaDataType::CUDA_R_16F,
+        _ => blas::cudaDataType::CUDA_R_16BF,
     }
 }
 
@@ -197,7 +220,7 @@ impl Peer {
             graphs.push(lab.capture(|| multiply(products))?);
         }
         let call = if model.spec.form == Form::InPlace { "GemmEx" } else { "LtMatmul" };
-        Ok(Some((format!("cuBLAS {} {call}", cublas.version), Work::new(graphs, nodes))))
+        Ok(Some((format!("{} {call}", cublas.name()), Work::new(graphs, nodes))))
     }
 }
 

@@ -81,13 +81,15 @@ impl Row {
         let ratio = |a: Option<f64>, b: Option<f64>| a.zip(b).map_or("-".into(), |(a, b)| format!("{:.3}", a / b));
         let checked = self.checked.map_or("-", |good| if good { "yes" } else { "FAILED" });
         println!(
-            "{:width$} {:>10} {:>10} {:>7} {:>10} {:>7} {:>10} {:>7} {:>10} {:>7} {:>6} {:>6} {checked}",
+            "{:width$} {:>10} {:>10} {:>7} {:>10} {:>7} {:>10} {:>7} {:>10} {:>7} {:>10} {:>7} {:>6} {:>6} {checked}",
             self.case,
             number(self.us),
             number(self.floor_us),
             ratio(self.us, self.floor_us),
             number(self.peer_us),
             ratio(self.peer_us, self.us),
+            number(self.base_us),
+            ratio(self.us, self.base_us),
             number(self.gap_us),
             ratio(self.gap_us, self.gap_floor_us),
             number(self.loop_us),
@@ -100,8 +102,8 @@ impl Row {
 
 fn print_header(width: usize) {
     println!(
-        "{:width$} {:>10} {:>10} {:>7} {:>10} {:>7} {:>10} {:>7} {:>10} {:>7} {:>6} {:>6} checked",
-        "case", "us", "floor us", "/floor", "peer us", "faster", "gap us", "/floor", "loop us", "/floor", "MHz", "W"
+        "{:width$} {:>10} {:>10} {:>7} {:>10} {:>7} {:>10} {:>7} {:>10} {:>7} {:>10} {:>7} {:>6} {:>6} checked",
+        "case", "us", "floor us", "/floor", "peer us", "faster", "base us", "/base", "gap us", "/floor", "loop us", "/floor", "MHz", "W"
     );
 }
 

@@ -38,8 +38,7 @@ pub enum Role {
     Floor,
     /// What a user would run instead.
     Peer,
-    /// What runs without the job at all. No case has one yet.
-    #[allow(dead_code)]
+    /// What runs without the job at all.
     Base,
 }
 

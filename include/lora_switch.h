@@ -3,6 +3,7 @@
  * An engine makes a context (the backend), a bank (the adapters: a LoRA pair for every slot and target),
  * and a switch set (the adapted weights W). For each token, or whenever the route changes, lsw_route
  * turns router logits into a route, and lsw_switch_to brings every W to it in one launch.
+ * lsw_apply leaves W alone and gives every row of a batch a route of its own.
  * lsw_permute, lsw_gather and lsw_combine group a batch's tokens by expert and add up the results.
  * lsw_measure_... say what the machine allows.
  * ffi-examples/ holds whole programs.
@@ -134,13 +135,13 @@
 #define LSW_ODD_ID 2
 
 /**
- * lsw_switch_odd: an id below -1 or past the last slot.
+ * lsw_switch_odd, and lsw_context_take_odd of lsw_apply: an id below -1 or past the last slot.
  */
 #define LSW_ODD_ROUTE_ID 4
 
 /**
- * lsw_switch_odd: a coefficient that is not finite (in place, also one of 2^126 or more in
- * magnitude).
+ * lsw_switch_odd, and lsw_context_take_odd of lsw_apply: a coefficient that is not finite (in
+ * place, also one of 2^126 or more in magnitude).
  */
 #define LSW_ODD_COEFFICIENT 8
 
@@ -393,6 +394,32 @@ typedef struct lsw_target {
 } lsw_target;
 
 /**
+ * Which adapters each row of a batch gets, and how much of them.
+ *
+ * A row's route is taken in canonical form, as a switch takes it: an id outside the bank's slots
+ * is none; duplicates add up in f32 in order of appearance; entries sort by id, so a permuted
+ * route gives the same bits. The coefficient of a slot at a target is gate * scale, in f32; where
+ * it is zero, or the rank is, the adapter is not touched at all.
+ */
+typedef struct lsw_routes {
+    /**
+     * LSW_I32 [items, k], as lsw_route writes them; k from 0 to 32. Slots of the bank; -1: none.
+     */
+    struct lsw_mat ids;
+    /**
+     * LSW_F32 [items, k].
+     */
+    struct lsw_mat gates;
+    /**
+     * LSW_I32, one element a row of the batch: the item whose route the row has; rows whose entry
+     * names no item (-1) are left alone. With data NULL nothing of it is read, and row r has the
+     * route of item r. With the map of lsw_permute and one route for each of its items, adapters
+     * serve the experts of a mixture: a slot is then an adapter of an expert.
+     */
+    struct lsw_mat row_map;
+} lsw_routes;
+
+/**
  * How scores become gates. NULL, or what a smaller struct_size leaves out: renormalize 1.
  */
 typedef struct lsw_route_options {
@@ -465,8 +492,8 @@ lsw_status lsw_context_create_from_cuda(void *cu_context, struct lsw_context **c
 lsw_status lsw_context_warm(const struct lsw_context *context, void *stream);
 
 /**
- * Reads and clears what lsw_route and lsw_permute found odd on this context: LSW_ODD_ bits, 0 for
- * nothing. Synchronises the stream.
+ * Reads and clears what lsw_route, lsw_permute and lsw_apply found odd on this context: LSW_ODD_
+ * bits, 0 for nothing. Synchronises the stream.
  */
 lsw_status lsw_context_take_odd(const struct lsw_context *context, void *stream, uint32_t *odd);
 
@@ -643,6 +670,86 @@ lsw_status lsw_switch_count(const struct lsw_switch *set, uint64_t *count);
  * synchronises the device; memory of the caller's must outlive the work that uses it.
  */
 void lsw_switch_destroy(struct lsw_switch *set);
+
+/**
+ * Bytes of workspace that lsw_apply needs for the bank's targets first <= i < first + count, which
+ * share their input, and for this many rows with routes of k.
+ */
+lsw_status lsw_apply_workspace_bytes(const struct lsw_bank *bank,
+                                     uint64_t first,
+                                     uint64_t count,
+                                     uint64_t rows,
+                                     uint64_t k,
+                                     uint64_t *bytes);
+
+/**
+ * Adds to each row what its adapters make of its input, for a group of targets that share it (q,
+ * k, v; gate, up): y[i][r] += sum over the entries (id, gate) of row r's route of gate * scale * B
+ * (A x[r]), with A, B and scale of slot id and target first + i of the bank.
+ *
+ * - x [rows, in_features]: the bank's dtype.
+ * - y, count matrices [rows, out_features], 1 to 8, for the bank's targets from first on, whose
+ *   in_features are equal: LSW_F32, LSW_F16 or LSW_BF16, all of one dtype. Each is read and
+ *   written once; a row that no adapter touches keeps its bits.
+ * - workspace, at least lsw_apply_workspace_bytes, aligned to 16 bytes; its content does not
+ *   matter, and it is free again when the work is done. NULL where 0 bytes are needed.
+ *
+ * Row strides are free everywhere, so that a slice of a fused output works; 16-byte accesses serve
+ * where addresses and rows (stride included) of x, A and B are multiples of 16 bytes. The y share
+ * no memory with each other nor with anything else of the call.
+ *
+ * Numbers: x, A and B enter as stored. Both products and the sum over the route are in f32, in a
+ * fixed order; A x stays f32 (tensor cores take it in two parts, to 2^-22); y is rounded once. A
+ * coefficient that is not finite propagates into its own row alone. Deterministic, and a row's
+ * bits do not depend on the other rows; nor on their number, but that a bank of 16 bits on CUDA
+ * takes another path above 64 rows.
+ *
+ * Two launches on CUDA, three above 64 rows in 16 bits; enqueued, and may be captured: one graph
+ * serves every route and every refill of a slot. Up to 64 rows, and in f32, the adapters are read
+ * again for each row. lsw_context_take_odd tells of ids out of range (but -1) and of coefficients
+ * that are not finite.
+ */
+lsw_status lsw_apply(const struct lsw_bank *bank,
+                     void *stream,
+                     uint64_t first,
+                     const struct lsw_mat *x,
+                     const struct lsw_routes *routes,
+                     const struct lsw_mat_mut *y,
+                     uint64_t count,
+                     void *workspace,
+                     uint64_t workspace_bytes);
+
+/**
+ * The first half of lsw_apply: A x of all adapters in the rows' routes, into the workspace, for
+ * the targets first <= i < first + count. It does not need y, so that it may run beside the base
+ * product, on another stream; one of high priority, since its few blocks would otherwise wait
+ * behind the product's.
+ *
+ * The second half, lsw_apply_expand, is ordered after it and gets the same targets, routes and
+ * workspace. In between nobody writes the workspace, ids, gates and row_map, nor the slots of the
+ * bank that they name. One launch or two; enqueued, and may be captured.
+ */
+lsw_status lsw_apply_shrink(const struct lsw_bank *bank,
+                            void *stream,
+                            uint64_t first,
+                            uint64_t count,
+                            const struct lsw_mat *x,
+                            const struct lsw_routes *routes,
+                            void *workspace,
+                            uint64_t workspace_bytes);
+
+/**
+ * The second half of lsw_apply: adds B times the workspace's products to y. See lsw_apply_shrink.
+ * One launch; enqueued, and may be captured.
+ */
+lsw_status lsw_apply_expand(const struct lsw_bank *bank,
+                            void *stream,
+                            uint64_t first,
+                            const struct lsw_routes *routes,
+                            const struct lsw_mat_mut *y,
+                            uint64_t count,
+                            const void *workspace,
+                            uint64_t workspace_bytes);
 
 /**
  * Routes each token to its k best experts: softmax over N logits, top-k, gates (LoRA-Switch, arXiv

@@ -34,6 +34,21 @@ enum {
     LSW_PERMUTE_MAX_BLOCKS = 1024, /* above it a warp ranks more items */
     LSW_MOVE_THREADS = 256,
 
+    LSW_APPLY_TARGETS = 8,    /* of one call: they share their input */
+    LSW_SHRINK_THREADS = 256, /* on the same rows of A; of many rows, a warp for each slice */
+    LSW_SHRINK_ROWS = 4,      /* of A a block, where there are blocks enough; else one */
+    LSW_EXPAND_THREADS = 128, /* a row of B each */
+    LSW_EXPAND_CHUNKS = 8,    /* at most as many times LSW_EXPAND_THREADS outputs a block */
+
+    /* Of many rows of 16 bits, on the tensor cores. */
+    LSW_APPLY_MANY = 64,   /* there are more */
+    LSW_APPLY_GROUP = 16,  /* rows that share a product */
+    LSW_APPLY_SLICES = 16, /* parts of A x, added up in order */
+    LSW_MANY_ROWS = 64,    /* a block of shrink, */
+    LSW_MANY_RANKS = 48,   /* with so many rows of A */
+    LSW_ORDER_THREADS = 1024,
+    LSW_ORDER_BUCKETS = 4096,
+
     LSW_MEASURE_THREADS = 1024,
     LSW_READ_THREADS = 512,
     LSW_READ_BLOCKS = 4, /* a multiprocessor */
@@ -44,8 +59,8 @@ enum {
 enum {
     LSW_ODD_LOGITS = 1,      /* route: NaN or +inf, or a row with nothing finite */
     LSW_ODD_ID = 2,          /* permute: an id below -1 or past the last expert */
-    LSW_ODD_ROUTE_ID = 4,    /* switch: the same */
-    LSW_ODD_COEFFICIENT = 8, /* switch: not finite; in place it counted as zero */
+    LSW_ODD_ROUTE_ID = 4,    /* switch, apply: the same for slots */
+    LSW_ODD_COEFFICIENT = 8, /* switch, apply: not finite; in place it counted as zero */
     LSW_STALE_MERGE = 16     /* switch in place: a merged slot was given another adapter; its targets were left as they are */
 };
 
@@ -162,6 +177,36 @@ typedef struct LswCombineArgs {
     uint64_t rows_stride, inverse_stride, gates_stride, y_stride, cols;
     uint32_t tokens, k, row_count, aligned;
 } LswCombineArgs;
+
+/* A target of a call that leaves its weight as it is. */
+typedef struct LswApplyTarget {
+    uint64_t factors; /* LswFactor [slots] */
+    uint64_t y, y_stride;
+    uint32_t out, rank_cap;
+    uint32_t column;    /* where its ranks begin in a row of the products: a multiple of 8 */
+    uint32_t y_aligned; /* address and row bytes are multiples of 16 */
+} LswApplyTarget;
+
+/* y[r] += sum over p of c B (A x[r]); products[r, p] = A x[r] between the two halves. */
+typedef struct LswApplyArgs {
+    uint64_t x, ids, gates;
+    uint64_t row_map;  /* int32_t [rows], or 0: row r has the route of item r */
+    uint64_t order;    /* uint32_t [rows]: rows of like routes behind each other; or 0: as they come */
+    uint64_t products; /* float [rows, k, width] */
+    uint64_t status;
+    uint64_t x_stride, ids_stride, gates_stride;
+    uint32_t rows, items, in, k, slots;
+    uint32_t count;       /* of targets */
+    uint32_t width;       /* a multiple of 8 */
+    uint32_t units;       /* blocks of all targets for a row, an entry of its route, or a group of rows */
+    uint32_t shrink_rows; /* 1 or LSW_SHRINK_ROWS */
+    uint32_t splits;      /* of many rows, shrink: blocks that share the slots of a group */
+    uint32_t chunks;      /* expand: of LSW_EXPAND_THREADS outputs a block */
+    uint32_t y_type;      /* 0 f32, 1 f16, 2 bf16 */
+    uint32_t x_aligned;   /* address and row bytes are multiples of 16 */
+    uint32_t padding;
+    LswApplyTarget targets[LSW_APPLY_TARGETS];
+} LswApplyArgs;
 
 /* Over `count` elements: y = factor * x, or y = factor * uniform(-1, 1). Over `count` bytes: y[0] ^= the words of x. */
 typedef struct LswMeasureArgs {

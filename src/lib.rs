@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+mod apply;
 mod bank;
 mod check;
 mod cpu;
@@ -16,6 +17,7 @@ mod stream;
 mod switch;
 mod view;
 
+pub use apply::{Routes, apply, apply_expand, apply_shrink, apply_workspace_bytes};
 pub use bank::{AdapterBank, Factor, TargetShape};
 pub use dtype::{DType, Element, Float};
 pub use error::{Error, Result};

@@ -20,9 +20,9 @@ impl Odd {
     pub const LOGITS: Self = Self(crate::cuda::args::LSW_ODD_LOGITS);
     /// `permute` met an id below -1 or past the last expert.
     pub const ID: Self = Self(crate::cuda::args::LSW_ODD_ID);
-    /// A switch met an id below -1 or past the last slot.
+    /// A switch or `apply` met an id below -1 or past the last slot.
     pub const ROUTE_ID: Self = Self(crate::cuda::args::LSW_ODD_ROUTE_ID);
-    /// A switch met a coefficient that is not finite (in place, also one of 2^126 or more in magnitude).
+    /// A switch or `apply` met a coefficient that is not finite (in place, also one of 2^126 or more in magnitude).
     pub const COEFFICIENT: Self = Self(crate::cuda::args::LSW_ODD_COEFFICIENT);
     /// A set in place holds the product of an adapter that has been replaced; its targets were left as they are.
     pub const STALE_MERGE: Self = Self(crate::cuda::args::LSW_STALE_MERGE);
@@ -183,7 +183,7 @@ impl Stream {
         })
     }
 
-    /// Reads and clears what `route` and `permute` found odd on this context. Synchronises the stream.
+    /// Reads and clears what `route`, `permute` and `apply` found odd on this context. Synchronises the stream.
     ///
     /// # Errors
     /// Where the stream's work failed.

@@ -1,5 +1,6 @@
 //! CUDA graphs: one capture of route -> switch serves every token, and survives refills.
 
+use crate::apply::{Batch, Call, workspace_bytes};
 use crate::common::{Backend, Grid, Layout, Rng};
 use crate::oracle;
 use crate::switch::{Model, Spec};
@@ -82,6 +83,40 @@ fn in_place_replays() {
     // Each of 51 switches: one rounding of a sum of at most 32 terms below 2 in magnitude.
     let bound = 51.0 * (2.0 * 32.0 + 4.0) * 2.0 * 2f64.powi(-24) * 64.0;
     assert!(got.iter().zip(&base).all(|(g, b)| (g - b).abs() < bound));
+}
+
+/// One capture of both halves serves other routes and refilled slots.
+#[test]
+fn apply_replays() {
+    let Some(backend) = Backend::cuda() else { return };
+    let spec = Spec {
+        dtype: DType::Bf16,
+        form: Form::FromBase,
+        slots: 8,
+        k_max: 2,
+        shapes: vec![(96, 160), (33, 160)],
+        aligned: true,
+        max_rank: 32,
+        seed: 23,
+    };
+    let mut model = Model::new(&backend, &spec);
+    let mut rng = Rng(24);
+    for rows in [1, 3, 100] {
+        let mut batch = Batch::random(&model, &mut rng, rows, 2, DType::Bf16, Layout::dense);
+        let bytes = workspace_bytes(&model, rows, 2);
+        let mut workspace = Grid::poisoned(&backend, DType::U8, 1, bytes, Layout::dense(bytes));
+        let graph = capture(&backend, || batch.run_in(&model, Call::Whole, &mut workspace).unwrap());
+        for step in 0..6 {
+            if step % 2 == 1 {
+                model.refill(rng.below(8));
+            }
+            let ids: Vec<u32> = (0..2 * rows).map(|_| rng.below(9) as u32).collect();
+            batch.ids.set_bits(&ids);
+            let before = batch.bits();
+            graph.launch().unwrap();
+            batch.assert_added_to(&model, &before, "replayed");
+        }
+    }
 }
 
 /// Maps are captured too, for other ids at each replay.

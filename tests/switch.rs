@@ -31,6 +31,16 @@ pub struct Pair {
     pub scale: f32,
 }
 
+impl Pair {
+    /// NaN everywhere.
+    pub fn poison(&mut self) {
+        for grid in [&mut self.a, &mut self.b] {
+            let nan = encode(grid.dtype, f64::NAN);
+            grid.set_bits(&vec![nan; grid.rows * grid.cols]);
+        }
+    }
+}
+
 /// A model with all that it lends to its bank and set, which come first so that they are dropped first.
 pub struct Model {
     pub set: SwitchSet,
@@ -137,6 +147,18 @@ impl Model {
         let exact_a = Exact::new(spec.dtype, rank, i, &a.bits());
         let exact_b = Exact::new(spec.dtype, o, rank, &b.bits());
         Pair { a, b, exact_a, exact_b, scale }
+    }
+
+    /// Values that depend on `rng` alone, wherever the model's layout puts them.
+    pub fn pair_of(&mut self, rng: &mut Rng, o: usize, i: usize, rank: usize) -> Pair {
+        let mut values = |rows: usize, cols: usize| {
+            let bits = rng.bits(self.spec.dtype, rows * cols, 0.5);
+            let layout = layout(&mut self.rng, &self.spec, cols);
+            let grid = Grid::with_gap(&self.backend, self.spec.dtype, rows, cols, layout, 0xff, &bits);
+            (grid, Exact::new(self.spec.dtype, rows, cols, &bits))
+        };
+        let ((a, exact_a), (b, exact_b)) = (values(rank, i), values(o, rank));
+        Pair { a, b, exact_a, exact_b, scale: 0.5 }
     }
 
     pub fn to(&mut self, ids: &[i32], gates: &[f32]) {

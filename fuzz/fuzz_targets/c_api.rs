@@ -217,7 +217,7 @@ impl<'a> World<'a> {
             if self.bytes.0.is_empty() {
                 break;
             }
-            match self.bytes.below(17) {
+            match self.bytes.below(19) {
                 0 => self.contexts(),
                 1 => self.create_bank(),
                 2 | 3 => self.set_slot(),
@@ -231,6 +231,7 @@ impl<'a> World<'a> {
                 13 => self.sizes(),
                 14 => self.objects(),
                 15 => self.measure(),
+                16 | 17 => self.apply(),
                 _ => self.destroy(),
             }
         }
@@ -427,6 +428,42 @@ impl<'a> World<'a> {
             let (rows, inverse) = (w.bytes.pointer(&rows), w.bytes.pointer(&inverse));
             let (gates, y) = (w.bytes.pointer(&gates), w.bytes.pointer(&y));
             unsafe { c::lsw_combine(w.context(), null_mut(), rows, inverse, gates, y) }
+        });
+    }
+
+    fn apply(&mut self) {
+        let which = self.which();
+        let (handle, dtype) = (self.banks[which].handle, self.banks[which].dtype);
+        let shapes = self.banks[which].shapes.clone();
+        let first = self.bytes.below(shapes.len().max(1) as u64);
+        let group = &shapes[(first as usize).min(shapes.len())..];
+        let (rows, k, items) = (self.bytes.below(5), self.bytes.below(4), self.bytes.below(5));
+        let x = self.read_only(rows, group.first().map_or(0, |shape| shape.in_features.min(16)), dtype);
+        let is_mapped = self.bytes.next() >= 192;
+        let items = if is_mapped { items } else { rows };
+        let (ids, gates) = (self.read_only(items, k, c::LSW_I32 as i32), self.read_only(items, k, c::LSW_F32 as i32));
+        let row_map = if is_mapped { self.read_only(1, rows, c::LSW_I32 as i32) } else { c::lsw_mat::default() };
+        self.write_ids(&ids);
+        self.write_ids(&row_map);
+        let routes = c::lsw_routes { ids, gates, row_map };
+        let y_type = self.bytes.below(3) as i32;
+        let y: Vec<_> = group.iter().map(|shape| self.mat(rows, shape.out_features.min(16), y_type)).collect();
+        self.cursor = self.cursor.next_multiple_of(16);
+        let workspace = self.place(8 * MARGIN);
+        let room = (self.arena.as_ptr() as usize + ARENA).saturating_sub(workspace as usize) as u64;
+        self.call(|w| {
+            let (bank, first, bytes) = (w.bytes.pointer(handle), w.bytes.size(first), w.bytes.size(room).min(room));
+            let (x, routes) = (w.bytes.pointer(&x), w.bytes.pointer(&routes));
+            let (y, count) = (w.bytes.pointer(y.as_ptr()), w.bytes.count(&y));
+            match w.bytes.below(4) {
+                0 => unsafe { c::lsw_apply_shrink(bank, null_mut(), first, count, x, routes, workspace, bytes) },
+                1 => unsafe { c::lsw_apply_expand(bank, null_mut(), first, routes, y, count, workspace, bytes) },
+                _ => unsafe { c::lsw_apply(bank, null_mut(), first, x, routes, y, count, workspace, bytes) },
+            }
+        });
+        self.get(|w, out| {
+            let (rows, k) = (w.bytes.size(rows), w.bytes.size(k));
+            unsafe { c::lsw_apply_workspace_bytes(handle, first, shapes.len() as u64, rows, k, out) }
         });
     }
 

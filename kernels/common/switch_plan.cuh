@@ -4,10 +4,7 @@
 
 #include "../args.h"
 #include "num.cuh"
-
-constexpr uint32_t kFullWarp = 0xffffffffu;
-
-static_assert(LSW_MAX_K <= 32, "one lane an entry of the route");
+#include "route.cuh"
 
 struct Route {
     uint32_t count;
@@ -43,7 +40,7 @@ __device__ __forceinline__ bool applies(const LswSwitchArgs& args, const LswFact
     return f.rank > 0 && c != 0.0f && usable(args, c);
 }
 
-// One warp. Lane e owns the e-th entry; the first of several equal ids collects their gates in order of appearance.
+// One warp.
 __device__ inline void canonical_route(const LswSwitchArgs& args, Route& route) {
     const uint32_t lane = threadIdx.x;
     int id = -1;
@@ -54,22 +51,10 @@ __device__ inline void canonical_route(const LswSwitchArgs& args, Route& route) 
         gate = reinterpret_cast<const float*>(args.gates)[lane];
         if (id != given && blockIdx.x == 0) atomicOr(&state(args)->status, LSW_ODD_ROUTE_ID);
     }
-    bool is_first = id >= 0;
-    float sum = gate;
-    for (uint32_t e = 0; e < args.k; ++e) {
-        const int other = __shfl_sync(kFullWarp, id, e);
-        const float other_gate = __shfl_sync(kFullWarp, gate, e);
-        if (other == id && e < lane) is_first = false;
-        if (other == id && e > lane) sum += other_gate;
-    }
-    const uint32_t firsts = __ballot_sync(kFullWarp, is_first);
-    uint32_t position = 0;
-    for (uint32_t e = 0; e < args.k; ++e) {
-        const int other = __shfl_sync(kFullWarp, id, e);
-        if ((firsts >> e & 1) && other < id) ++position;
-    }
-    if (is_first) route.slot[position] = id, route.gate[position] = sum;
-    if (lane == 0) route.count = __popc(firsts);
+    const RouteEntry entry = canonical_entry(id, gate, args.k);
+    if (entry.slot >= 0) route.slot[entry.position] = entry.slot, route.gate[entry.position] = entry.gate;
+    const uint32_t entries = __ballot_sync(kFullWarp, entry.slot >= 0);
+    if (lane == 0) route.count = __popc(entries);
 }
 
 enum class Verdict { kSame, kChanged, kStale };

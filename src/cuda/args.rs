@@ -19,6 +19,18 @@ pub const LSW_PERMUTE_THREADS: _bindgen_ty_1 = 256;
 pub const LSW_PERMUTE_WARP_ITEMS: _bindgen_ty_1 = 512;
 pub const LSW_PERMUTE_MAX_BLOCKS: _bindgen_ty_1 = 1024;
 pub const LSW_MOVE_THREADS: _bindgen_ty_1 = 256;
+pub const LSW_APPLY_TARGETS: _bindgen_ty_1 = 8;
+pub const LSW_SHRINK_THREADS: _bindgen_ty_1 = 256;
+pub const LSW_SHRINK_ROWS: _bindgen_ty_1 = 4;
+pub const LSW_EXPAND_THREADS: _bindgen_ty_1 = 128;
+pub const LSW_EXPAND_CHUNKS: _bindgen_ty_1 = 8;
+pub const LSW_APPLY_MANY: _bindgen_ty_1 = 64;
+pub const LSW_APPLY_GROUP: _bindgen_ty_1 = 16;
+pub const LSW_APPLY_SLICES: _bindgen_ty_1 = 16;
+pub const LSW_MANY_ROWS: _bindgen_ty_1 = 64;
+pub const LSW_MANY_RANKS: _bindgen_ty_1 = 48;
+pub const LSW_ORDER_THREADS: _bindgen_ty_1 = 1024;
+pub const LSW_ORDER_BUCKETS: _bindgen_ty_1 = 4096;
 pub const LSW_MEASURE_THREADS: _bindgen_ty_1 = 1024;
 pub const LSW_READ_THREADS: _bindgen_ty_1 = 512;
 pub const LSW_READ_BLOCKS: _bindgen_ty_1 = 4;
@@ -378,6 +390,88 @@ const _: () = {
     ["Offset of field: LswCombineArgs::k"][::core::mem::offset_of!(LswCombineArgs, k) - 76usize];
     ["Offset of field: LswCombineArgs::row_count"][::core::mem::offset_of!(LswCombineArgs, row_count) - 80usize];
     ["Offset of field: LswCombineArgs::aligned"][::core::mem::offset_of!(LswCombineArgs, aligned) - 84usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct LswApplyTarget {
+    pub factors: u64,
+    pub y: u64,
+    pub y_stride: u64,
+    pub out: u32,
+    pub rank_cap: u32,
+    pub column: u32,
+    pub y_aligned: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LswApplyTarget"][::core::mem::size_of::<LswApplyTarget>() - 40usize];
+    ["Alignment of LswApplyTarget"][::core::mem::align_of::<LswApplyTarget>() - 8usize];
+    ["Offset of field: LswApplyTarget::factors"][::core::mem::offset_of!(LswApplyTarget, factors) - 0usize];
+    ["Offset of field: LswApplyTarget::y"][::core::mem::offset_of!(LswApplyTarget, y) - 8usize];
+    ["Offset of field: LswApplyTarget::y_stride"][::core::mem::offset_of!(LswApplyTarget, y_stride) - 16usize];
+    ["Offset of field: LswApplyTarget::out"][::core::mem::offset_of!(LswApplyTarget, out) - 24usize];
+    ["Offset of field: LswApplyTarget::rank_cap"][::core::mem::offset_of!(LswApplyTarget, rank_cap) - 28usize];
+    ["Offset of field: LswApplyTarget::column"][::core::mem::offset_of!(LswApplyTarget, column) - 32usize];
+    ["Offset of field: LswApplyTarget::y_aligned"][::core::mem::offset_of!(LswApplyTarget, y_aligned) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct LswApplyArgs {
+    pub x: u64,
+    pub ids: u64,
+    pub gates: u64,
+    pub row_map: u64,
+    pub order: u64,
+    pub products: u64,
+    pub status: u64,
+    pub x_stride: u64,
+    pub ids_stride: u64,
+    pub gates_stride: u64,
+    pub rows: u32,
+    pub items: u32,
+    pub in_: u32,
+    pub k: u32,
+    pub slots: u32,
+    pub count: u32,
+    pub width: u32,
+    pub units: u32,
+    pub shrink_rows: u32,
+    pub splits: u32,
+    pub chunks: u32,
+    pub y_type: u32,
+    pub x_aligned: u32,
+    pub padding: u32,
+    pub targets: [LswApplyTarget; 8usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LswApplyArgs"][::core::mem::size_of::<LswApplyArgs>() - 456usize];
+    ["Alignment of LswApplyArgs"][::core::mem::align_of::<LswApplyArgs>() - 8usize];
+    ["Offset of field: LswApplyArgs::x"][::core::mem::offset_of!(LswApplyArgs, x) - 0usize];
+    ["Offset of field: LswApplyArgs::ids"][::core::mem::offset_of!(LswApplyArgs, ids) - 8usize];
+    ["Offset of field: LswApplyArgs::gates"][::core::mem::offset_of!(LswApplyArgs, gates) - 16usize];
+    ["Offset of field: LswApplyArgs::row_map"][::core::mem::offset_of!(LswApplyArgs, row_map) - 24usize];
+    ["Offset of field: LswApplyArgs::order"][::core::mem::offset_of!(LswApplyArgs, order) - 32usize];
+    ["Offset of field: LswApplyArgs::products"][::core::mem::offset_of!(LswApplyArgs, products) - 40usize];
+    ["Offset of field: LswApplyArgs::status"][::core::mem::offset_of!(LswApplyArgs, status) - 48usize];
+    ["Offset of field: LswApplyArgs::x_stride"][::core::mem::offset_of!(LswApplyArgs, x_stride) - 56usize];
+    ["Offset of field: LswApplyArgs::ids_stride"][::core::mem::offset_of!(LswApplyArgs, ids_stride) - 64usize];
+    ["Offset of field: LswApplyArgs::gates_stride"][::core::mem::offset_of!(LswApplyArgs, gates_stride) - 72usize];
+    ["Offset of field: LswApplyArgs::rows"][::core::mem::offset_of!(LswApplyArgs, rows) - 80usize];
+    ["Offset of field: LswApplyArgs::items"][::core::mem::offset_of!(LswApplyArgs, items) - 84usize];
+    ["Offset of field: LswApplyArgs::in_"][::core::mem::offset_of!(LswApplyArgs, in_) - 88usize];
+    ["Offset of field: LswApplyArgs::k"][::core::mem::offset_of!(LswApplyArgs, k) - 92usize];
+    ["Offset of field: LswApplyArgs::slots"][::core::mem::offset_of!(LswApplyArgs, slots) - 96usize];
+    ["Offset of field: LswApplyArgs::count"][::core::mem::offset_of!(LswApplyArgs, count) - 100usize];
+    ["Offset of field: LswApplyArgs::width"][::core::mem::offset_of!(LswApplyArgs, width) - 104usize];
+    ["Offset of field: LswApplyArgs::units"][::core::mem::offset_of!(LswApplyArgs, units) - 108usize];
+    ["Offset of field: LswApplyArgs::shrink_rows"][::core::mem::offset_of!(LswApplyArgs, shrink_rows) - 112usize];
+    ["Offset of field: LswApplyArgs::splits"][::core::mem::offset_of!(LswApplyArgs, splits) - 116usize];
+    ["Offset of field: LswApplyArgs::chunks"][::core::mem::offset_of!(LswApplyArgs, chunks) - 120usize];
+    ["Offset of field: LswApplyArgs::y_type"][::core::mem::offset_of!(LswApplyArgs, y_type) - 124usize];
+    ["Offset of field: LswApplyArgs::x_aligned"][::core::mem::offset_of!(LswApplyArgs, x_aligned) - 128usize];
+    ["Offset of field: LswApplyArgs::padding"][::core::mem::offset_of!(LswApplyArgs, padding) - 132usize];
+    ["Offset of field: LswApplyArgs::targets"][::core::mem::offset_of!(LswApplyArgs, targets) - 136usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]

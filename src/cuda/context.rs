@@ -55,9 +55,20 @@ pub(super) struct Kernels {
     /// By bytes a unit: 16, 4, 2, 1.
     pub gather: [Function; 4],
     pub combine: [Function; 3],
+    pub apply: [Apply; 3],
+    /// Of many rows: f16, bf16.
+    pub apply_many: [Apply; 2],
+    pub apply_order: Function,
     pub measure_scale: [Function; 3],
     pub measure_fill: [Function; 3],
     pub measure_read: Function,
+}
+
+/// The halves of an unmerged product.
+#[derive(Clone, Copy)]
+pub(super) struct Apply {
+    pub shrink: Function,
+    pub expand: Function,
 }
 
 /// What only a Hopper card has. Whoever holds one may launch these kernels; only a device makes it.
@@ -142,6 +153,11 @@ impl Modules {
         Ok(found)
     }
 
+    fn apply(&self, file: &str, suffix: &str) -> Result<Apply> {
+        let function = |half: &str| self.function(file, &format!("apply_{half}_{suffix}"));
+        Ok(Apply { shrink: function("shrink")?, expand: function("expand")? })
+    }
+
     fn kernels(&self) -> Result<Kernels> {
         let floats = ["f32", "f16", "bf16"];
         Ok(Kernels {
@@ -154,6 +170,9 @@ impl Modules {
             permute_scatter: self.function("permute", "permute_scatter")?,
             gather: self.functions("permute", "gather", ["16", "4", "2", "1"])?,
             combine: self.functions("permute", "combine", floats)?,
+            apply: [self.apply("apply", "f32")?, self.apply("apply", "f16")?, self.apply("apply", "bf16")?],
+            apply_many: [self.apply("apply_mma", "many_f16")?, self.apply("apply_mma", "many_bf16")?],
+            apply_order: self.function("apply_mma", "apply_order")?,
             measure_scale: self.functions("measure", "measure_scale", floats)?,
             measure_fill: self.functions("measure", "measure_fill", floats)?,
             measure_read: self.function("measure", "measure_read")?,
@@ -170,6 +189,8 @@ pub(crate) struct Device {
     pub(super) switch_blocks: [u32; 3],
     /// Multiprocessors of the card.
     pub(super) processors: u32,
+    /// Whether a kernel may start before the one before it has ended: from 9.0 on.
+    pub(super) has_dependent_launch: bool,
     modules: Modules,
     /// The word that collects what `route` and `permute` find odd, and behind it what was taken from it last. None only while it is being
     /// dropped.
@@ -243,14 +264,16 @@ impl Device {
         }
         probe()?;
         let _entered = Entered::new(raw)?;
-        let is_hopper = capability()? == (9, 0);
+        let capability = capability()?;
+        let (is_hopper, has_dependent_launch) = (capability == (9, 0), capability >= (9, 0));
         let modules = Modules::load(is_hopper)?;
         let kernels = modules.kernels()?;
         let hopper = if is_hopper { Some(modules.hopper()?) } else { None };
         let switch_blocks = switch_blocks(&kernels)?;
         let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
+        let taking = Mutex::new(());
         let mut device =
-            Self { raw, kernels, hopper, switch_blocks, processors, modules, odd: None, taking: Mutex::new(()), _owner: owner };
+            Self { raw, kernels, hopper, switch_blocks, processors, has_dependent_launch, modules, odd: None, taking, _owner: owner };
         let odd = DeviceMemory::new(&device, 16, &StateMemory::allocate())?;
         // SAFETY: 16 bytes were just allocated; synchronous with the host for device memory, on no caller's stream.
         unsafe { driver!(cuMemsetD32_v2(odd.addr(), 0, 4)) }?;

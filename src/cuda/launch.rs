@@ -20,6 +20,35 @@ pub(super) struct Grid {
 /// # Safety
 /// `args` is the struct that the kernel takes, and every address in it is what the kernel's contract says, until the work has finished.
 pub(super) unsafe fn launch<Args>(stream: &DeviceStream, function: Function, grid: Grid, args: &Args) -> Result<()> {
+    // SAFETY: the caller's promise.
+    unsafe { launch_with(stream, function, grid, &mut [], args) }
+}
+
+/// Enqueues a kernel that may start while the work before it ends: it waits for it by itself. Where the card cannot do that, it starts
+/// later.
+///
+/// # Safety
+/// As for [`launch`], and the kernel calls `dependency_wait` on every path, before it touches what the work before it writes.
+pub(super) unsafe fn launch_dependent<Args>(stream: &DeviceStream, function: Function, grid: Grid, args: &Args) -> Result<()> {
+    let mut attribute = sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    };
+    let attributes: &mut [_] = if stream.device().has_dependent_launch { std::slice::from_mut(&mut attribute) } else { &mut [] };
+    // SAFETY: the caller's promise.
+    unsafe { launch_with(stream, function, grid, attributes, args) }
+}
+
+/// # Safety
+/// As for [`launch`], under these attributes.
+unsafe fn launch_with<Args>(
+    stream: &DeviceStream,
+    function: Function,
+    grid: Grid,
+    attributes: &mut [sys::CUlaunchAttribute],
+    args: &Args,
+) -> Result<()> {
     let _entered = stream.device().enter()?;
     let config = sys::CUlaunchConfig {
         gridDimX: grid.blocks,
@@ -30,8 +59,8 @@ pub(super) unsafe fn launch<Args>(stream: &DeviceStream, function: Function, gri
         blockDimZ: 1,
         sharedMemBytes: grid.shared,
         hStream: stream.handle(),
-        attrs: ptr::null_mut(),
-        numAttrs: 0,
+        attrs: attributes.as_mut_ptr(),
+        numAttrs: attributes.len() as u32,
     };
     let mut parameters = [ptr::from_ref(args).cast_mut().cast::<c_void>()];
     // SAFETY: the kernel's one parameter is `args` (the caller's promise); the driver copies it before the call returns.
@@ -65,6 +94,11 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
         for function in k.measure_scale.into_iter().chain(k.measure_fill) {
             launch(stream, function, one(LSW_MEASURE_THREADS, 0), &LswMeasureArgs::default())?;
         }
+        for apply in k.apply.into_iter().chain(k.apply_many) {
+            launch_dependent(stream, apply.shrink, one(LSW_SHRINK_THREADS, 0), &LswApplyArgs::default())?;
+            launch_dependent(stream, apply.expand, one(LSW_EXPAND_THREADS, 0), &LswApplyArgs::default())?;
+        }
+        launch_dependent(stream, k.apply_order, one(LSW_ORDER_THREADS, 0), &LswApplyArgs::default())?;
         launch(stream, k.measure_read, one(LSW_READ_THREADS, 0), &LswMeasureArgs::default())?;
         for function in k.combine {
             launch(stream, function, one(LSW_MOVE_THREADS, 0), &LswCombineArgs::default())?;

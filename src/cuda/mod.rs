@@ -4,6 +4,7 @@
 #[rustfmt::skip]
 #[allow(missing_docs, non_camel_case_types, non_upper_case_globals, dead_code, clippy::all, clippy::undocumented_unsafe_blocks)]
 pub(crate) mod args;
+pub(crate) mod apply;
 pub(crate) mod bank;
 mod context;
 mod images;

@@ -10,10 +10,10 @@ use std::ffi::c_void;
 pub const LSW_ODD_LOGITS: u32 = 1;
 /// lsw_context_take_odd: lsw_permute met an id below -1 or past the last expert.
 pub const LSW_ODD_ID: u32 = 2;
-/// lsw_switch_odd: an id below -1 or past the last slot.
+/// lsw_switch_odd, and lsw_context_take_odd of lsw_apply: an id below -1 or past the last slot.
 pub const LSW_ODD_ROUTE_ID: u32 = 4;
-/// lsw_switch_odd: a coefficient that is not finite (in place, also one of 2^126 or more in
-/// magnitude).
+/// lsw_switch_odd, and lsw_context_take_odd of lsw_apply: a coefficient that is not finite (in
+/// place, also one of 2^126 or more in magnitude).
 pub const LSW_ODD_COEFFICIENT: u32 = 8;
 /// lsw_switch_odd: a set in place holds the product of an adapter that has been replaced; its
 /// targets were left as they are.
@@ -99,8 +99,8 @@ pub unsafe extern "C" fn lsw_context_warm(context: *const lsw_context, stream: *
     })
 }
 
-/// Reads and clears what lsw_route and lsw_permute found odd on this context: LSW_ODD_ bits, 0 for
-/// nothing. Synchronises the stream.
+/// Reads and clears what lsw_route, lsw_permute and lsw_apply found odd on this context: LSW_ODD_
+/// bits, 0 for nothing. Synchronises the stream.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_context_take_odd(context: *const lsw_context, stream: *mut c_void, odd: *mut u32) -> lsw_status {
     guard(|| {

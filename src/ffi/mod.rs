@@ -14,6 +14,8 @@ mod bank;
 
 mod switch;
 
+mod apply;
+
 mod route;
 
 mod permute;

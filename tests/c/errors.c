@@ -294,6 +294,62 @@ static void sets(void) {
     lsw_switch_destroy(set);
 }
 
+static void unmerged(void) {
+    static float x[3][8], y[3][4], z[3][4], workspace[3 * 2 * 2 * 8];
+    static int32_t map[3] = {2, -1, 0};
+    lsw_target_shape shapes[3] = {{4, 8, 2}, {4, 8, 2}, {4, 7, 2}};
+    lsw_bank_options options = {sizeof options, LSW_F32, 0, 2, NULL, 0};
+    lsw_factor factors[3] = {{in(a, 2, 8, LSW_F32), in(b, 4, 2, LSW_F32), 2.0f, 0}, {{0}, {0}, 0, 0}, {{0}, {0}, 0, 0}};
+    lsw_routes routes = {in(ids, 3, 2, LSW_I32), in(gates, 3, 2, LSW_F32), {0}}, bad;
+    lsw_mat input = in(x, 3, 8, LSW_F32), narrow = in(x, 3, 7, LSW_F32);
+    lsw_mat_mut both[2] = {out(y, 3, 4, LSW_F32), out(z, 3, 4, LSW_F32)}, same[2] = {out(y, 3, 4, LSW_F32), out(y, 3, 4, LSW_F32)};
+    uint64_t bytes = 77, n = sizeof workspace;
+    lsw_bank *bank = NULL;
+    OK(lsw_bank_create(context, NULL, &options, shapes, 3, &bank));
+    OK(lsw_bank_set_slot(bank, NULL, 1, factors, 3));
+    for (int t = 0; t < 3; t++) {
+        ids[t][0] = 1, ids[t][1] = t == 2 ? 1 : -1;
+        gates[t][0] = 0.25f, gates[t][1] = 0.5f;
+        for (int c = 0; c < 8; c++) {
+            x[t][c] = (float)(t + 1);
+        }
+    }
+    for (int i = 0; i < 16; i++) {
+        a[i / 8][i % 8] = (float)(i / 8 + 1); /* A x = (8, 16) for x of ones */
+    }
+    for (int i = 0; i < 8; i++) {
+        b[i / 2][i % 2] = (float)(i / 2); /* B (A x) = 24 o */
+    }
+    REFUSED(lsw_apply_workspace_bytes(NULL, 0, 2, 3, 2, &bytes), "bank is null");
+    REFUSED(lsw_apply_workspace_bytes(bank, 0, 3, 3, 2, &bytes), "targets[2].in_features is 7");
+    REFUSED(lsw_apply_workspace_bytes(bank, 1, UINT64_MAX, 3, 2, &bytes), "targets is");
+    REFUSED(lsw_apply_workspace_bytes(bank, 0, 2, 3, 33, &bytes), "k is 33");
+    EXPECT(bytes == 77);
+    OK(lsw_apply_workspace_bytes(bank, 0, 2, 3, 2, &bytes));
+    EXPECT(bytes == n);
+    REFUSED(lsw_apply(NULL, NULL, 0, &input, &routes, both, 2, workspace, n), "bank is null");
+    REFUSED(lsw_apply(bank, NULL, 0, NULL, &routes, both, 2, workspace, n), "x is null");
+    REFUSED(lsw_apply(bank, NULL, 0, &input, NULL, both, 2, workspace, n), "routes is null");
+    REFUSED(lsw_apply(bank, NULL, 0, &input, &routes, NULL, 2, workspace, n), "y is null");
+    REFUSED(lsw_apply(bank, NULL, 0, &input, &routes, both, UINT64_MAX, workspace, n), "count is");
+    REFUSED(lsw_apply(bank, NULL, 0, &input, &routes, both, 0, workspace, n), "targets is 0..0");
+    REFUSED(lsw_apply(bank, NULL, 0, &narrow, &routes, both, 2, workspace, n), "x.cols is 7");
+    REFUSED(lsw_apply(bank, NULL, 0, &input, &routes, same, 2, workspace, n), "disjoint from y[0]");
+    REFUSED(lsw_apply(bank, NULL, 0, &input, &routes, both, 2, workspace, n - 1), "workspace.cols");
+    REFUSED(lsw_apply(bank, NULL, 0, &input, &routes, both, 2, NULL, n), "workspace.data is null");
+    bad = routes, bad.gates.dtype = LSW_F16;
+    REFUSED(lsw_apply_shrink(bank, NULL, 0, 2, &input, &bad, workspace, n), "gates.dtype is f16");
+    bad = routes, bad.row_map = in(map, 1, 2, LSW_I32);
+    REFUSED(lsw_apply_expand(bank, NULL, 0, &bad, both, 2, workspace, n), "row_map.cols is 2");
+    OK(lsw_apply(bank, NULL, 0, &input, &routes, both, 2, workspace, n));
+    EXPECT(y[0][3] == 36.0f && y[1][1] == 24.0f && y[2][1] == 108.0f && z[0][3] == 0.0f);
+    routes.row_map = in(map, 1, 3, LSW_I32); /* rows 0 and 2 change places, row 1 has none */
+    OK(lsw_apply_shrink(bank, NULL, 0, 2, &input, &routes, workspace, n));
+    OK(lsw_apply_expand(bank, NULL, 0, &routes, both, 2, workspace, n));
+    EXPECT(y[0][3] == 144.0f && y[1][1] == 24.0f && y[2][1] == 144.0f);
+    lsw_bank_destroy(bank);
+}
+
 static void gather_scatter(void) {
     static int32_t offsets[5], row_map[6], inverse[3][2];
     static float rows[6][8], y[3][8];
@@ -378,6 +434,7 @@ int main(void) {
     struct_sizes();
     banks();
     sets();
+    unmerged();
     gather_scatter();
     measure();
     lsw_context_destroy(context);

@@ -1,0 +1,248 @@
+//! Unmerged adapters in a pass over Llama-2-7B: every matrix product by cuBLAS (q, k, v and gate, up fused), with the adapters after
+//! each and without. All in one graph; the same few activations serve every layer.
+
+use crate::lab::{Buffer, Failure, Lab, Result};
+use crate::model::{Model, Route, SCALE, Spec, llama2_7b};
+use crate::oracle::{self, Exact, Term};
+use crate::peer::Cublas;
+use crate::timing::{Mode, Role, Subject, Timing, Work};
+use crate::values::Rng;
+use crate::{Case, Outcome};
+use cudarc::driver::{CudaStream, result};
+use lora_switch::{DType, Form, Mat, MatMut, Routes, Stream, apply, apply_expand, apply_shrink, apply_workspace_bytes, measure};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Of a layer: q, k, v; o; gate, up; down.
+const GROUPS: [Range<usize>; 4] = [0..3, 3..4, 4..6, 6..7];
+const LAYER: usize = 7;
+const SLOTS: u64 = 8;
+const K: u64 = 2;
+
+/// Where the adapters go.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// Behind each product.
+    Behind,
+    /// The first half beside the product, on a branch of the graph.
+    Beside,
+}
+
+pub fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (tokens, ranks) in [(1, &[16u64, 64][..]), (32, &[16, 64]), (4096, &[16, 64])] {
+        for &rank in ranks {
+            for (end, place) in [("", Place::Behind), ("/beside", Place::Beside)] {
+                let run = move |lab: &Lab, timing: &Timing| run(lab, timing, tokens, rank, place);
+                let id = format!("apply/7b/T{tokens}/r{rank}/k{K}{end}");
+                cases.push(Case { id, modes: vec![Mode::Token], run: Box::new(run) });
+            }
+        }
+    }
+    cases
+}
+
+/// A batch of rows, and what they become in each group.
+struct Pass<'l> {
+    lab: &'l Lab,
+    cublas: &'l Cublas,
+    model: Model,
+    rows: u64,
+    /// 4096 and 11008 wide.
+    x: [Buffer; 2],
+    y: [Buffer; 4],
+    ids: Buffer,
+    gates: Buffer,
+    workspace: Buffer,
+    side: (Arc<CudaStream>, Stream),
+}
+
+fn run(lab: &Lab, timing: &Timing, rows: u64, rank: u64, place: Place) -> Result<Outcome> {
+    let pass = Pass::new(lab, rows, rank)?;
+    pass.products(0..32)?; // cuBLAS loads its kernels at their first use, which a capture forbids
+    let works = vec![
+        (Role::Case, Work::new(vec![lab.capture(|| pass.with_adapters(place))?], 1)),
+        (Role::Base, Work::new(vec![lab.capture(|| pass.products(0..32))?], 1)),
+        (Role::Floor, Work::new(vec![lab.capture(|| pass.with_updates())?], 1)),
+    ];
+    let figures = timing.measure(lab, &Subject { works, peer: None })?;
+    Ok(Outcome { figures, checked: Some(pass.check(place)?) })
+}
+
+impl<'l> Pass<'l> {
+    fn new(lab: &'l Lab, rows: u64, rank: u64) -> Result<Self> {
+        let cublas = lab.cublas().ok_or_else(|| Failure::Skip("the products are cuBLAS's".into()))?;
+        let routes = [Route::new(&[-1, -1], &[0.0, 0.0]), Route::new(&[0, 1], &[0.6, 0.4])];
+        let (dtype, shapes) = (DType::Bf16, llama2_7b());
+        let spec = Spec { dtype, form: Form::InPlace, shapes, ranks: vec![rank], slots: SLOTS, routes, set_each: false, portable: false };
+        let model = Model::new(lab, &spec)?;
+        let (ids, gates) = random_routes(rows);
+        let widest = |targets: &Range<usize>| apply_workspace_bytes(model.bank(), targets.start as u64..targets.end as u64, rows, K);
+        let bytes = GROUPS.iter().map(widest).collect::<lora_switch::Result<Vec<u64>>>()?;
+        let outs = |targets: &Range<usize>| targets.clone().map(|t| model.spec.shapes[t].0).sum::<u64>();
+        let y = |g: usize| lab.buffer(dtype, rows * outs(&GROUPS[g]));
+        // First in line for the multiprocessors: its blocks are few, and behind the product's they would come too late.
+        let (_, first) = result::stream::get_priority_range()?;
+        let side = lab.cuda.context().new_stream_with_priority(first)?;
+        let ours = lab.context.cuda_stream(&side)?;
+        Ok(Self {
+            x: [lab.random(dtype, rows * 4096, 1.0, 11)?, lab.random(dtype, rows * 11008, 1.0, 12)?],
+            y: [y(0)?, y(1)?, y(2)?, y(3)?],
+            ids: lab.upload(DType::I32, &ids)?,
+            gates: lab.upload(DType::F32, &gates)?,
+            workspace: lab.buffer(DType::U8, bytes.into_iter().max().unwrap_or(0))?,
+            side: (side, ours),
+            lab,
+            cublas,
+            model,
+            rows,
+        })
+    }
+
+    fn x(&self, group: usize) -> &Buffer {
+        &self.x[usize::from(group == 3)]
+    }
+
+    fn mat<'b>(&self, buffer: &'b Buffer) -> Mat<'b> {
+        let cols = buffer.len / self.rows;
+        // SAFETY: a whole buffer; one stream, or a fork of it, orders all work.
+        unsafe { Mat::raw(&self.lab.context, buffer.address(0, buffer.len), buffer.dtype, self.rows, cols, cols) }
+    }
+
+    /// The slices of a group's fused output.
+    fn outputs(&self, group: usize) -> Vec<MatMut<'_>> {
+        let buffer = &self.y[group];
+        let (stride, mut start) = (buffer.len / self.rows, 0);
+        let slice = |target: usize| {
+            let (out, at) = (self.model.spec.shapes[target].0, start);
+            start += out;
+            let addr = buffer.address(at, buffer.len - at);
+            // SAFETY: columns of the buffer; as above.
+            unsafe { MatMut::raw(&self.lab.context, addr, buffer.dtype, self.rows, out, stride) }
+        };
+        GROUPS[group].clone().map(slice).collect()
+    }
+
+    fn product(&self, layer: usize, group: usize) -> Result<()> {
+        let first = LAYER * layer + GROUPS[group].start;
+        let (x, y) = (self.x(group), &self.y[group]);
+        let (out, cols) = (y.len / self.rows, x.len / self.rows);
+        let addresses = [x.address(0, x.len), self.model.weight.address(self.model.starts[first], out * cols), y.address(0, y.len)];
+        self.cublas.linear(DType::Bf16, [self.rows, out, cols], addresses)
+    }
+
+    fn for_each(&self, layers: Range<usize>, mut f: impl FnMut(usize, usize) -> Result<()>) -> Result<()> {
+        layers.flat_map(|layer| (0..GROUPS.len()).map(move |group| (layer, group))).try_for_each(|(layer, group)| f(layer, group))
+    }
+
+    fn products(&self, layers: Range<usize>) -> Result<()> {
+        self.for_each(layers, |layer, group| self.product(layer, group))
+    }
+
+    /// What no way of adding can beat: each output read and written once more, in a launch of its own.
+    fn with_updates(&self) -> Result<()> {
+        self.for_each(0..32, |layer, group| {
+            self.product(layer, group)?;
+            Ok(measure::scale_in_place(&self.lab.stream, 1.0, &mut self.y[group].all_mut())?)
+        })
+    }
+
+    fn with_adapters(&self, place: Place) -> Result<()> {
+        self.for_each(0..32, |layer, group| match place {
+            Place::Behind => {
+                self.product(layer, group)?;
+                self.add(layer, group, place)
+            }
+            Place::Beside => self.add(layer, group, place),
+        })
+    }
+
+    /// Behind: the adapters alone. Beside: the product as well.
+    fn add(&self, layer: usize, group: usize, place: Place) -> Result<()> {
+        let (ids, gates) = (self.mat(&self.ids), self.mat(&self.gates));
+        let routes = Routes { ids: &ids, gates: &gates, row_map: None };
+        let first = (LAYER * layer + GROUPS[group].start) as u64;
+        let (bank, x, mut y) = (self.model.bank(), self.mat(self.x(group)), self.outputs(group));
+        let targets = first..first + y.len() as u64;
+        if place == Place::Behind {
+            return Ok(apply(&self.lab.stream, bank, first, &x, &routes, &mut y, &mut self.workspace.all_mut())?);
+        }
+        let (side, stream) = &self.side;
+        side.join(&self.lab.cuda)?;
+        apply_shrink(stream, bank, targets, &x, &routes, &mut self.workspace.all_mut())?;
+        self.product(layer, group)?;
+        self.lab.cuda.join(side)?;
+        Ok(apply_expand(&self.lab.stream, bank, first, &routes, &mut y, &self.workspace.all())?)
+    }
+
+    /// The last layer, some rows and some columns of each target: the product alone, then with the adapters.
+    fn check(&self, place: Place) -> Result<bool> {
+        let (mut rng, mut good) = (Rng(21), true);
+        let last = self.model.spec.shapes.len() / LAYER - 1;
+        for (group, targets) in GROUPS.iter().enumerate() {
+            self.product(last, group)?;
+            let before = self.lab.download(&self.y[group], 0, self.y[group].len)?;
+            if place == Place::Behind {
+                self.product(last, group)?;
+            }
+            self.add(last, group, place)?;
+            let after = self.lab.download(&self.y[group], 0, self.y[group].len)?;
+            let stride = self.y[group].len / self.rows;
+            let mut start = 0;
+            for target in targets.clone() {
+                let outs = self.model.spec.shapes[target].0;
+                let columns: Vec<u64> = (0..16).map(|_| rng.below(outs as usize) as u64).collect();
+                for row in [0, self.rows / 2, self.rows - 1] {
+                    let pick = |bits: &[u32]| {
+                        let bits: Vec<u32> = columns.iter().map(|o| bits[(row * stride + start + o) as usize]).collect();
+                        Exact::new(DType::Bf16, 1, bits.len(), &bits).x
+                    };
+                    good &= self.is_close(LAYER * last + target, group, row, &columns, &pick(&before), &pick(&after))?;
+                }
+                start += outs;
+            }
+        }
+        Ok(good)
+    }
+
+    fn is_close(&self, target: usize, group: usize, row: u64, columns: &[u64], before: &[f64], after: &[f64]) -> Result<bool> {
+        let (lab, model, cols) = (self.lab, &self.model, self.model.spec.shapes[target].1);
+        let exact = |buffer: &Buffer, at: u64, rows: usize, cols: u64| -> Result<Exact> {
+            Ok(Exact::new(buffer.dtype, rows, cols as usize, &lab.download(buffer, at, rows as u64 * cols)?))
+        };
+        let x = exact(self.x(group), row * cols, 1, cols)?.x;
+        let (ids, gates) = (lab.download(&self.ids, row * K, K)?, lab.download(&self.gates, row * K, K)?);
+        let mut adapters = Vec::new();
+        for (slot, gate) in ids.into_iter().zip(gates) {
+            let place = model.places[slot as usize][target];
+            let mut b = Vec::new();
+            for o in columns {
+                b.extend(exact(&model.b, place.b + o * place.b_stride, 1, place.rank)?.x);
+            }
+            let b = Exact { rows: columns.len(), cols: place.rank as usize, x: b };
+            adapters.push((exact(&model.a, place.a, place.rank as usize, cols)?, b, f64::from(f32::from_bits(gate) * SCALE)));
+        }
+        let terms: Vec<Term<'_>> = adapters.iter().map(|(a, b, c)| Term { a, b, coefficient: *c }).collect();
+        let (want, bounds) = oracle::apply(before, &x, &terms);
+        let close =
+            |((got, want), bound): ((&f64, &f64), &f64)| (got - want).abs() <= bound + oracle::half_ulp(DType::Bf16, want.abs() + bound);
+        let good = after.iter().zip(&want).zip(&bounds).all(close) && after != before;
+        if !good {
+            println!("target {target}, row {row}: {after:?}, exactly {want:?}, before {before:?}");
+        }
+        Ok(good)
+    }
+}
+
+/// Two distinct slots a row, with gates that sum to 1.
+fn random_routes(rows: u64) -> (Vec<i32>, Vec<f32>) {
+    let mut rng = Rng(13);
+    let (mut ids, mut gates) = (Vec::new(), Vec::new());
+    for _ in 0..rows {
+        let first = rng.below(SLOTS as usize) as i32;
+        ids.extend([first, (first + 1 + rng.below(SLOTS as usize - 1) as i32) % SLOTS as i32]);
+        let gate = rng.below(1 << 20) as f32 / (1 << 20) as f32;
+        gates.extend([gate, 1.0 - gate]);
+    }
+    (ids, gates)
+}

@@ -1,0 +1,323 @@
+//! Unmerged adapters: each row of a batch under its own route, with the weights left as they are.
+
+use crate::bank::AdapterBank;
+use crate::check::{Checked, MAX_COUNT, Named, narrow};
+use crate::cuda::args::{LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_MAX_K};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::stream::{Stream, StreamKind};
+use crate::view::{Mat, MatMut, RawMat};
+use std::ops::Range;
+
+/// Which adapters each row of a batch gets, and how much of them.
+///
+/// - `ids [items, k]` i32 and `gates [items, k]` f32, as [`route`](crate::route()) writes them; k from 0 to 32.
+/// - `row_map [rows]` i32, or none: row r of the batch has the route of item `row_map[r]`; rows whose entry names no item (-1) are left
+///   alone. Without it, row r has the route of item r. With the map of [`permute`](crate::permute()) and one route for each of its
+///   items, adapters serve the experts of a mixture: a slot is then an adapter of an expert.
+///
+/// A row's route is taken in the canonical form of a [`SwitchSet`](crate::SwitchSet): an id outside the bank's slots is none;
+/// duplicates add up in f32 in order of appearance; entries sort by id, so a permuted route gives the same bits. The coefficient of a
+/// slot at a target is gate * scale, in f32; where it is zero, or the rank is, the adapter is not touched at all, even one full of NaN.
+#[derive(Debug)]
+pub struct Routes<'a> {
+    /// Slots of the bank; -1: none.
+    pub ids: &'a Mat<'a>,
+    /// Their gates.
+    pub gates: &'a Mat<'a>,
+    /// From rows to items.
+    pub row_map: Option<&'a Mat<'a>>,
+}
+
+/// The most targets of one call.
+pub(crate) const MAX_TARGETS: usize = LSW_APPLY_TARGETS as usize;
+const Y_NAMES: [&str; MAX_TARGETS] = ["y[0]", "y[1]", "y[2]", "y[3]", "y[4]", "y[5]", "y[6]", "y[7]"];
+
+/// Elements of y that a launch reaches: blocks of 128, fewer than 2^31 with those that are not whole.
+const MAX_OUTPUTS: u64 = (1 << 32) - 1;
+
+/// Ranks are padded to this many f32 in the workspace.
+const RANK_STEP: u64 = 8;
+
+/// A target of a checked call.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct GroupTarget {
+    /// In the bank.
+    pub index: u32,
+    pub rank_cap: u32,
+    pub out_features: u32,
+    /// Of the products' rows, where this target's begin.
+    pub column: u32,
+    /// To add to; none while A x is computed.
+    pub y: Option<RawMat>,
+}
+
+/// Consecutive targets of a bank that share their input.
+struct Group {
+    targets: [Option<GroupTarget>; MAX_TARGETS],
+    in_features: u64,
+    /// f32 of A x for one entry of one row's route.
+    width: u32,
+}
+
+/// A checked call: both halves of it, or either.
+pub(crate) struct Plan<'b> {
+    pub bank: &'b AdapterBank,
+    pub targets: [Option<GroupTarget>; MAX_TARGETS],
+    /// None where the second half alone is asked for.
+    pub x: Option<RawMat>,
+    pub ids: RawMat,
+    pub gates: RawMat,
+    pub row_map: Option<RawMat>,
+    /// A x, f32 [rows k, width]: of row r and the p-th entry of its canonical route, in row r k + p.
+    pub products: RawMat,
+    /// Where a permutation of many rows has its place, u32 [rows].
+    pub order: Option<u64>,
+    pub rows: u32,
+    pub k: u32,
+}
+
+impl Plan<'_> {
+    pub fn targets(&self) -> impl Iterator<Item = &GroupTarget> {
+        self.targets.iter().flatten()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.products.is_empty()
+    }
+}
+
+/// Bytes of workspace that [`apply`] needs for these targets, which share their input, and for `rows` rows with routes of `k`.
+///
+/// # Errors
+/// On targets or sizes that `apply` would refuse.
+pub fn apply_workspace_bytes(bank: &AdapterBank, targets: Range<u64>, rows: u64, k: u64) -> Result<u64> {
+    let group = check_group(bank, targets)?;
+    let rows = narrow("rows", rows, MAX_COUNT)?;
+    let k = narrow("k", k, u64::from(LSW_MAX_K))?;
+    Ok(Sizes::new(&group, rows, k)?.bytes())
+}
+
+/// Adds to each row what its adapters make of its input, for a group of targets that share it (q, k, v; gate, up):
+/// `y_i[r] += sum over the entries (id, gate) of row r's route of gate * scale * B (A x[r])`, with A, B and scale of slot id and target
+/// `first + i` of the bank. (A LoRA layer as in arXiv 2106.09685, with the experts weighted as in arXiv 2405.17741.)
+///
+/// - `x [rows, in_features]`: the bank's dtype.
+/// - `y`: one matrix `[rows, out_features]` a target, 1 to 8 of them, for the bank's targets from `first` on, whose in_features are
+///   equal; f32, f16 or bf16, all of one dtype. Each is read and written once; a row that no adapter touches keeps its bits.
+/// - `workspace` u8, at least [`apply_workspace_bytes`], a multiple of 16 bytes in address. Its content does not matter; it is free
+///   again when the work is done.
+///
+/// Row strides are free everywhere, so that a slice of a fused output works. Addresses need the alignment of an element; 16-byte
+/// accesses serve where those of x, A and B (strides included) are multiples of 16 bytes. The y share no memory with each other nor
+/// with anything else of the call.
+///
+/// Numbers: x, A and B enter as stored. Both products and the sum over the route are in f32, in a fixed order; A x stays f32 (tensor
+/// cores take it in two parts, to 2^-22); y is rounded once. A coefficient that is not finite propagates into its own row alone.
+/// Deterministic, and a row's bits do not depend on the other rows; nor on their number, but that a bank of 16 bits on CUDA takes
+/// another path above 64 rows.
+///
+/// On CUDA two launches are enqueued (three above 64 rows in 16 bits), each as a dependent of the one before where the card knows that
+/// (9.0 and newer). Captured in a graph, they serve every route and every refill of a slot; nothing of a route is ever on the host.
+/// Up to 64 rows, and in f32, the adapters are read again for each row.
+/// [`take_odd`](Stream::take_odd) tells of ids out of range and of coefficients that are not finite.
+///
+/// # Errors
+/// On targets, shapes, dtypes, strides, places and overlaps that break the above; outputs are untouched then.
+pub fn apply(
+    stream: &Stream,
+    bank: &AdapterBank,
+    first: u64,
+    x: &Mat<'_>,
+    routes: &Routes<'_>,
+    y: &mut [MatMut<'_>],
+    workspace: &mut MatMut<'_>,
+) -> Result<()> {
+    let plan = check(stream, bank, targets_from(first, y), Some(x.raw), routes, y, workspace.raw)?;
+    run_shrink(stream, &plan)?;
+    run_expand(stream, &plan)
+}
+
+/// The first half of [`apply`]: A x of all adapters in the rows' routes, into the workspace. It does not need y, so that it may run
+/// beside the base product, on another stream; one of high priority, since its few blocks would otherwise wait behind the product's.
+///
+/// The second half, [`apply_expand`], is ordered after it and gets the same targets, routes and workspace. In between nobody writes
+/// the workspace, ids, gates and row map, nor the slots of the bank that they name.
+///
+/// # Errors
+/// As for `apply`.
+pub fn apply_shrink(
+    stream: &Stream,
+    bank: &AdapterBank,
+    targets: Range<u64>,
+    x: &Mat<'_>,
+    routes: &Routes<'_>,
+    workspace: &mut MatMut<'_>,
+) -> Result<()> {
+    run_shrink(stream, &check(stream, bank, targets, Some(x.raw), routes, &[], workspace.raw)?)
+}
+
+/// The second half of [`apply`]: adds B times the workspace's products to y. See [`apply_shrink`].
+///
+/// # Errors
+/// As for `apply`.
+pub fn apply_expand(
+    stream: &Stream,
+    bank: &AdapterBank,
+    first: u64,
+    routes: &Routes<'_>,
+    y: &mut [MatMut<'_>],
+    workspace: &Mat<'_>,
+) -> Result<()> {
+    run_expand(stream, &check(stream, bank, targets_from(first, y), None, routes, y, workspace.raw)?)
+}
+
+fn run_shrink(stream: &Stream, plan: &Plan<'_>) -> Result<()> {
+    match &stream.0 {
+        _ if plan.is_empty() => Ok(()),
+        StreamKind::Cpu(pool) => {
+            crate::cpu::apply::shrink(pool, plan);
+            Ok(())
+        }
+        StreamKind::Cuda(stream) => crate::cuda::apply::shrink(stream, plan),
+    }
+}
+
+fn run_expand(stream: &Stream, plan: &Plan<'_>) -> Result<()> {
+    match &stream.0 {
+        _ if plan.is_empty() => Ok(()),
+        StreamKind::Cpu(pool) => {
+            crate::cpu::apply::expand(pool, plan);
+            Ok(())
+        }
+        StreamKind::Cuda(stream) => crate::cuda::apply::expand(stream, plan),
+    }
+}
+
+fn targets_from(first: u64, y: &[MatMut<'_>]) -> Range<u64> {
+    first..first.saturating_add(y.len() as u64)
+}
+
+fn check_group(bank: &AdapterBank, targets: Range<u64>) -> Result<Group> {
+    let shapes = bank.targets();
+    if targets.start >= targets.end || targets.end - targets.start > MAX_TARGETS as u64 || targets.end > shapes.len() as u64 {
+        let bound = format!("1 to {MAX_TARGETS} of the bank's {}", shapes.len());
+        return Err(Error::argument("targets", format!("{targets:?}"), bound));
+    }
+    let mut group = Group { targets: [None; MAX_TARGETS], in_features: shapes[targets.start as usize].in_features, width: 0 };
+    for (target, index) in group.targets.iter_mut().zip(targets) {
+        let shape = &shapes[index as usize];
+        if shape.in_features != group.in_features {
+            let bound = format!("{}, as of the group's first", group.in_features);
+            return Err(Error::argument(format!("targets[{index}].in_features"), shape.in_features, bound));
+        }
+        *target = Some(GroupTarget {
+            index: index as u32,
+            rank_cap: shape.rank_cap as u32,
+            out_features: shape.out_features as u32,
+            column: group.width,
+            y: None,
+        });
+        group.width += shape.rank_cap.next_multiple_of(RANK_STEP) as u32;
+    }
+    Ok(group)
+}
+
+/// What the workspace holds.
+struct Sizes {
+    /// Of all routes.
+    entries: u64,
+    width: u64,
+    ordered_rows: u32,
+}
+
+impl Sizes {
+    /// No launch has more blocks than its grid can count.
+    fn new(group: &Group, rows: u32, k: u32) -> Result<Self> {
+        let (entries, width) = (u64::from(rows) * u64::from(k), u64::from(group.width));
+        narrow("rows * k * the targets' rank_cap", entries * width, MAX_COUNT)?;
+        let outputs: u64 = group.targets.iter().flatten().map(|t| u64::from(t.out_features)).sum();
+        narrow("rows * the targets' out_features", u64::from(rows) * outputs, MAX_OUTPUTS)?;
+        Ok(Self { entries, width, ordered_rows: if rows > LSW_APPLY_MANY { rows } else { 0 } })
+    }
+
+    fn products_bytes(&self) -> u64 {
+        self.entries * self.width * 4
+    }
+
+    fn bytes(&self) -> u64 {
+        self.products_bytes() + u64::from(self.ordered_rows) * 4
+    }
+}
+
+fn check<'b>(
+    stream: &Stream,
+    bank: &'b AdapterBank,
+    targets: Range<u64>,
+    x: Option<RawMat>,
+    routes: &Routes<'_>,
+    y: &[MatMut<'_>],
+    workspace: RawMat,
+) -> Result<Plan<'b>> {
+    bank.check_stream(stream)?;
+    let mut group = check_group(bank, targets)?;
+    let (ids, gates, workspace) = (routes.ids.raw.expect("ids"), routes.gates.raw.expect("gates"), workspace.expect("workspace"));
+    let (x, row_map) = (x.as_ref().map(|x| x.expect("x")), routes.row_map.map(|map| map.raw.expect("row_map")));
+    // Each half knows the rows from what it gets: x, or y of one target or more.
+    let (name, rows) = x.map_or_else(|| ("y[0].rows", y[0].rows()), |x| ("x.rows", x.mat.rows));
+    let rows = narrow(name, rows, MAX_COUNT)?;
+    if let Some(x) = x {
+        x.dtype_in(&[bank.dtype()])?.cols(group.in_features, "the targets' in_features")?;
+    }
+    let items = narrow("ids.rows", ids.mat.rows, MAX_COUNT)?;
+    let k = narrow("ids.cols", ids.mat.cols, u64::from(LSW_MAX_K))?;
+    ids.dtype_in(&[DType::I32])?;
+    gates.dtype_in(&[DType::F32])?.rows(u64::from(items), "the items, ids.rows")?.cols(u64::from(k), "k, ids.cols")?;
+    match row_map {
+        Some(map) => map.dtype_in(&[DType::I32])?.rows(1, "a vector")?.cols(u64::from(rows), "the rows of the batch")?,
+        None => ids.rows(u64::from(rows), "the rows of the batch, since there is no row_map")?,
+    };
+    let sizes = Sizes::new(&group, rows, k)?;
+    let products = check_workspace(workspace, &sizes)?;
+    for mat in [ids, gates, workspace].into_iter().chain(x).chain(row_map) {
+        mat.memory()?.on(stream)?;
+    }
+    if let Some(x) = x {
+        workspace.disjoint_from(&[x, ids, gates])?.disjoint_from(row_map.as_slice())?;
+    }
+    for (i, (target, y_i)) in group.targets.iter_mut().flatten().zip(y).enumerate() {
+        let y_i = y_i.raw.expect(Y_NAMES[i]).dtype_in(if i == 0 { DType::FLOATS } else { std::slice::from_ref(&y[0].raw.dtype) })?;
+        y_i.rows(u64::from(rows), "the rows of the batch")?.cols(u64::from(target.out_features), "the target's out_features")?;
+        y_i.memory()?.on(stream)?;
+        y_i.disjoint_from(&[ids, gates, workspace])?.disjoint_from(x.as_slice())?.disjoint_from(row_map.as_slice())?;
+        for (other, name) in y[..i].iter().zip(Y_NAMES) {
+            y_i.disjoint_from(&[other.raw.expect(name)])?;
+        }
+        target.y = Some(y_i.mat);
+    }
+    Ok(Plan {
+        bank,
+        targets: group.targets,
+        x: x.map(|x| x.mat),
+        ids: ids.mat,
+        gates: gates.mat,
+        row_map: row_map.map(|map| map.mat),
+        products,
+        order: (sizes.ordered_rows > 0).then(|| products.addr + sizes.products_bytes()),
+        rows,
+        k,
+    })
+}
+
+/// The products' matrix at the workspace's begin.
+fn check_workspace(workspace: Named<'_>, sizes: &Sizes) -> Result<RawMat> {
+    workspace.dtype_in(&[DType::U8])?.rows(1, "a vector")?;
+    let needed = sizes.bytes();
+    if workspace.mat.cols < needed {
+        return Err(Error::argument("workspace.cols", workspace.mat.cols, format!("at least {needed} bytes")));
+    }
+    if needed > 0 && !workspace.mat.addr.is_multiple_of(16) {
+        return Err(Error::argument("workspace.data", format!("{:#x}", workspace.mat.addr), "a multiple of 16 bytes"));
+    }
+    Ok(RawMat { dtype: DType::F32, rows: sizes.entries, cols: sizes.width, stride: sizes.width, ..workspace.mat })
+}

@@ -1,0 +1,109 @@
+//! Launches of unmerged adapters.
+
+use super::args::{
+    LSW_APPLY_GROUP, LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_EXPAND_CHUNKS, LSW_EXPAND_THREADS, LSW_MANY_RANKS, LSW_MANY_ROWS,
+    LSW_ORDER_THREADS, LSW_SHRINK_ROWS, LSW_SHRINK_THREADS, LswApplyArgs, LswApplyTarget, LswFactor,
+};
+use super::context::{Apply, DeviceStream, by_dtype};
+use super::launch::{Grid, launch_dependent};
+use crate::apply::{GroupTarget, Plan};
+use crate::dtype::DType;
+use crate::error::Result;
+
+/// Above as many blocks of one row of A a multiprocessor, blocks take several rows.
+const BUSY: u32 = 8;
+/// Blocks of expand that a multiprocessor holds: with more of them, each does more outputs.
+const RESIDENT: u32 = 4;
+/// Blocks that share the slots of a group of many rows.
+const SPLITS: u32 = 4;
+
+fn target(plan: &Plan<'_>, target: &GroupTarget) -> LswApplyTarget {
+    let first_entry = u64::from(target.index) * plan.bank.slots();
+    LswApplyTarget {
+        factors: plan.bank.device_table().addr() + first_entry * size_of::<LswFactor>() as u64,
+        y: target.y.map_or(0, |y| y.addr),
+        y_stride: target.y.map_or(0, |y| y.stride),
+        out: target.out_features,
+        rank_cap: target.rank_cap,
+        column: target.column,
+        y_aligned: target.y.is_some_and(|y| y.aligned16()).into(),
+    }
+}
+
+fn args(stream: &DeviceStream, plan: &Plan<'_>) -> LswApplyArgs {
+    let mut targets = [LswApplyTarget::default(); LSW_APPLY_TARGETS as usize];
+    for (args, group) in targets.iter_mut().zip(plan.targets()) {
+        *args = target(plan, group);
+    }
+    LswApplyArgs {
+        x: plan.x.map_or(0, |x| x.addr),
+        ids: plan.ids.addr,
+        gates: plan.gates.addr,
+        row_map: plan.row_map.map_or(0, |map| map.addr),
+        order: plan.order.unwrap_or(0),
+        products: plan.products.addr,
+        status: stream.device().odd_word(),
+        x_stride: plan.x.map_or(0, |x| x.stride),
+        ids_stride: plan.ids.stride,
+        gates_stride: plan.gates.stride,
+        rows: plan.rows,
+        items: plan.ids.rows as u32,
+        in_: plan.x.map_or(0, |x| x.cols as u32),
+        k: plan.k,
+        slots: plan.bank.slots() as u32,
+        count: plan.targets().count() as u32,
+        width: plan.products.cols as u32,
+        units: 0,
+        shrink_rows: 1,
+        splits: 1,
+        chunks: 1,
+        y_type: plan.targets().find_map(|t| t.y).map_or(0, |y| by_dtype(y.dtype) as u32),
+        x_aligned: plan.x.is_some_and(|x| x.aligned16()).into(),
+        padding: 0,
+        targets,
+    }
+}
+
+/// The tensor cores' kernels, for many rows of 16 bits.
+fn many(stream: &DeviceStream, plan: &Plan<'_>) -> Option<Apply> {
+    let is_many = plan.rows > LSW_APPLY_MANY && plan.bank.dtype() != DType::F32;
+    is_many.then(|| stream.device().kernels.apply_many[by_dtype(plan.bank.dtype()) - 1])
+}
+
+pub(crate) fn shrink(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
+    let (device, all) = (stream.device(), args(stream, plan));
+    let (function, args, blocks) = if let Some(many) = many(stream, plan) {
+        let args = LswApplyArgs { units: all.width.div_ceil(LSW_MANY_RANKS), splits: SPLITS, ..all };
+        let grid = Grid { blocks: 1, threads: LSW_ORDER_THREADS, shared: 0 };
+        // SAFETY: as below.
+        unsafe { launch_dependent(stream, device.kernels.apply_order, grid, &args) }?;
+        (many.shrink, args, plan.rows.div_ceil(LSW_MANY_ROWS) * SPLITS * args.units)
+    } else {
+        let entries = plan.rows * plan.k;
+        let units = |rows: u32| plan.targets().map(|t| t.rank_cap.div_ceil(rows)).sum::<u32>();
+        let is_busy = u64::from(entries) * u64::from(units(1)) > u64::from(BUSY * device.processors);
+        let shrink_rows = if is_busy { LSW_SHRINK_ROWS } else { 1 };
+        let args = LswApplyArgs { units: units(shrink_rows), shrink_rows, ..all };
+        (device.kernels.apply[by_dtype(plan.bank.dtype())].shrink, args, entries * args.units)
+    };
+    let grid = Grid { blocks, threads: LSW_SHRINK_THREADS, shared: 0 };
+    // SAFETY: a checked plan: device memory of the stated shapes, kept by the caller's views; the bank's table, and adapters that the
+    // bank keeps alive. The kernels wait first of all.
+    unsafe { launch_dependent(stream, function, grid, &args) }
+}
+
+pub(crate) fn expand(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
+    let units = |chunks: u32| plan.targets().map(|t| t.out_features.div_ceil(LSW_EXPAND_THREADS * chunks)).sum::<u32>();
+    if units(1) == 0 {
+        return Ok(());
+    }
+    let many = many(stream, plan);
+    let groups = if many.is_some() { plan.rows.div_ceil(LSW_APPLY_GROUP) } else { plan.rows };
+    let resident = u64::from(RESIDENT * stream.device().processors);
+    let chunks = (u64::from(groups) * u64::from(units(1)) / resident).clamp(1, u64::from(LSW_EXPAND_CHUNKS)) as u32;
+    let args = LswApplyArgs { units: units(chunks), chunks, ..args(stream, plan) };
+    let grid = Grid { blocks: groups * args.units, threads: LSW_EXPAND_THREADS, shared: 0 };
+    let function = many.unwrap_or(stream.device().kernels.apply[by_dtype(plan.bank.dtype())]).expand;
+    // SAFETY: as above. Before it waits, the kernel reads what nobody writes between the two halves (apply_shrink's contract).
+    unsafe { launch_dependent(stream, function, grid, &args) }
+}

@@ -1,0 +1,193 @@
+//! Unmerged adapters.
+
+use super::bank::lsw_bank;
+use super::{Out, guard, handle, lsw_mat, lsw_mat_mut, lsw_status, mat, mat_mut, slice};
+use crate::apply::{MAX_TARGETS, Routes, apply, apply_expand, apply_shrink, apply_workspace_bytes};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::stream::Context;
+use crate::view::{Mat, MatMut};
+use std::ffi::c_void;
+
+/// Which adapters each row of a batch gets, and how much of them.
+///
+/// A row's route is taken in canonical form, as a switch takes it: an id outside the bank's slots
+/// is none; duplicates add up in f32 in order of appearance; entries sort by id, so a permuted
+/// route gives the same bits. The coefficient of a slot at a target is gate * scale, in f32; where
+/// it is zero, or the rank is, the adapter is not touched at all.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct lsw_routes {
+    /// LSW_I32 [items, k], as lsw_route writes them; k from 0 to 32. Slots of the bank; -1: none.
+    pub ids: lsw_mat,
+    /// LSW_F32 [items, k].
+    pub gates: lsw_mat,
+    /// LSW_I32, one element a row of the batch: the item whose route the row has; rows whose entry
+    /// names no item (-1) are left alone. With data NULL nothing of it is read, and row r has the
+    /// route of item r. With the map of lsw_permute and one route for each of its items, adapters
+    /// serve the experts of a mixture: a slot is then an adapter of an expert.
+    pub row_map: lsw_mat,
+}
+
+/// The views of a call's routes.
+struct RouteViews<'a> {
+    ids: Mat<'a>,
+    gates: Mat<'a>,
+    row_map: Option<Mat<'a>>,
+}
+
+impl RouteViews<'_> {
+    /// # Safety
+    /// As for [`mat`].
+    unsafe fn new(context: &Context, given: *const lsw_routes) -> Result<Self> {
+        // SAFETY: the caller's promise.
+        let given = unsafe { handle(given, "routes") }?;
+        // SAFETY: as above.
+        let view = |given: &lsw_mat, name| unsafe { mat(context, given, name) };
+        let row_map = (!given.row_map.data.is_null()).then(|| view(&given.row_map, "row_map")).transpose()?;
+        Ok(Self { ids: view(&given.ids, "ids")?, gates: view(&given.gates, "gates")?, row_map })
+    }
+
+    fn get(&self) -> Routes<'_> {
+        Routes { ids: &self.ids, gates: &self.gates, row_map: self.row_map.as_ref() }
+    }
+}
+
+/// # Safety
+/// As for [`mat_mut`].
+unsafe fn outputs<'a>(context: &Context, y: *const lsw_mat_mut, count: u64) -> Result<Vec<MatMut<'a>>> {
+    if count > MAX_TARGETS as u64 {
+        return Err(Error::argument("count", count, format!("at most {MAX_TARGETS}")));
+    }
+    // SAFETY: the caller's promise.
+    let y = unsafe { slice(y, count, "y") }?;
+    // SAFETY: as above.
+    let view = |(i, y): (usize, &lsw_mat_mut)| unsafe { mat_mut(context, y, &format!("y[{i}]")) };
+    y.iter().enumerate().map(view).collect()
+}
+
+/// Bytes of workspace that lsw_apply needs for the bank's targets first <= i < first + count, which
+/// share their input, and for this many rows with routes of k.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn lsw_apply_workspace_bytes(
+    bank: *const lsw_bank,
+    first: u64,
+    count: u64,
+    rows: u64,
+    k: u64,
+    bytes: *mut u64,
+) -> lsw_status {
+    guard(|| {
+        // SAFETY: the conventions.
+        let (bank, out) = unsafe { (handle(bank, "bank")?, Out::new(bytes, "bytes")?) };
+        out.set(apply_workspace_bytes(bank.get().0, first..first.saturating_add(count), rows, k)?);
+        Ok(())
+    })
+}
+
+/// Adds to each row what its adapters make of its input, for a group of targets that share it (q,
+/// k, v; gate, up): y[i][r] += sum over the entries (id, gate) of row r's route of gate * scale * B
+/// (A x[r]), with A, B and scale of slot id and target first + i of the bank.
+///
+/// - x [rows, in_features]: the bank's dtype.
+/// - y, count matrices [rows, out_features], 1 to 8, for the bank's targets from first on, whose
+///   in_features are equal: LSW_F32, LSW_F16 or LSW_BF16, all of one dtype. Each is read and
+///   written once; a row that no adapter touches keeps its bits.
+/// - workspace, at least lsw_apply_workspace_bytes, aligned to 16 bytes; its content does not
+///   matter, and it is free again when the work is done. NULL where 0 bytes are needed.
+///
+/// Row strides are free everywhere, so that a slice of a fused output works; 16-byte accesses serve
+/// where addresses and rows (stride included) of x, A and B are multiples of 16 bytes. The y share
+/// no memory with each other nor with anything else of the call.
+///
+/// Numbers: x, A and B enter as stored. Both products and the sum over the route are in f32, in a
+/// fixed order; A x stays f32 (tensor cores take it in two parts, to 2^-22); y is rounded once. A
+/// coefficient that is not finite propagates into its own row alone. Deterministic, and a row's
+/// bits do not depend on the other rows; nor on their number, but that a bank of 16 bits on CUDA
+/// takes another path above 64 rows.
+///
+/// Two launches on CUDA, three above 64 rows in 16 bits; enqueued, and may be captured: one graph
+/// serves every route and every refill of a slot. Up to 64 rows, and in f32, the adapters are read
+/// again for each row. lsw_context_take_odd tells of ids out of range (but -1) and of coefficients
+/// that are not finite.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn lsw_apply(
+    bank: *const lsw_bank,
+    stream: *mut c_void,
+    first: u64,
+    x: *const lsw_mat,
+    routes: *const lsw_routes,
+    y: *const lsw_mat_mut,
+    count: u64,
+    workspace: *mut c_void,
+    workspace_bytes: u64,
+) -> lsw_status {
+    guard(|| {
+        // SAFETY: the conventions.
+        let (bank, context) = unsafe { handle(bank, "bank") }?.get();
+        // SAFETY: the conventions.
+        let (stream, x, routes, mut y) =
+            unsafe { (context.raw_stream(stream), mat(context, x, "x")?, RouteViews::new(context, routes)?, outputs(context, y, count)?) };
+        let (addr, bytes) = (workspace as u64, workspace_bytes);
+        // SAFETY: the conventions.
+        let mut workspace = unsafe { MatMut::raw(context, addr, DType::U8, 1, bytes, bytes) };
+        apply(&stream, bank, first, &x, &routes.get(), &mut y, &mut workspace)
+    })
+}
+
+/// The first half of lsw_apply: A x of all adapters in the rows' routes, into the workspace, for
+/// the targets first <= i < first + count. It does not need y, so that it may run beside the base
+/// product, on another stream; one of high priority, since its few blocks would otherwise wait
+/// behind the product's.
+///
+/// The second half, lsw_apply_expand, is ordered after it and gets the same targets, routes and
+/// workspace. In between nobody writes the workspace, ids, gates and row_map, nor the slots of the
+/// bank that they name. One launch or two; enqueued, and may be captured.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn lsw_apply_shrink(
+    bank: *const lsw_bank,
+    stream: *mut c_void,
+    first: u64,
+    count: u64,
+    x: *const lsw_mat,
+    routes: *const lsw_routes,
+    workspace: *mut c_void,
+    workspace_bytes: u64,
+) -> lsw_status {
+    guard(|| {
+        // SAFETY: the conventions.
+        let (bank, context) = unsafe { handle(bank, "bank") }?.get();
+        // SAFETY: the conventions.
+        let (stream, x, routes) = unsafe { (context.raw_stream(stream), mat(context, x, "x")?, RouteViews::new(context, routes)?) };
+        let (addr, bytes) = (workspace as u64, workspace_bytes);
+        // SAFETY: the conventions.
+        let mut workspace = unsafe { MatMut::raw(context, addr, DType::U8, 1, bytes, bytes) };
+        apply_shrink(&stream, bank, first..first.saturating_add(count), &x, &routes.get(), &mut workspace)
+    })
+}
+
+/// The second half of lsw_apply: adds B times the workspace's products to y. See lsw_apply_shrink.
+/// One launch; enqueued, and may be captured.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn lsw_apply_expand(
+    bank: *const lsw_bank,
+    stream: *mut c_void,
+    first: u64,
+    routes: *const lsw_routes,
+    y: *const lsw_mat_mut,
+    count: u64,
+    workspace: *const c_void,
+    workspace_bytes: u64,
+) -> lsw_status {
+    guard(|| {
+        // SAFETY: the conventions.
+        let (bank, context) = unsafe { handle(bank, "bank") }?.get();
+        // SAFETY: the conventions.
+        let (stream, routes, mut y) =
+            unsafe { (context.raw_stream(stream), RouteViews::new(context, routes)?, outputs(context, y, count)?) };
+        let (addr, bytes) = (workspace as u64, workspace_bytes);
+        // SAFETY: the conventions.
+        let workspace = unsafe { Mat::raw(context, addr, DType::U8, 1, bytes, bytes) };
+        apply_expand(&stream, bank, first, &routes.get(), &mut y, &workspace)
+    })
+}
