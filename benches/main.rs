@@ -9,6 +9,7 @@ mod floor;
 mod lab;
 mod model;
 mod peer;
+mod permute;
 mod record;
 mod sensors;
 mod switch;
@@ -60,7 +61,7 @@ pub(crate) struct Outcome {
 }
 
 fn all_cases() -> Vec<Case> {
-    [floor::cases(), switch::cases()].into_iter().flatten().collect()
+    [floor::cases(), permute::cases(), switch::cases()].into_iter().flatten().collect()
 }
 
 #[derive(Default)]
