@@ -290,7 +290,8 @@ extern "C" __global__ void __launch_bounds__(LSW_PERMUTE_THREADS) lsw_permute_sc
         const Tile tile = load_tile(args, begin, run.end);
         uint32_t rank[kRounds];
         rank_tile(args, tile, rank, next, ranks, pitch);
-        if (begin == run.begin) {
+        const bool is_first = begin == run.begin;
+        if (is_first) {
             if (args.blocks == 1) {  // one tile, whose own counts are the totals
                 for (uint32_t d = threadIdx.x; d < args.digits; d += kThreads) totals[d] = next[d];
                 __syncthreads();
@@ -299,17 +300,17 @@ extern "C" __global__ void __launch_bounds__(LSW_PERMUTE_THREADS) lsw_permute_sc
             }
             scan(totals, args.digits, args.order ? 1 : args.block, 0, offsets);
             for (uint32_t d = threadIdx.x; d < args.digits; d += kThreads) next[d] += offsets[d];
-            if (args.order) {  // the offsets are known
-                fill(args, reinterpret_cast<const uint32_t*>(args.offsets), reinterpret_cast<const uint32_t*>(args.histogram), args.experts);
-            } else {
-                if (blockIdx.x == 0) {
-                    for (uint32_t d = threadIdx.x; d <= args.digits; d += kThreads) reinterpret_cast<uint32_t*>(args.offsets)[d] = offsets[d];
-                }
-                fill(args, offsets, totals, args.digits);
-            }
             __syncthreads();
         }
         write_tile(args, tile, rank, next, ranks, pitch);
+        if (is_first && args.order) {  // the offsets are known
+            fill(args, reinterpret_cast<const uint32_t*>(args.offsets), reinterpret_cast<const uint32_t*>(args.histogram), args.experts);
+        } else if (is_first) {
+            if (blockIdx.x == 0) {
+                for (uint32_t d = threadIdx.x; d <= args.digits; d += kThreads) reinterpret_cast<uint32_t*>(args.offsets)[d] = offsets[d];
+            }
+            fill(args, offsets, totals, args.digits);
+        }
         begin += kTile;
     } while (begin < run.end);
 }
