@@ -783,10 +783,10 @@ lsw_status lsw_permute(const struct lsw_context *context,
 /**
  * The sizes for this many items, T k.
  */
-lsw_status lsw_permute_sizes(const struct lsw_context *context,
-                             const struct lsw_permute_options *options,
-                             uint64_t items,
-                             struct lsw_permute_sizes *sizes);
+lsw_status lsw_permute_get_sizes(const struct lsw_context *context,
+                                 const struct lsw_permute_options *options,
+                                 uint64_t items,
+                                 struct lsw_permute_sizes *sizes);
 
 /**
  * lsw_permute for some of the experts, with rows padded to blocks. What differs:
@@ -795,7 +795,7 @@ lsw_status lsw_permute_sizes(const struct lsw_context *context,
  *   Ids of the others drop the item, and are not reported.
  * - offsets: multiples of the block; an expert's items come first in its segment, and the last
  *   offset is the padded total.
- * - row_map, as long as lsw_permute_sizes says: rows that pad, and all from the last offset on, hold
+ * - row_map, as long as lsw_permute_get_sizes says: rows that pad, and all from the last offset on, hold
  *   the filler.
  * - block_experts [blocks] LSW_I32, or NULL: the expert of each block of rows; -1 from the last
  *   offset on. With row_map and the last offset it is what vLLM's moe_align_block_size gives, in a

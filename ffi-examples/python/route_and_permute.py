@@ -117,7 +117,7 @@ class Maps:
 
     def __init__(self, context, tokens, k, experts, block=1):
         self.context, self.options, sizes = context, PermuteOptions.all_of(experts, block), PermuteSizes()
-        context.call("lsw_permute_sizes", context.handle, ctypes.byref(self.options), ctypes.c_uint64(tokens * k), ctypes.byref(sizes))
+        context.call("lsw_permute_get_sizes", context.handle, ctypes.byref(self.options), ctypes.c_uint64(tokens * k), ctypes.byref(sizes))
         self.offsets, self.inverse = context.empty(I32, 1, experts + 1), context.empty(I32, tokens, k)
         self.row_map, self.block_experts = context.empty(I32, 1, sizes.rows), context.empty(I32, 1, sizes.blocks)
         self.workspace, self.bytes = context.empty(U8, 1, sizes.workspace_bytes), sizes.workspace_bytes

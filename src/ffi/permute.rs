@@ -120,7 +120,7 @@ pub struct lsw_permute_sizes {
 
 /// The sizes for this many items, T k.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn lsw_permute_sizes(
+pub unsafe extern "C" fn lsw_permute_get_sizes(
     context: *const lsw_context,
     options: *const lsw_permute_options,
     items: u64,
@@ -143,7 +143,7 @@ pub unsafe extern "C" fn lsw_permute_sizes(
 ///   Ids of the others drop the item, and are not reported.
 /// - offsets: multiples of the block; an expert's items come first in its segment, and the last
 ///   offset is the padded total.
-/// - row_map, as long as lsw_permute_sizes says: rows that pad, and all from the last offset on, hold
+/// - row_map, as long as lsw_permute_get_sizes says: rows that pad, and all from the last offset on, hold
 ///   the filler.
 /// - block_experts [blocks] LSW_I32, or NULL: the expert of each block of rows; -1 from the last
 ///   offset on. With row_map and the last offset it is what vLLM's moe_align_block_size gives, in a

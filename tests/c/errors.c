@@ -295,12 +295,12 @@ static void sets(void) {
 }
 
 static void gather_scatter(void) {
-    static int32_t offsets[5], row_map[6], inverse[3][2], padded[24], block_experts[6];
+    static int32_t offsets[5], row_map[6], inverse[3][2], padded[16], block_experts[4];
     static float rows[6][8], y[3][8];
     lsw_mat i = in(ids, 3, 2, LSW_I32), x = in(logits, 3, 8, LSW_F32), g = in(gates, 3, 2, LSW_F32), bad = i;
     lsw_mat_mut o = out(offsets, 1, 5, LSW_I32), m = out(row_map, 1, 6, LSW_I32), v = out(inverse, 3, 2, LSW_I32);
     lsw_mat_mut r = out(rows, 6, 8, LSW_F32), sum = out(y, 3, 8, LSW_F32), other = v;
-    lsw_mat_mut p = out(padded, 1, 24, LSW_I32), b = out(block_experts, 1, 6, LSW_I32);
+    lsw_mat_mut p = out(padded, 1, 15, LSW_I32), b = out(block_experts, 1, 3, LSW_I32);
     lsw_mat inv = in(inverse, 3, 2, LSW_I32), results = in(rows, 6, 8, LSW_F32), residual = in(y, 3, 8, LSW_F32);
     lsw_permute_options options = {sizeof options, 4, 0, 4, 4, -2, 0};
     lsw_permute_sizes sizes = {77, 77, 77};
@@ -330,27 +330,34 @@ static void gather_scatter(void) {
     OK(lsw_permute(context, NULL, 4, &i, &o, &m, &v, NULL, 0));
     EXPECT(offsets[4] == 6 && row_map[3] == 1 && row_map[5] == 5 && inverse[2][1] == 5);
 
-    REFUSED(lsw_permute_sizes(context, NULL, 6, &sizes), "experts is 0");
+    REFUSED(lsw_permute_get_sizes(context, NULL, 6, &sizes), "experts is 0");
     options.last = 5;
-    REFUSED(lsw_permute_sizes(context, &options, 6, &sizes), "local.end is 5; it must be 1 to 4");
+    REFUSED(lsw_permute_get_sizes(context, &options, 6, &sizes), "local.end is 5; it must be 1 to 4");
     options.last = 4, options.block = 1025;
-    REFUSED(lsw_permute_sizes(context, &options, 6, &sizes), "block is 1025; it must be 1 to 1024");
+    REFUSED(lsw_permute_get_sizes(context, &options, 6, &sizes), "block is 1025; it must be 1 to 1024");
     options.block = 4, options.reserved = 1;
-    REFUSED(lsw_permute_sizes(context, &options, 6, &sizes), "options.reserved is 1");
+    REFUSED(lsw_permute_get_sizes(context, &options, 6, &sizes), "options.reserved is 1");
     options.reserved = 0;
-    REFUSED(lsw_permute_sizes(context, &options, 6, NULL), "sizes is null");
+    REFUSED(lsw_permute_get_sizes(context, &options, 6, NULL), "sizes is null");
     EXPECT(sizes.rows == 77 && sizes.blocks == 77 && sizes.workspace_bytes == 77);
-    OK(lsw_permute_sizes(context, &options, 6, &sizes));
-    EXPECT(sizes.rows == 20 && sizes.blocks == 5 && sizes.workspace_bytes == 0); /* 6 + 4 * 3, in whole blocks */
-    REFUSED(lsw_permute_with(context, NULL, &options, &i, &o, &p, &v, &b, NULL, 0), "row_map.cols is 24; it must be 20");
-    p.cols = 20;
-    REFUSED(lsw_permute_with(context, NULL, &options, &i, &o, &p, &v, &b, NULL, 0), "block_experts.cols is 6; it must be 5");
-    b.cols = 5;
+    OK(lsw_permute_get_sizes(context, &options, 6, &sizes));
+    EXPECT(sizes.rows == 16 && sizes.blocks == 4 && sizes.workspace_bytes == 0); /* 6 + 4 * 3, in whole blocks */
+    REFUSED(lsw_permute_with(context, NULL, &options, &i, &o, &p, &v, &b, NULL, 0), "row_map.cols is 15; it must be 16");
+    p.cols = 16;
+    REFUSED(lsw_permute_with(context, NULL, &options, &i, &o, &p, &v, &b, NULL, 0), "block_experts.cols is 3; it must be 4");
+    b.cols = 4;
     OK(lsw_permute_with(context, NULL, &options, &i, &o, &p, &v, &b, NULL, 0)); /* one item for each of 0 to 2, three for 3 */
-    EXPECT(offsets[4] == 16 && padded[0] == 0 && padded[1] == -2 && padded[14] == 5 && padded[15] == -2 && padded[19] == -2);
-    EXPECT(block_experts[3] == 3 && block_experts[4] == -1);
+    EXPECT(offsets[4] == 16 && padded[0] == 0 && padded[1] == -2 && padded[14] == 5 && padded[15] == -2);
+    EXPECT(block_experts[0] == 0 && block_experts[3] == 3);
+    options.first = 3; /* the others' items are dropped */
+    o.cols = 2, p.cols = 8, b.cols = 2;
+    OK(lsw_permute_get_sizes(context, &options, 6, &sizes));
+    EXPECT(sizes.rows == 8 && sizes.blocks == 2);
+    OK(lsw_permute_with(context, NULL, &options, &i, &o, &p, &v, &b, NULL, 0));
+    EXPECT(offsets[1] == 4 && padded[2] == 5 && padded[3] == -2 && padded[7] == -2 && block_experts[0] == 0 && block_experts[1] == -1);
     OK(lsw_permute_with(context, NULL, &options, &i, &o, &p, &v, NULL, NULL, 0));
 
+    o.cols = 5;
     OK(lsw_permute(context, NULL, 4, &i, &o, &m, &v, NULL, 0));
     REFUSED(lsw_gather(context, NULL, &x, NULL, &r), "inverse is null");
     REFUSED(lsw_gather(context, NULL, &i, &inv, &r), "rows.dtype is f32");
