@@ -767,8 +767,8 @@ lsw_status lsw_permute_workspace_bytes(const struct lsw_context *context,
  *   matter, and it is free again when the work is done. NULL where 0 bytes are needed.
  *
  * All matrices are LSW_I32, none shares memory with another. experts from 1 to 65536, T k below
- * 2^31. Exact and deterministic. On CUDA one launch for up to 4096 items, else two; above 1024
- * experts six at most. Enqueued, and may be captured.
+ * 2^31. Exact and deterministic. On CUDA one launch for up to 1024 items, else two; above 1024
+ * experts six (one of them clears a histogram). Enqueued, and may be captured.
  */
 lsw_status lsw_permute(const struct lsw_context *context,
                        void *stream,

@@ -10,21 +10,27 @@
 //
 // The sort counts and scatters, and is stable without comparing: each block owns a contiguous run of items, so the row of an item is
 //     offsets[e] + items of e in earlier blocks + in earlier tiles and warps of its block + earlier in its own warp,
-// and each of these is a plain sum. A tile is kThreads * kRounds items in registers. In a round a warp looks at 32 consecutive items:
-// match_any finds the lanes that share an expert, popc of the lower ones is the rank among them, and the warp's own counters in shared
-// memory carry it from round to round. No atomic decides an order, so the maps are the same bits in every run, whatever the grid.
+// and each of these is a plain sum. A tile is kThreads * kRounds items in registers. In a round a warp looks at 32 consecutive items: one
+// ballot for each bit of the digit finds the lanes that share it, popc of the lower ones is the rank among them, and the warp's own
+// counters in shared memory carry it from round to round. No atomic decides an order, so the maps are the same bits in every run,
+// whatever the grid.
 //
-// Launches. Up to LSW_PERMUTE_ALONE items one block does all (`scatter`, which counts for itself). More take two: `count` leaves a
-// count for each block and expert, `scatter` sums the column above its own block (blocks x n words from L2, which is why there are at
-// most 128 blocks) and starts there. A grid that waits within one launch would save a node's 0.9 us of about 6, and cost a cooperative
-// launch. Above 1,024 experts the counters outgrow shared memory: two passes by 8 bits of the expert, the low ones first, as a radix
-// sort does; `scan` between them turns a histogram into offsets.
+// Launches. Up to a tile of items one block does all, since its own counts are the totals. More take two: `count` leaves a count for
+// each block and expert, `scatter` adds up the columns (blocks x n words from L2 for each block). Above 1,024 experts the counters
+// outgrow shared memory: two passes by 8 bits of the expert, the low ones first, as a radix sort does; `scan` between them turns a
+// histogram into offsets.
 //
-// Floors: the maps move little (131,072 items: 1.6 MB, 0.4 us); a node of a graph costs 0.9 us and each dependent step through L2 about
-// as much. gather and combine move every row once: gather reads a token's row once and writes it to its experts' rows, so that x counts
-// once and not k times; combine has up to 8 rows in flight a lane. Both give a warp a piece of one token: lane j holds the token's j-th
-// row (and gate), so that the indices cost one load, and shuffles hand them out. 16 bytes a lane where everything is aligned; else the
-// widest unit that is (gather), or an element (combine).
+// Floors: the maps move little (131,072 items: 1.6 MB, 0.4 us). A launch costs 0.6 us, and every step that depends on L2 or shared memory
+// adds to a chain: on an H200 16,384 x 8 ids over 256 experts take 10.7 us, of which the sums are a third, since all blocks together read
+// 17 MB of counts. gather and combine move every row once: gather reads a token's row once and writes it to its experts' rows, so that x
+// counts once and not k times. Both give a warp a piece of one token: lane j holds the token's j-th row (and gate), so that the indices
+// cost one load, and shuffles hand them out. 16 bytes a lane where everything is aligned; else the widest unit that is (gather), or an
+// element (combine). combine keeps two rows of two packs a lane in flight: the DRAM likes few rows at a time and long pieces of each
+// (eight rows of one pack: 1.40 of the floor; two of two: 1.01).
+//
+// Tried and dropped (kernels/NOTES.md): match_any for the ballots (0.2 us a round for one digit in a warp, 0.9 us for many), counts read
+// one after the other, copies by the bulk engine (no faster than these), programmatic dependent launch (1-2 us less where there are few
+// blocks, more where there are many).
 #include "args.h"
 #include "common/num.cuh"
 #include "common/pack.cuh"

@@ -137,8 +137,8 @@ pub fn permute_workspace_bytes(stream: &Stream, items: u64, experts: u64) -> Res
 /// - `inverse [T, k]` i32: item -> row; -1 for a dropped one.
 /// - `workspace` u8, at least [`permute_workspace_bytes`], a multiple of 4 bytes in address; its content does not matter.
 ///
-/// experts from 1 to 65,536, T k below 2^31. Exact and deterministic. On CUDA one launch is enqueued for up to 4,096 items, else two;
-/// above 1,024 experts six at most.
+/// experts from 1 to 65,536, T k below 2^31. Exact and deterministic. On CUDA one launch is enqueued for up to 1,024 items, else two;
+/// above 1,024 experts six (one of them clears a histogram).
 ///
 /// # Errors
 /// On shapes, dtypes, strides, places and overlaps that break the above; outputs are untouched then.

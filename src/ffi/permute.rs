@@ -36,8 +36,8 @@ pub unsafe extern "C" fn lsw_permute_workspace_bytes(context: *const lsw_context
 ///   matter, and it is free again when the work is done. NULL where 0 bytes are needed.
 ///
 /// All matrices are LSW_I32, none shares memory with another. experts from 1 to 65536, T k below
-/// 2^31. Exact and deterministic. On CUDA one launch for up to 4096 items, else two; above 1024
-/// experts six at most. Enqueued, and may be captured.
+/// 2^31. Exact and deterministic. On CUDA one launch for up to 1024 items, else two; above 1024
+/// experts six (one of them clears a histogram). Enqueued, and may be captured.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_permute(
     context: *const lsw_context,
