@@ -74,13 +74,13 @@ pub struct PermuteSizes {
 /// What [`permute_with`] writes.
 #[derive(Debug)]
 pub struct PermuteMaps<'a, 'm> {
-    /// [n + 1] i32, n the experts of the call.
+    /// `[n + 1]` i32, n the experts of the call.
     pub offsets: &'a mut MatMut<'m>,
-    /// [rows] i32.
+    /// `[rows]` i32, rows as in [`PermuteSizes`].
     pub row_map: &'a mut MatMut<'m>,
-    /// [T, k] i32.
+    /// `[T, k]` i32.
     pub inverse: &'a mut MatMut<'m>,
-    /// [blocks] i32, where it is wanted.
+    /// `[blocks]` i32, where it is wanted.
     pub block_experts: Option<&'a mut MatMut<'m>>,
 }
 
@@ -280,7 +280,7 @@ fn check_gather(stream: &Stream, x: RawMat, inverse: RawMat, rows: RawMat) -> Re
 pub struct CombineOptions<'a> {
     /// Multiplies each sum: 1 by default.
     pub scale: f32,
-    /// [T, D], added to the scaled sum: of y's type, and disjoint from y or y itself (the same address, shape and stride).
+    /// `[T, D]`, added to the scaled sum: of y's type, and disjoint from y or y itself (the same address, shape and stride).
     pub residual: Option<Mat<'a>>,
 }
 
