@@ -10,6 +10,7 @@ mod floor;
 mod lab;
 mod model;
 mod peer;
+mod permute;
 mod record;
 mod sensors;
 mod switch;
@@ -61,7 +62,7 @@ pub(crate) struct Outcome {
 }
 
 fn all_cases() -> Vec<Case> {
-    [floor::cases(), switch::cases(), apply::cases()].into_iter().flatten().collect()
+    [floor::cases(), permute::cases(), switch::cases(), apply::cases()].into_iter().flatten().collect()
 }
 
 #[derive(Default)]

@@ -437,6 +437,84 @@ typedef struct lsw_route_options {
     int32_t reserved;
 } lsw_route_options;
 
+/**
+ * Which items lsw_permute_with sorts, and how it lays out their rows. What a smaller struct_size
+ * leaves out: block 1, filler -1. There is no default for the experts.
+ */
+typedef struct lsw_permute_options {
+    /**
+     * sizeof(lsw_permute_options).
+     */
+    uint64_t struct_size;
+    /**
+     * N: ids are 0 to N - 1. 1 to 65536 (pairs of adapter and expert, say).
+     */
+    uint64_t experts;
+    /**
+     * The experts of this call begin here: the items of others are dropped, as each rank does
+     * under expert parallelism. 0 for all.
+     */
+    uint64_t first;
+    /**
+     * And end before this one. N for all.
+     */
+    uint64_t last;
+    /**
+     * Each expert's rows are padded to a multiple of this, 1 to 1024: the tile of a grouped GEMM.
+     */
+    uint64_t block;
+    /**
+     * What row_map holds for rows without an item: -1, or T k for engines that mask by item < T k.
+     */
+    int32_t filler;
+    /**
+     * 0.
+     */
+    int32_t reserved;
+} lsw_permute_options;
+
+/**
+ * What lsw_permute_with needs.
+ */
+typedef struct lsw_permute_sizes {
+    /**
+     * Elements of row_map: the most rows that the items can take, padding included.
+     */
+    uint64_t rows;
+    /**
+     * Elements of block_experts: rows / block.
+     */
+    uint64_t blocks;
+    /**
+     * Of the workspace: 0 on a CPU context.
+     */
+    uint64_t workspace_bytes;
+} lsw_permute_sizes;
+
+/**
+ * What lsw_combine_with does to the sums. NULL, or what a smaller struct_size leaves out: scale 1, no
+ * residual.
+ */
+typedef struct lsw_combine_options {
+    /**
+     * sizeof(lsw_combine_options).
+     */
+    uint64_t struct_size;
+    /**
+     * [T, D], added to the scaled sum: of y's type, and disjoint from y or y itself (the same
+     * address, shape and stride). NULL: none.
+     */
+    const struct lsw_mat *residual;
+    /**
+     * Multiplies each sum.
+     */
+    float scale;
+    /**
+     * 0.
+     */
+    int32_t reserved;
+} lsw_combine_options;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -795,8 +873,9 @@ lsw_status lsw_permute_workspace_bytes(const struct lsw_context *context,
  * - workspace, at least lsw_permute_workspace_bytes, aligned to 4 bytes; its content does not
  *   matter, and it is free again when the work is done. NULL where 0 bytes are needed.
  *
- * All matrices are LSW_I32, none shares memory with another. experts from 1 to 1024, T k below
- * 2^31. Exact and deterministic. Two launches on CUDA; enqueued, and may be captured.
+ * All matrices are LSW_I32, none shares memory with another. experts from 1 to 65536, T k below
+ * 2^31. Exact and deterministic. On CUDA one launch for up to 1024 items, else two; above 1024
+ * experts six (one of them clears a histogram). Enqueued, and may be captured.
  */
 lsw_status lsw_permute(const struct lsw_context *context,
                        void *stream,
@@ -809,21 +888,56 @@ lsw_status lsw_permute(const struct lsw_context *context,
                        uint64_t workspace_bytes);
 
 /**
- * Copies each token's row to the rows of its experts: rows[r] = x[row_map[r] / k].
+ * The sizes for this many items, T k.
+ */
+lsw_status lsw_permute_get_sizes(const struct lsw_context *context,
+                                 const struct lsw_permute_options *options,
+                                 uint64_t items,
+                                 struct lsw_permute_sizes *sizes);
+
+/**
+ * lsw_permute for some of the experts, with rows padded to blocks. What differs:
  *
- * - x [T, D], rows [R, D]: any dtype, the same for both; bytes are moved as they are.
- * - row_map, R elements of LSW_I32, from lsw_permute; R may be anything up to T k. Rows whose
- *   entry names no token (-1) are left alone.
+ * - Experts count from options->first on in offsets (last - first + 1 elements) and block_experts.
+ *   Ids of the others drop the item, and are not reported.
+ * - offsets: multiples of the block; an expert's items come first in its segment, and the last
+ *   offset is the padded total.
+ * - row_map, as long as lsw_permute_get_sizes says: rows that pad, and all from the last offset on, hold
+ *   the filler.
+ * - block_experts [blocks] LSW_I32, or NULL: the expert of each block of rows; -1 from the last
+ *   offset on. With row_map and the last offset it is what vLLM's moe_align_block_size gives, in a
+ *   stable order.
+ *
+ * options may not be NULL: nothing stands for the number of experts.
+ */
+lsw_status lsw_permute_with(const struct lsw_context *context,
+                            void *stream,
+                            const struct lsw_permute_options *options,
+                            const struct lsw_mat *ids,
+                            const struct lsw_mat_mut *offsets,
+                            const struct lsw_mat_mut *row_map,
+                            const struct lsw_mat_mut *inverse,
+                            const struct lsw_mat_mut *block_experts,
+                            void *workspace,
+                            uint64_t workspace_bytes);
+
+/**
+ * Copies each token's row to the rows of its experts: rows[inverse[t, j]] = x[t].
+ *
+ * - x [T, D], rows [R, D]: any dtype, the same for both; bytes are moved as they are. Rows of 1-byte
+ *   elements (fp8) are LSW_U8, and another call with the same map moves their scales.
+ * - inverse [T, k] LSW_I32 from lsw_permute; R may be anything. Entries that name no row (-1, or R
+ *   and above) are skipped; rows that no entry names (padding) are left alone. Of a row that several
+ *   entries name, which lsw_permute never makes, each element is from one of those tokens.
  *
  * Every D, stride and offset works; 16-byte accesses serve where addresses and rows (stride
- * included) are multiples of 16 bytes. rows shares no memory with the others. Deterministic. One
- * launch; enqueued, and may be captured.
+ * included) are multiples of 16 bytes. rows shares no memory with the others. Reads each row of x
+ * once, and none of a token without rows. One launch; enqueued, and may be captured.
  */
 lsw_status lsw_gather(const struct lsw_context *context,
                       void *stream,
                       const struct lsw_mat *x,
-                      const struct lsw_mat *row_map,
-                      uint64_t k,
+                      const struct lsw_mat *inverse,
                       const struct lsw_mat_mut *rows);
 
 /**
@@ -831,10 +945,12 @@ lsw_status lsw_gather(const struct lsw_context *context,
  *
  * - rows [R, D] and y [T, D]: LSW_F32, LSW_F16 or LSW_BF16, the same for both. inverse [T, k]
  *   LSW_I32, gates [T, k] LSW_F32, k at most 32.
- * - Entries of inverse that name no row (-1) add nothing; a token with none gets zeros.
+ * - Entries of inverse that name no row (-1) add nothing, whatever their gate; a token with none
+ *   gets zeros.
  *
- * Sums in f32, j ascending, one rounding: deterministic, no atomics, and a token's bits do not
- * depend on the other tokens. y shares no memory with the others. One launch; enqueued, and may be
+ * Every D, stride and offset works; 16-byte accesses serve where addresses and rows (stride
+ * included) are multiples of 16 bytes. Sums in f32, j ascending, one rounding: deterministic, no
+ * atomics, and a token's bits do not depend on the other tokens. y shares no memory with the others. One launch; enqueued, and may be
  * captured.
  */
 lsw_status lsw_combine(const struct lsw_context *context,
@@ -843,6 +959,17 @@ lsw_status lsw_combine(const struct lsw_context *context,
                        const struct lsw_mat *inverse,
                        const struct lsw_mat *gates,
                        const struct lsw_mat_mut *y);
+
+/**
+ * lsw_combine with y[t] = residual[t] + scale * sum, in f32 as well: still one rounding.
+ */
+lsw_status lsw_combine_with(const struct lsw_context *context,
+                            void *stream,
+                            const struct lsw_combine_options *options,
+                            const struct lsw_mat *rows,
+                            const struct lsw_mat *inverse,
+                            const struct lsw_mat *gates,
+                            const struct lsw_mat_mut *y);
 
 /**
  * y = factor * x: reads and writes every element once, as fast as a kernel without an adapter can.
@@ -884,6 +1011,30 @@ lsw_status lsw_measure_read(const struct lsw_context *context,
                             void *stream,
                             const struct lsw_mat *x,
                             int32_t *sink);
+
+/**
+ * Writes each run of x, 8 KB, `times` times to y: the bytes of a gather in its mix of reads and
+ * writes, without indices.
+ *
+ * x [1, n] and y [1, n * times] are vectors of LSW_F32, LSW_F16 or LSW_BF16, the same for both, with
+ * addresses that are multiples of 16 bytes; n in whole runs, times at most 32. One launch; enqueued,
+ * and may be captured.
+ */
+lsw_status lsw_measure_repeat(const struct lsw_context *context,
+                              void *stream,
+                              uint64_t times,
+                              const struct lsw_mat *x,
+                              const struct lsw_mat_mut *y);
+
+/**
+ * Writes the xor of each `times` runs of x, 8 KB, to a run of y: the bytes of a combine in its mix
+ * of reads and writes, without indices. As lsw_measure_repeat, with x and y the other way round.
+ */
+lsw_status lsw_measure_fold(const struct lsw_context *context,
+                            void *stream,
+                            uint64_t times,
+                            const struct lsw_mat *x,
+                            const struct lsw_mat_mut *y);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -8,7 +8,7 @@
 #include <stdint.h>
 
 enum {
-    LSW_MAX_EXPERTS = 1024, /* of a router; also of permute */
+    LSW_MAX_EXPERTS = 1024, /* of a router */
     LSW_MAX_K = 32,         /* experts a token; one lane each */
     LSW_MAX_RANK = 256,
 
@@ -29,10 +29,14 @@ enum {
     LSW_SWITCH90_GROUPS = 1024, /* of 32 targets: what one launch can plan */
     LSW_SWITCH90_SHARED = 227 * 1024,
 
-    LSW_PERMUTE_THREADS = 256,
-    LSW_PERMUTE_WARP_ITEMS = 512,  /* contiguous items that one warp ranks */
-    LSW_PERMUTE_MAX_BLOCKS = 1024, /* above it a warp ranks more items */
+    LSW_PERMUTE_MAX_EXPERTS = 65536, /* adapter x expert pairs */
+    LSW_PERMUTE_DIGITS = 1024,       /* experts that one pass sorts by; more take two passes of 8 bits */
+    LSW_PERMUTE_THREADS = 512,
+    LSW_PERMUTE_ROUNDS = 2,          /* items a thread ranks at a time: a tile is 1,024 items; up to one takes a single launch */
+    LSW_PERMUTE_MAX_BLOCKS = 128,    /* above it a block sorts several tiles */
     LSW_MOVE_THREADS = 256,
+    LSW_COMBINE_PACKS = 2, /* of 16 bytes a lane, of each of LSW_COMBINE_ROWS rows in flight */
+    LSW_COMBINE_ROWS = 2,
 
     LSW_APPLY_TARGETS = 8,    /* of one call: they share their input */
     LSW_SHRINK_THREADS = 256, /* on the same rows of A; of many rows, a warp for each slice */
@@ -52,7 +56,8 @@ enum {
     LSW_MEASURE_THREADS = 1024,
     LSW_READ_THREADS = 512,
     LSW_READ_BLOCKS = 4, /* a multiprocessor */
-    LSW_READ_PACKS = 4   /* of 16 bytes, in flight a thread */
+    LSW_READ_PACKS = 4,  /* of 16 bytes, in flight a thread */
+    LSW_RUN_PACKS = 512  /* a thread each: what repeat and fold keep together */
 };
 
 /* Bits of a status word: what was odd in device memory. Sticky; never an error. */
@@ -156,26 +161,40 @@ typedef struct LswCurrentArgs {
     uint32_t target, k_max;
 } LswCurrentArgs;
 
+/* One pass: a stable sort of items by a digit of their experts, which count from `first` on. Zero: an address that there is none of. */
 typedef struct LswPermuteArgs {
-    uint64_t ids, offsets, row_map, inverse, counts, status;
+    uint64_t ids, offsets, row_map, inverse, block_experts, status;
+    uint64_t counts;             /* uint32_t [blocks, digits] */
+    uint64_t histogram;          /* uint32_t [experts]: items of each; of a sort in two passes, as are the next three */
+    uint64_t begin;              /* uint32_t [experts + 1]: where they begin without padding */
+    uint64_t order, order_count; /* uint32_t [items], [1]: the items as the first pass left them */
     uint64_t ids_stride, inverse_stride;
-    uint32_t items, k, experts;
-    uint32_t blocks, warp_items; /* a block ranks warps * warp_items items */
+    uint32_t items, k;
+    uint32_t all_experts, first, experts;
+    uint32_t digits, digit_bits, digit_shift, digit_mask;
+    uint32_t block, rows, row_blocks; /* rows: of row_map; in blocks: of block_experts */
+    int32_t filler;
+    uint32_t blocks, run; /* a block sorts `run` items; one that is alone at most a tile */
     uint32_t padding;
 } LswPermuteArgs;
 
-/* rows[r] = x[row_map[r] / k], in units of 1, 2, 4 or 16 bytes; rows whose map is -1 are left alone. */
+/* rows[inverse[t, j]] = x[t], in units of 1, 2, 4 or 16 bytes; entries that name no row are skipped. */
 typedef struct LswGatherArgs {
-    uint64_t x, row_map, rows;
+    uint64_t x, inverse, rows;
     uint64_t x_stride, rows_stride, units; /* in units */
-    uint32_t count, k, tokens, padding;
+    uint64_t inverse_stride;
+    uint32_t k, row_count;
+    uint32_t warps, pieces; /* warps = tokens * pieces */
 } LswGatherArgs;
 
-/* y[t] = sum_j gates[t, j] * rows[inverse[t, j]] */
+/* y[t] = residual[t] + scale * sum_j gates[t, j] * rows[inverse[t, j]]; residual 0: there is none */
 typedef struct LswCombineArgs {
-    uint64_t rows, inverse, gates, y;
-    uint64_t rows_stride, inverse_stride, gates_stride, y_stride, cols;
-    uint32_t tokens, k, row_count, aligned;
+    uint64_t rows, inverse, gates, residual, y;
+    uint64_t rows_stride, inverse_stride, gates_stride, residual_stride, y_stride, cols;
+    uint32_t k, row_count;
+    uint32_t warps, pieces; /* as above */
+    float scale;
+    uint32_t aligned;
 } LswCombineArgs;
 
 /* A target of a call that leaves its weight as it is. */
@@ -208,11 +227,12 @@ typedef struct LswApplyArgs {
     LswApplyTarget targets[LSW_APPLY_TARGETS];
 } LswApplyArgs;
 
-/* Over `count` elements: y = factor * x, or y = factor * uniform(-1, 1). Over `count` bytes: y[0] ^= the words of x. */
+/* Over `count` elements: y = factor * x, or y = factor * uniform(-1, 1). Over `count` bytes: y[0] ^= the words of x.
+ * Over `count` packs of 16 bytes, in whole runs: each run of x `times` times to y, or the xor of each `times` runs of x to y. */
 typedef struct LswMeasureArgs {
     uint64_t x, y, count, seed;
     float factor;
-    uint32_t padding;
+    uint32_t times;
 } LswMeasureArgs;
 
 #endif

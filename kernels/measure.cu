@@ -3,6 +3,8 @@
 //   scale   y = factor * x, 16 bytes a thread, one-shot grid: reads and writes every byte once, as a switch must
 //   fill    y[i] = size * uniform(-1, 1) from splitmix64(seed + i)
 //   read    y[0] ^= the xor of all 32-bit words of x: reads every byte once, as a pass over a model's weights must
+//   repeat  each run of 8 KB of x goes to y `times` times: what gather moves, without its indices
+//   fold    the xor of each `times` runs of 8 KB of x goes to y: what combine moves
 //
 // A one-shot grid of 1024 threads keeps the blocks that run at a time close together in memory, which is what the DRAM likes best:
 // persistent loops with a static schedule are 4-5% slower. Without stores a persistent loop is best: all blocks together walk over
@@ -79,6 +81,29 @@ __device__ __forceinline__ void read(const LswMeasureArgs& args) {
     if (threadIdx.x == 0 && total != 0) atomicXor(reinterpret_cast<uint32_t*>(args.y), total);
 }
 
+// A pack a thread, a run a block. Streamed stores and blocks of 8 KB are the fastest of what was tried (stores as usual: 1% slower;
+// runs of 16 KB or parts far apart: up to 8%).
+__device__ __forceinline__ void repeat(const LswMeasureArgs& args) {
+    const uint64_t i = static_cast<uint64_t>(blockIdx.x) * LSW_RUN_PACKS + threadIdx.x;
+    if (i >= args.count) return;
+    const uint4 pack = reinterpret_cast<const uint4*>(args.x)[i];
+    uint4* y = reinterpret_cast<uint4*>(args.y) + static_cast<uint64_t>(blockIdx.x) * args.times * LSW_RUN_PACKS + threadIdx.x;
+    for (uint32_t j = 0; j < args.times; ++j) __stcs(y + j * LSW_RUN_PACKS, pack);
+}
+
+__device__ __forceinline__ void fold(const LswMeasureArgs& args) {
+    const uint64_t i = static_cast<uint64_t>(blockIdx.x) * LSW_RUN_PACKS + threadIdx.x;
+    if (i >= args.count) return;
+    const uint4* x = reinterpret_cast<const uint4*>(args.x) + static_cast<uint64_t>(blockIdx.x) * args.times * LSW_RUN_PACKS + threadIdx.x;
+    uint4 sum{};
+#pragma unroll 4
+    for (uint32_t j = 0; j < args.times; ++j) {
+        const uint4 pack = x[j * LSW_RUN_PACKS];
+        sum.x ^= pack.x, sum.y ^= pack.y, sum.z ^= pack.z, sum.w ^= pack.w;
+    }
+    reinterpret_cast<uint4*>(args.y)[i] = sum;
+}
+
 }  // namespace
 
 #define LSW_MEASURE(suffix, T)                                                                                        \
@@ -93,3 +118,6 @@ LSW_MEASURE(bf16, __nv_bfloat16)
 extern "C" __global__ void __launch_bounds__(LSW_READ_THREADS) lsw_measure_read(const __grid_constant__ LswMeasureArgs args) {
     read(args);
 }
+
+extern "C" __global__ void __launch_bounds__(LSW_RUN_PACKS) lsw_measure_repeat(const __grid_constant__ LswMeasureArgs args) { repeat(args); }
+extern "C" __global__ void __launch_bounds__(LSW_RUN_PACKS) lsw_measure_fold(const __grid_constant__ LswMeasureArgs args) { fold(args); }

@@ -22,7 +22,10 @@ pub use bank::{AdapterBank, Factor, TargetShape};
 pub use dtype::{DType, Element, Float};
 pub use error::{Error, Result};
 pub use memory::StateMemory;
-pub use permute::{combine, gather, permute, permute_workspace_bytes};
+pub use permute::{
+    CombineOptions, PermuteMaps, PermuteOptions, PermuteSizes, combine, combine_with, gather, permute, permute_with,
+    permute_workspace_bytes,
+};
 pub use route::{RouteOptions, route};
 pub use stream::{Context, Odd, Stream};
 pub use switch::{Form, SwitchOptions, SwitchSet, Target};

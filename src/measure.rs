@@ -1,7 +1,7 @@
-//! What the machine allows: the floor that a switch is measured against, and random data made where it is used.
+//! What the machine allows: the floors that operations are measured against, and random data made where it is used.
 //!
 //! A switch must read and write every weight once. [`scale`] does just that, as fast as a kernel without an adapter can, so the ratio of
-//! the two on the same bytes in the same run is what the adapters cost.
+//! the two on the same bytes in the same run is what the adapters cost. [`repeat`] and [`fold`] are that for `gather` and `combine`.
 
 use crate::check::{Checked, Named};
 use crate::dtype::DType;
@@ -15,6 +15,14 @@ pub(crate) struct Plan {
     pub y: RawMat,
     pub factor: f32,
     pub seed: u64,
+}
+
+/// A checked repeat or fold: runs of the shorter side, and how many of the longer one there are for each.
+pub(crate) struct RunsPlan {
+    pub x: RawMat,
+    pub y: RawMat,
+    pub runs: u64,
+    pub times: u32,
 }
 
 /// A checked read.
@@ -79,6 +87,60 @@ pub fn read(stream: &Stream, x: &Mat<'_>, sink: &mut MatMut<'_>) -> Result<()> {
         }
         StreamKind::Cuda(stream) => crate::cuda::measure::read(stream, &plan),
     }
+}
+
+/// Bytes of a run.
+pub(crate) const RUN_BYTES: u64 = 16 * crate::cuda::args::LSW_RUN_PACKS as u64;
+
+/// Writes each run of x, 8 KB, `times` times to y: the bytes of a gather in its mix of reads and writes, without indices. Vectors [1, n]
+/// and [1, n * times] of f32, f16 or bf16, the same for both; n in whole runs, times at most 32. One launch; addresses must be multiples
+/// of 16.
+///
+/// # Errors
+/// On shapes, dtypes, alignment, places and overlaps that break the above.
+pub fn repeat(stream: &Stream, times: u64, x: &Mat<'_>, y: &mut MatMut<'_>) -> Result<()> {
+    let (x, y) = (vector(stream, x.raw.expect("x"))?, vector(stream, y.raw.expect("y"))?);
+    let plan = check_runs(times, x, y, x, y)?;
+    match &stream.0 {
+        _ if plan.runs == 0 => Ok(()),
+        StreamKind::Cpu(pool) => {
+            crate::cpu::measure::repeat(pool, &plan);
+            Ok(())
+        }
+        StreamKind::Cuda(stream) => crate::cuda::measure::repeat(stream, &plan),
+    }
+}
+
+/// Writes the xor of each `times` runs of x, 8 KB, to a run of y: the bytes of a combine in its mix of reads and writes, without indices.
+/// As [`repeat`], with x and y the other way round.
+///
+/// # Errors
+/// As for [`repeat`].
+pub fn fold(stream: &Stream, times: u64, x: &Mat<'_>, y: &mut MatMut<'_>) -> Result<()> {
+    let (x, y) = (vector(stream, x.raw.expect("x"))?, vector(stream, y.raw.expect("y"))?);
+    let plan = check_runs(times, x, y, y, x)?;
+    match &stream.0 {
+        _ if plan.runs == 0 => Ok(()),
+        StreamKind::Cpu(pool) => {
+            crate::cpu::measure::fold(pool, &plan);
+            Ok(())
+        }
+        StreamKind::Cuda(stream) => crate::cuda::measure::fold(stream, &plan),
+    }
+}
+
+/// Of x to y, of which `long` has `times` the runs of `short`.
+fn check_runs(times: u64, x: Named<'_>, y: Named<'_>, short: Named<'_>, long: Named<'_>) -> Result<RunsPlan> {
+    if !(1..=32).contains(&times) {
+        return Err(Error::argument("times", times, "1 to 32"));
+    }
+    let bytes = short.mat.cols * short.mat.dtype.size();
+    if !bytes.is_multiple_of(RUN_BYTES) {
+        return Err(Error::argument(format!("{}.cols", short.name), short.mat.cols, format!("whole runs of {RUN_BYTES} bytes")));
+    }
+    long.dtype_in(&[short.mat.dtype])?.cols(short.mat.cols * times, "n times")?;
+    y.disjoint_from(&[x])?;
+    Ok(RunsPlan { x: x.mat, y: y.mat, runs: bytes / RUN_BYTES, times: times as u32 })
 }
 
 fn run_scale(stream: &Stream, plan: &Plan) -> Result<()> {

@@ -360,9 +360,11 @@ fn experts_of_a_mixture(backend: &Backend) {
     let (mut offsets, mut row_map, mut inverse) = (out(1, experts + 1), out(1, items), out(tokens, k));
     let bytes = permute_workspace_bytes(&backend.stream, items as u64, experts as u64).unwrap() as usize;
     let mut workspace = Grid::poisoned(backend, DType::U8, 1, bytes, Layout::dense(bytes));
-    let (offsets, inverse) = (&mut offsets.mat_mut(), &mut inverse.mat_mut());
-    let workspace: &mut MatMut<'_> = &mut workspace.mat_mut();
-    permute(&backend.stream, experts as u64, &ids.mat(), offsets, &mut row_map.mat_mut(), inverse, workspace).unwrap();
+    {
+        let (mut offsets, mut row_map, mut inverse) = (offsets.mat_mut(), row_map.mat_mut(), inverse.mat_mut());
+        let (stream, workspace) = (&backend.stream, &mut workspace.mat_mut());
+        permute(stream, experts as u64, &ids.mat(), &mut offsets, &mut row_map, &mut inverse, workspace).unwrap();
+    }
 
     let mut batch = Batch::random(&model, &mut rng, items, 1, DType::Bf16, Layout::dense);
     let slots: Vec<u32> = chosen.iter().enumerate().map(|(item, e)| e * adapters as u32 + (item / k % adapters) as u32).collect();

@@ -1,5 +1,5 @@
-//! The C ABI as C sees it: the header compiles, the libraries export what it declares, and programs in C and C++ that verify their
-//! own results run against both libraries.
+//! The C ABI as C sees it: the header compiles, the libraries export what it declares, and programs in C, C++ and Python that verify
+//! their own results run against the libraries.
 //!
 //! Paths are relative to the package's root, and the libraries lie beside the test binary, so that the binary can be carried to
 //! another machine with them.
@@ -101,6 +101,16 @@ fn c_example_linked_statically() {
 #[test]
 fn cpp_example() {
     with_shared(cpp_compiler(), "ffi-examples/cpp/switch.cpp", "switch_cpp");
+}
+
+/// On the CPU it needs no package; on the GPU it runs where there is torch.
+#[test]
+fn python_example() {
+    if Command::new("python3").arg("--version").output().is_err() {
+        return skip("there is no python3");
+    }
+    let mut python = Command::new("python3");
+    eprintln!("{}", run(python.args(["ffi-examples/python/route_and_permute.py", "--library"]).arg(library("liblora_switch.so"))));
 }
 
 #[test]

@@ -6,7 +6,7 @@ use crate::oracle;
 use crate::switch::{Model, Spec};
 use cudarc::driver::CudaGraph;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use lora_switch::{DType, Form, Mat, MatMut, RouteOptions, permute, permute_workspace_bytes, route};
+use lora_switch::{DType, Form, PermuteMaps, PermuteOptions, RouteOptions, combine, gather, permute_with, route};
 
 fn capture(backend: &Backend, work: impl FnOnce()) -> CudaGraph {
     let stream = backend.cuda.as_ref().unwrap();
@@ -119,28 +119,47 @@ fn apply_replays() {
     }
 }
 
-/// Maps are captured too, for other ids at each replay.
+/// Maps, gather and combine are captured once and serve other ids at each replay, all tokens or fewer (the ids of padding tokens are -1),
+/// in one launch, in two and in two passes.
 #[test]
 fn permute_replays() {
     let Some(backend) = Backend::cuda() else { return };
-    let (tokens, k, experts) = (100, 2, 8);
-    let mut rng = Rng(8);
-    let random = |rng: &mut Rng| -> Vec<u32> { (0..tokens * k).map(|_| rng.below(experts) as u32).collect() };
-    let mut ids = Grid::new(&backend, DType::I32, tokens, k, Layout::dense(k), &random(&mut rng));
-    let out = |n| Grid::poisoned(&backend, DType::I32, 1, n, Layout::dense(n));
-    let (mut offsets, mut row_map) = (out(experts + 1), out(tokens * k));
-    let mut inverse = Grid::poisoned(&backend, DType::I32, tokens, k, Layout::dense(k));
-    let bytes = permute_workspace_bytes(&backend.stream, (tokens * k) as u64, experts as u64).unwrap() as usize;
-    let mut workspace = Grid::poisoned(&backend, DType::U8, 1, bytes, Layout::dense(bytes));
-    let graph = capture(&backend, || {
-        let (ids, experts): (Mat<'_>, u64) = (ids.mat(), experts as u64);
-        let workspace: &mut MatMut<'_> = &mut workspace.mat_mut();
-        permute(&backend.stream, experts, &ids, &mut offsets.mat_mut(), &mut row_map.mat_mut(), &mut inverse.mat_mut(), workspace).unwrap();
-    });
-    for _ in 0..5 {
-        ids.set_bits(&random(&mut rng));
-        graph.launch().unwrap();
-        let want = oracle::maps(&ids.i32s(), experts);
-        assert_eq!((offsets.i32s(), row_map.i32s(), inverse.i32s()), want);
+    for (tokens, k, experts) in [(100usize, 2usize, 8usize), (700, 8, 64), (100, 2, 2000)] {
+        let cols = 64;
+        let options = PermuteOptions { block: 4, ..PermuteOptions::new(experts as u64) };
+        let sizes = options.sizes(&backend.stream, (tokens * k) as u64).unwrap();
+        let mut rng = Rng(8);
+        let out = |dtype, n: u64| Grid::poisoned(&backend, dtype, 1, n as usize, Layout::dense(n as usize));
+        let (mut offsets, mut row_map) = (out(DType::I32, experts as u64 + 1), out(DType::I32, sizes.rows));
+        let (mut block_experts, mut workspace) = (out(DType::I32, sizes.blocks), out(DType::U8, sizes.workspace_bytes));
+        let (mut ids, mut inverse) = ([(); 2].map(|()| Grid::poisoned(&backend, DType::I32, tokens, k, Layout::dense(k)))).into();
+        let x = Grid::new(&backend, DType::Bf16, tokens, cols, Layout::dense(cols), &rng.bits(DType::Bf16, tokens * cols, 1.0));
+        let mut rows = Grid::poisoned(&backend, DType::Bf16, sizes.rows as usize, cols, Layout::dense(cols));
+        let gates = Grid::new(&backend, DType::F32, tokens, k, Layout::dense(k), &vec![(1.0 / k as f32).to_bits(); tokens * k]);
+        let mut y = Grid::poisoned(&backend, DType::Bf16, tokens, cols, Layout::dense(cols));
+        backend.context.warm(&backend.stream).unwrap();
+        let graph = capture(&backend, || {
+            let stream = &backend.stream;
+            {
+                let (mut offsets, mut row_map) = (offsets.mat_mut(), row_map.mat_mut());
+                let (mut inverse, mut blocks) = (inverse.mat_mut(), block_experts.mat_mut());
+                let (offsets, row_map, inverse) = (&mut offsets, &mut row_map, &mut inverse);
+                let maps = PermuteMaps { offsets, row_map, inverse, block_experts: Some(&mut blocks) };
+                permute_with(stream, &options, &ids.mat(), maps, &mut workspace.mat_mut()).unwrap();
+            }
+            gather(stream, &x.mat(), &inverse.mat(), &mut rows.mat_mut()).unwrap();
+            combine(stream, &rows.mat(), &inverse.mat(), &gates.mat(), &mut y.mat_mut()).unwrap();
+        });
+        for valid in [tokens, tokens / 3, 0, tokens - 1] {
+            let random = (0..tokens * k).map(|i| if i < valid * k { rng.below(experts) as u32 } else { u32::MAX });
+            ids.set_bits(&random.collect::<Vec<_>>());
+            graph.launch().unwrap();
+            let want = oracle::maps(&ids.i32s(), 0..experts, 4, -1, sizes.rows as usize);
+            assert_eq!((offsets.i32s(), row_map.i32s()), (want.offsets, want.row_map));
+            assert_eq!((inverse.i32s(), block_experts.i32s()), (want.inverse, want.block_experts));
+            // k equal rows with gates of 1 / k (a power of two) are the token; a padding token gets zeros.
+            let (got, x) = (y.values(), x.values());
+            assert!(got.iter().zip(&x).enumerate().all(|(i, (y, x))| *y == if i < valid * cols { *x } else { 0.0 }), "{valid} tokens");
+        }
     }
 }

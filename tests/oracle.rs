@@ -126,26 +126,44 @@ pub fn canonical(ids: &[i32], gates: &[f32], slots: usize) -> Vec<(usize, f32)> 
     route
 }
 
-/// Offsets, row map and inverse map of a stable sort by expert.
-pub fn maps(ids: &[i32], experts: usize) -> (Vec<i32>, Vec<i32>, Vec<i32>) {
-    let (mut offsets, mut rows) = (vec![0], Vec::new());
-    for e in 0..experts {
-        rows.extend((0..ids.len()).filter(|&i| ids[i] == e as i32).map(|i| i as i32));
-        offsets.push(rows.len() as i32);
-    }
-    let inverse = (0..ids.len()).map(|i| rows.iter().position(|&r| r == i as i32).map_or(-1, |r| r as i32)).collect();
-    rows.resize(ids.len(), -1);
-    (offsets, rows, inverse)
+/// What a stable sort of items by expert gives.
+#[derive(Debug, PartialEq)]
+pub struct Maps {
+    pub offsets: Vec<i32>,
+    pub row_map: Vec<i32>,
+    pub inverse: Vec<i32>,
+    pub block_experts: Vec<i32>,
 }
 
-/// y = sum of gate * row, and what k roundings of f32 may cost.
-pub fn combine(rows: &[&[f64]], gates: &[f64], cols: usize) -> (Vec<f64>, Vec<f64>) {
-    let mut y = vec![0.0; cols];
-    let mut bounds = vec![0.0; cols];
-    for c in 0..cols {
-        let products: Vec<f64> = rows.iter().zip(gates).map(|(row, g)| row[c] * g).collect();
-        y[c] = products.iter().sum();
-        bounds[c] = 2.0 * products.len() as f64 * U32 * products.iter().map(|p| p.abs()).sum::<f64>();
+/// The items of the experts `local`, each expert's padded to whole blocks, within `rows` rows.
+pub fn maps(ids: &[i32], local: std::ops::Range<usize>, block: usize, filler: i32, rows: usize) -> Maps {
+    let mut maps = Maps { offsets: vec![0], row_map: Vec::new(), inverse: vec![-1; ids.len()], block_experts: Vec::new() };
+    for e in local.clone() {
+        for i in (0..ids.len()).filter(|&i| ids[i] == e as i32) {
+            maps.inverse[i] = maps.row_map.len() as i32;
+            maps.row_map.push(i as i32);
+        }
+        while !maps.row_map.len().is_multiple_of(block) {
+            maps.row_map.push(filler);
+        }
+        maps.block_experts.resize(maps.row_map.len() / block, (e - local.start) as i32);
+        maps.offsets.push(maps.row_map.len() as i32);
+    }
+    assert!(maps.row_map.len() <= rows);
+    maps.row_map.resize(rows, filler);
+    maps.block_experts.resize(rows / block, -1);
+    maps
+}
+
+/// y = residual + scale * sum of gate * row, and what the roundings of f32 may cost: two a term, two for the scale and the residual.
+pub fn combine(rows: &[&[f64]], gates: &[f64], scale: f64, residual: &[f64]) -> (Vec<f64>, Vec<f64>) {
+    let mut y = residual.to_vec();
+    let mut bounds = vec![0.0; y.len()];
+    for c in 0..y.len() {
+        let products: Vec<f64> = rows.iter().zip(gates).map(|(row, g)| row[c] * g * scale).collect();
+        let magnitude = products.iter().map(|p| p.abs()).sum::<f64>() + y[c].abs();
+        y[c] += products.iter().sum::<f64>();
+        bounds[c] = 2.0 * (products.len() + 1) as f64 * U32 * magnitude;
     }
     (y, bounds)
 }

@@ -156,3 +156,25 @@ fn measuring_tools() {
         assert_eq!(seen.get_or_insert_with(|| bits.clone()), &bits, "{name}");
     }
 }
+
+/// Three runs three times over, and the xor of three equal ones, which is that one.
+#[test]
+fn runs_repeat_and_fold() {
+    let (run, times) = (4096, 3);
+    for (name, backend) in Backend::all() {
+        let grid = |n| crate::common::Grid::poisoned(&backend, DType::Bf16, 1, n, crate::common::Layout::dense(n));
+        let (mut x, mut y, mut z) = (grid(3 * run), grid(9 * run), grid(3 * run));
+        measure::fill_random(&backend.stream, 5, 2.0, &mut x.mat_mut()).unwrap();
+        measure::repeat(&backend.stream, times, &x.mat(), &mut y.mat_mut()).unwrap();
+        let bits = x.bits();
+        for (i, copy) in y.bits().chunks(run).enumerate() {
+            assert!(copy == &bits[i / 3 * run..][..run], "{name}: copy {i}");
+        }
+        measure::fold(&backend.stream, times, &y.mat(), &mut z.mat_mut()).unwrap();
+        assert_eq!(z.bits(), bits, "{name}");
+        let refused = measure::repeat(&backend.stream, 33, &x.mat(), &mut y.mat_mut()).unwrap_err();
+        assert!(refused.to_string().contains("times is 33"), "{refused}");
+        let refused = measure::fold(&backend.stream, 2, &y.mat(), &mut z.mat_mut()).unwrap_err();
+        assert!(refused.to_string().contains("x.cols"), "{refused}");
+    }
+}

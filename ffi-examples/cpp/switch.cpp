@@ -155,11 +155,11 @@ void gather_and_combine(Machine &machine, const Routes &routes) {
     check(lsw_permute_workspace_bytes(context, items, experts, &bytes));
     void *workspace = bytes ? machine_alloc(machine.memory(), bytes) : nullptr;
 
-    const lsw_mat ids = routes.ids.in(), x_in = x.in(), row_map_in = row_map.in();
+    const lsw_mat ids = routes.ids.in(), x_in = x.in(), inverse_in = inverse.in();
     const lsw_mat_mut offsets_out = offsets.out(), row_map_out = row_map.out(), inverse_out = inverse.out();
     const lsw_mat_mut rows_out = rows.out(), y_out = y.out();
     check(lsw_permute(context, stream, experts, &ids, &offsets_out, &row_map_out, &inverse_out, workspace, bytes));
-    check(lsw_gather(context, stream, &x_in, &row_map_in, k, &rows_out));
+    check(lsw_gather(context, stream, &x_in, &inverse_in, &rows_out));
 
     auto work = rows.read();
     const auto first_row = offsets.read();
@@ -169,7 +169,7 @@ void gather_and_combine(Machine &machine, const Routes &routes) {
         }
     }
     machine_upload(machine.memory(), rows.data(), work.data(), work.size() * sizeof(float));
-    const lsw_mat rows_in = rows.in(), inverse_in = inverse.in(), gates_in = routes.gates.in();
+    const lsw_mat rows_in = rows.in(), gates_in = routes.gates.in();
     check(lsw_combine(context, stream, &rows_in, &inverse_in, &gates_in, &y_out));
 
     const auto values = x.read(), result = y.read(), gates = routes.gates.read();

@@ -391,30 +391,57 @@ impl<'a> World<'a> {
         });
     }
 
+    /// Options of which most are right, and the experts of the call and the block that they ask for.
+    fn permute_options(&mut self, experts: u64) -> (c::lsw_permute_options, u64, u64) {
+        let first = self.bytes.below(experts);
+        let (last, block) = (first + 1 + self.bytes.below(experts - first), 1 + self.bytes.below(3));
+        let options = c::lsw_permute_options {
+            experts: self.bytes.size(experts),
+            first: self.bytes.size(first),
+            last: self.bytes.size(last),
+            block: self.bytes.size(block),
+            filler: self.bytes.number(-1),
+            reserved: self.bytes.number(0),
+            ..Default::default()
+        };
+        (options, last - first, block)
+    }
+
     fn permute(&mut self) {
         let (tokens, k, experts) = (self.bytes.below(6), 1 + self.bytes.below(4), 1 + self.bytes.below(9));
         let i32 = c::LSW_I32 as i32;
-        let (ids, offsets) = (self.read_only(tokens, k, i32), self.mat(1, experts + 1, i32));
-        let (row_map, inverse) = (self.mat(1, tokens * k, i32), self.mat(tokens, k, i32));
+        let with = self.bytes.below(2) == 1;
+        let (options, local, block) = if with { self.permute_options(experts) } else { (Default::default(), experts, 1) };
+        let rows = (tokens * k + local.min(tokens * k) * (block - 1)) / block * block;
+        let (ids, offsets) = (self.read_only(tokens, k, i32), self.mat(1, local + 1, i32));
+        let (row_map, inverse) = (self.mat(1, rows, i32), self.mat(tokens, k, i32));
+        let block_experts = self.mat(1, rows / block, i32);
         let workspace = self.place(MARGIN);
+        self.write_ids(&ids);
         self.call(|w| {
             let (experts, bytes) = (w.bytes.size(experts), w.bytes.below(MARGIN as u64));
             let (ids, offsets) = (w.bytes.pointer(&ids), w.bytes.pointer(&offsets));
             let (row_map, inverse) = (w.bytes.pointer(&row_map), w.bytes.pointer(&inverse));
+            let block_experts = w.bytes.pointer(&block_experts);
             let context = w.context();
-            unsafe { c::lsw_permute(context, null_mut(), experts, ids, offsets, row_map, inverse, workspace, bytes) }
+            if !with {
+                return unsafe { c::lsw_permute(context, null_mut(), experts, ids, offsets, row_map, inverse, workspace, bytes) };
+            }
+            w.with_options(options, |_, options| unsafe {
+                c::lsw_permute_with(context, null_mut(), options, ids, offsets, row_map, inverse, block_experts, workspace, bytes)
+            })
         });
     }
 
     fn gather(&mut self) {
         let (tokens, k, count, width) = (self.bytes.below(5), 1 + self.bytes.below(4), self.bytes.below(9), self.bytes.below(9));
         let dtype = self.bytes.below(5) as i32;
-        let (x, row_map) = (self.read_only(tokens, width, dtype), self.read_only(1, count, c::LSW_I32 as i32));
+        let (x, inverse) = (self.read_only(tokens, width, dtype), self.read_only(tokens, k, c::LSW_I32 as i32));
         let rows = self.mat(count, width, dtype);
-        self.write_ids(&row_map);
+        self.write_ids(&inverse);
         self.call(|w| {
-            let (x, row_map, rows) = (w.bytes.pointer(&x), w.bytes.pointer(&row_map), w.bytes.pointer(&rows));
-            unsafe { c::lsw_gather(w.context(), null_mut(), x, row_map, w.bytes.size(k), rows) }
+            let (x, inverse, rows) = (w.bytes.pointer(&x), w.bytes.pointer(&inverse), w.bytes.pointer(&rows));
+            unsafe { c::lsw_gather(w.context(), null_mut(), x, inverse, rows) }
         });
     }
 
@@ -423,11 +450,20 @@ impl<'a> World<'a> {
         let dtype = self.bytes.below(3) as i32;
         let (rows, inverse) = (self.read_only(count, width, dtype), self.read_only(tokens, k, c::LSW_I32 as i32));
         let (gates, y) = (self.read_only(tokens, k, c::LSW_F32 as i32), self.mat(tokens, width, dtype));
+        let (residual, is_y) = (self.read_only(tokens, width, dtype), self.bytes.below(4) == 0);
+        let own = c::lsw_mat { data: y.data, rows: y.rows, cols: y.cols, stride: y.stride, dtype: y.dtype, reserved: y.reserved };
+        let residual = if is_y { own } else { residual };
         self.write_ids(&inverse);
         self.call(|w| {
             let (rows, inverse) = (w.bytes.pointer(&rows), w.bytes.pointer(&inverse));
             let (gates, y) = (w.bytes.pointer(&gates), w.bytes.pointer(&y));
-            unsafe { c::lsw_combine(w.context(), null_mut(), rows, inverse, gates, y) }
+            let context = w.context();
+            if w.bytes.below(2) == 0 {
+                return unsafe { c::lsw_combine(context, null_mut(), rows, inverse, gates, y) };
+            }
+            let (residual, reserved) = (w.bytes.pointer(&residual), w.bytes.number(0));
+            let options = c::lsw_combine_options { residual, scale: 0.5, reserved, ..Default::default() };
+            w.with_options(options, |_, options| unsafe { c::lsw_combine_with(context, null_mut(), options, rows, inverse, gates, y) })
         });
     }
 
@@ -483,6 +519,8 @@ impl<'a> World<'a> {
             1 => unsafe { c::lsw_switch_memory_bytes(w.context(), a, b, out) },
             _ => unsafe { c::lsw_permute_workspace_bytes(w.context(), a, b, out) },
         });
+        let (options, ..) = self.permute_options(7);
+        self.get(|w, out| w.with_options(options, |w, options| unsafe { c::lsw_permute_get_sizes(w.context(), options, a, out) }));
     }
 
     fn objects(&mut self) {
@@ -501,6 +539,7 @@ impl<'a> World<'a> {
 
     fn measure(&mut self) {
         let (n, dtype) = (self.bytes.below(40), self.bytes.below(3) as i32);
+        let times = self.bytes.size(1);
         self.cursor = self.cursor.next_multiple_of(16);
         let x = self.read_only(1, n, dtype);
         self.cursor = self.cursor.next_multiple_of(16);
@@ -508,7 +547,9 @@ impl<'a> World<'a> {
         let (sink, factor) = (self.place(4).cast(), f32::from_bits((self.bytes.next() as u32) << 24));
         self.call(|w| {
             let (context, x, y) = (w.context(), w.bytes.pointer(&x), w.bytes.pointer(&y));
-            match w.bytes.below(4) {
+            match w.bytes.below(6) {
+                4 => unsafe { c::lsw_measure_repeat(context, null_mut(), times, x, y) },
+                5 => unsafe { c::lsw_measure_fold(context, null_mut(), times, x, y) },
                 0 => unsafe { c::lsw_measure_scale(context, null_mut(), factor, x, y) },
                 1 => unsafe { c::lsw_measure_scale_in_place(context, null_mut(), factor, y) },
                 2 => unsafe { c::lsw_measure_fill_random(context, null_mut(), w.bytes.word(), factor, y) },

@@ -2,7 +2,7 @@
 
 use super::Pool;
 use crate::dtype::{DType, Float, with_float};
-use crate::measure::{Plan, ReadPlan};
+use crate::measure::{Plan, RUN_BYTES, ReadPlan, RunsPlan};
 use crate::view::RawMat;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -68,4 +68,31 @@ pub(crate) fn read(pool: &Pool, plan: &ReadPlan) {
     // SAFETY: checked host memory, borrowed by the call for writing.
     let sink: &mut i32 = unsafe { &mut plan.sink.row_mut(0)[0] };
     *sink ^= sum.into_inner() as i32;
+}
+
+/// A run of a vector, as bytes.
+fn run(vector: &RawMat, index: u64) -> RawMat {
+    RawMat { addr: vector.addr + index * RUN_BYTES, dtype: DType::U8, cols: RUN_BYTES, ..*vector }
+}
+
+pub(crate) fn repeat(pool: &Pool, plan: &RunsPlan) {
+    let times = u64::from(plan.times);
+    pool.for_each(plan.runs * times, |index| {
+        let (x, y) = (run(&plan.x, index / times), run(&plan.y, index));
+        // SAFETY: checked host memory, borrowed by the call; x and y are disjoint, and this iteration alone touches the run of y.
+        unsafe { y.row_mut::<u8>(0).copy_from_slice(x.row(0)) };
+    });
+}
+
+pub(crate) fn fold(pool: &Pool, plan: &RunsPlan) {
+    let times = u64::from(plan.times);
+    pool.for_each(plan.runs, |index| {
+        // SAFETY: as above.
+        let y = unsafe { run(&plan.y, index).row_mut::<u8>(0) };
+        y.fill(0);
+        for part in index * times..(index + 1) * times {
+            // SAFETY: as above.
+            y.iter_mut().zip(unsafe { run(&plan.x, part).row::<u8>(0) }).for_each(|(y, x)| *y ^= x);
+        }
+    });
 }

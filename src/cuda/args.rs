@@ -15,10 +15,14 @@ pub const LSW_SWITCH90_THREADS: _bindgen_ty_1 = 512;
 pub const LSW_SWITCH90_TILE: _bindgen_ty_1 = 128;
 pub const LSW_SWITCH90_GROUPS: _bindgen_ty_1 = 1024;
 pub const LSW_SWITCH90_SHARED: _bindgen_ty_1 = 232448;
-pub const LSW_PERMUTE_THREADS: _bindgen_ty_1 = 256;
-pub const LSW_PERMUTE_WARP_ITEMS: _bindgen_ty_1 = 512;
-pub const LSW_PERMUTE_MAX_BLOCKS: _bindgen_ty_1 = 1024;
+pub const LSW_PERMUTE_MAX_EXPERTS: _bindgen_ty_1 = 65536;
+pub const LSW_PERMUTE_DIGITS: _bindgen_ty_1 = 1024;
+pub const LSW_PERMUTE_THREADS: _bindgen_ty_1 = 512;
+pub const LSW_PERMUTE_ROUNDS: _bindgen_ty_1 = 2;
+pub const LSW_PERMUTE_MAX_BLOCKS: _bindgen_ty_1 = 128;
 pub const LSW_MOVE_THREADS: _bindgen_ty_1 = 256;
+pub const LSW_COMBINE_PACKS: _bindgen_ty_1 = 2;
+pub const LSW_COMBINE_ROWS: _bindgen_ty_1 = 2;
 pub const LSW_APPLY_TARGETS: _bindgen_ty_1 = 8;
 pub const LSW_SHRINK_THREADS: _bindgen_ty_1 = 256;
 pub const LSW_SHRINK_ROWS: _bindgen_ty_1 = 4;
@@ -35,6 +39,7 @@ pub const LSW_MEASURE_THREADS: _bindgen_ty_1 = 1024;
 pub const LSW_READ_THREADS: _bindgen_ty_1 = 512;
 pub const LSW_READ_BLOCKS: _bindgen_ty_1 = 4;
 pub const LSW_READ_PACKS: _bindgen_ty_1 = 4;
+pub const LSW_RUN_PACKS: _bindgen_ty_1 = 512;
 pub type _bindgen_ty_1 = ::core::ffi::c_uint;
 pub const LSW_ODD_LOGITS: _bindgen_ty_2 = 1;
 pub const LSW_ODD_ID: _bindgen_ty_2 = 2;
@@ -297,64 +302,96 @@ pub struct LswPermuteArgs {
     pub offsets: u64,
     pub row_map: u64,
     pub inverse: u64,
-    pub counts: u64,
+    pub block_experts: u64,
     pub status: u64,
+    pub counts: u64,
+    pub histogram: u64,
+    pub begin: u64,
+    pub order: u64,
+    pub order_count: u64,
     pub ids_stride: u64,
     pub inverse_stride: u64,
     pub items: u32,
     pub k: u32,
+    pub all_experts: u32,
+    pub first: u32,
     pub experts: u32,
+    pub digits: u32,
+    pub digit_bits: u32,
+    pub digit_shift: u32,
+    pub digit_mask: u32,
+    pub block: u32,
+    pub rows: u32,
+    pub row_blocks: u32,
+    pub filler: i32,
     pub blocks: u32,
-    pub warp_items: u32,
+    pub run: u32,
     pub padding: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of LswPermuteArgs"][::core::mem::size_of::<LswPermuteArgs>() - 88usize];
+    ["Size of LswPermuteArgs"][::core::mem::size_of::<LswPermuteArgs>() - 168usize];
     ["Alignment of LswPermuteArgs"][::core::mem::align_of::<LswPermuteArgs>() - 8usize];
     ["Offset of field: LswPermuteArgs::ids"][::core::mem::offset_of!(LswPermuteArgs, ids) - 0usize];
     ["Offset of field: LswPermuteArgs::offsets"][::core::mem::offset_of!(LswPermuteArgs, offsets) - 8usize];
     ["Offset of field: LswPermuteArgs::row_map"][::core::mem::offset_of!(LswPermuteArgs, row_map) - 16usize];
     ["Offset of field: LswPermuteArgs::inverse"][::core::mem::offset_of!(LswPermuteArgs, inverse) - 24usize];
-    ["Offset of field: LswPermuteArgs::counts"][::core::mem::offset_of!(LswPermuteArgs, counts) - 32usize];
+    ["Offset of field: LswPermuteArgs::block_experts"][::core::mem::offset_of!(LswPermuteArgs, block_experts) - 32usize];
     ["Offset of field: LswPermuteArgs::status"][::core::mem::offset_of!(LswPermuteArgs, status) - 40usize];
-    ["Offset of field: LswPermuteArgs::ids_stride"][::core::mem::offset_of!(LswPermuteArgs, ids_stride) - 48usize];
-    ["Offset of field: LswPermuteArgs::inverse_stride"][::core::mem::offset_of!(LswPermuteArgs, inverse_stride) - 56usize];
-    ["Offset of field: LswPermuteArgs::items"][::core::mem::offset_of!(LswPermuteArgs, items) - 64usize];
-    ["Offset of field: LswPermuteArgs::k"][::core::mem::offset_of!(LswPermuteArgs, k) - 68usize];
-    ["Offset of field: LswPermuteArgs::experts"][::core::mem::offset_of!(LswPermuteArgs, experts) - 72usize];
-    ["Offset of field: LswPermuteArgs::blocks"][::core::mem::offset_of!(LswPermuteArgs, blocks) - 76usize];
-    ["Offset of field: LswPermuteArgs::warp_items"][::core::mem::offset_of!(LswPermuteArgs, warp_items) - 80usize];
-    ["Offset of field: LswPermuteArgs::padding"][::core::mem::offset_of!(LswPermuteArgs, padding) - 84usize];
+    ["Offset of field: LswPermuteArgs::counts"][::core::mem::offset_of!(LswPermuteArgs, counts) - 48usize];
+    ["Offset of field: LswPermuteArgs::histogram"][::core::mem::offset_of!(LswPermuteArgs, histogram) - 56usize];
+    ["Offset of field: LswPermuteArgs::begin"][::core::mem::offset_of!(LswPermuteArgs, begin) - 64usize];
+    ["Offset of field: LswPermuteArgs::order"][::core::mem::offset_of!(LswPermuteArgs, order) - 72usize];
+    ["Offset of field: LswPermuteArgs::order_count"][::core::mem::offset_of!(LswPermuteArgs, order_count) - 80usize];
+    ["Offset of field: LswPermuteArgs::ids_stride"][::core::mem::offset_of!(LswPermuteArgs, ids_stride) - 88usize];
+    ["Offset of field: LswPermuteArgs::inverse_stride"][::core::mem::offset_of!(LswPermuteArgs, inverse_stride) - 96usize];
+    ["Offset of field: LswPermuteArgs::items"][::core::mem::offset_of!(LswPermuteArgs, items) - 104usize];
+    ["Offset of field: LswPermuteArgs::k"][::core::mem::offset_of!(LswPermuteArgs, k) - 108usize];
+    ["Offset of field: LswPermuteArgs::all_experts"][::core::mem::offset_of!(LswPermuteArgs, all_experts) - 112usize];
+    ["Offset of field: LswPermuteArgs::first"][::core::mem::offset_of!(LswPermuteArgs, first) - 116usize];
+    ["Offset of field: LswPermuteArgs::experts"][::core::mem::offset_of!(LswPermuteArgs, experts) - 120usize];
+    ["Offset of field: LswPermuteArgs::digits"][::core::mem::offset_of!(LswPermuteArgs, digits) - 124usize];
+    ["Offset of field: LswPermuteArgs::digit_bits"][::core::mem::offset_of!(LswPermuteArgs, digit_bits) - 128usize];
+    ["Offset of field: LswPermuteArgs::digit_shift"][::core::mem::offset_of!(LswPermuteArgs, digit_shift) - 132usize];
+    ["Offset of field: LswPermuteArgs::digit_mask"][::core::mem::offset_of!(LswPermuteArgs, digit_mask) - 136usize];
+    ["Offset of field: LswPermuteArgs::block"][::core::mem::offset_of!(LswPermuteArgs, block) - 140usize];
+    ["Offset of field: LswPermuteArgs::rows"][::core::mem::offset_of!(LswPermuteArgs, rows) - 144usize];
+    ["Offset of field: LswPermuteArgs::row_blocks"][::core::mem::offset_of!(LswPermuteArgs, row_blocks) - 148usize];
+    ["Offset of field: LswPermuteArgs::filler"][::core::mem::offset_of!(LswPermuteArgs, filler) - 152usize];
+    ["Offset of field: LswPermuteArgs::blocks"][::core::mem::offset_of!(LswPermuteArgs, blocks) - 156usize];
+    ["Offset of field: LswPermuteArgs::run"][::core::mem::offset_of!(LswPermuteArgs, run) - 160usize];
+    ["Offset of field: LswPermuteArgs::padding"][::core::mem::offset_of!(LswPermuteArgs, padding) - 164usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
 pub struct LswGatherArgs {
     pub x: u64,
-    pub row_map: u64,
+    pub inverse: u64,
     pub rows: u64,
     pub x_stride: u64,
     pub rows_stride: u64,
     pub units: u64,
-    pub count: u32,
+    pub inverse_stride: u64,
     pub k: u32,
-    pub tokens: u32,
-    pub padding: u32,
+    pub row_count: u32,
+    pub warps: u32,
+    pub pieces: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of LswGatherArgs"][::core::mem::size_of::<LswGatherArgs>() - 64usize];
+    ["Size of LswGatherArgs"][::core::mem::size_of::<LswGatherArgs>() - 72usize];
     ["Alignment of LswGatherArgs"][::core::mem::align_of::<LswGatherArgs>() - 8usize];
     ["Offset of field: LswGatherArgs::x"][::core::mem::offset_of!(LswGatherArgs, x) - 0usize];
-    ["Offset of field: LswGatherArgs::row_map"][::core::mem::offset_of!(LswGatherArgs, row_map) - 8usize];
+    ["Offset of field: LswGatherArgs::inverse"][::core::mem::offset_of!(LswGatherArgs, inverse) - 8usize];
     ["Offset of field: LswGatherArgs::rows"][::core::mem::offset_of!(LswGatherArgs, rows) - 16usize];
     ["Offset of field: LswGatherArgs::x_stride"][::core::mem::offset_of!(LswGatherArgs, x_stride) - 24usize];
     ["Offset of field: LswGatherArgs::rows_stride"][::core::mem::offset_of!(LswGatherArgs, rows_stride) - 32usize];
     ["Offset of field: LswGatherArgs::units"][::core::mem::offset_of!(LswGatherArgs, units) - 40usize];
-    ["Offset of field: LswGatherArgs::count"][::core::mem::offset_of!(LswGatherArgs, count) - 48usize];
-    ["Offset of field: LswGatherArgs::k"][::core::mem::offset_of!(LswGatherArgs, k) - 52usize];
-    ["Offset of field: LswGatherArgs::tokens"][::core::mem::offset_of!(LswGatherArgs, tokens) - 56usize];
-    ["Offset of field: LswGatherArgs::padding"][::core::mem::offset_of!(LswGatherArgs, padding) - 60usize];
+    ["Offset of field: LswGatherArgs::inverse_stride"][::core::mem::offset_of!(LswGatherArgs, inverse_stride) - 48usize];
+    ["Offset of field: LswGatherArgs::k"][::core::mem::offset_of!(LswGatherArgs, k) - 56usize];
+    ["Offset of field: LswGatherArgs::row_count"][::core::mem::offset_of!(LswGatherArgs, row_count) - 60usize];
+    ["Offset of field: LswGatherArgs::warps"][::core::mem::offset_of!(LswGatherArgs, warps) - 64usize];
+    ["Offset of field: LswGatherArgs::pieces"][::core::mem::offset_of!(LswGatherArgs, pieces) - 68usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
@@ -362,34 +399,42 @@ pub struct LswCombineArgs {
     pub rows: u64,
     pub inverse: u64,
     pub gates: u64,
+    pub residual: u64,
     pub y: u64,
     pub rows_stride: u64,
     pub inverse_stride: u64,
     pub gates_stride: u64,
+    pub residual_stride: u64,
     pub y_stride: u64,
     pub cols: u64,
-    pub tokens: u32,
     pub k: u32,
     pub row_count: u32,
+    pub warps: u32,
+    pub pieces: u32,
+    pub scale: f32,
     pub aligned: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of LswCombineArgs"][::core::mem::size_of::<LswCombineArgs>() - 88usize];
+    ["Size of LswCombineArgs"][::core::mem::size_of::<LswCombineArgs>() - 112usize];
     ["Alignment of LswCombineArgs"][::core::mem::align_of::<LswCombineArgs>() - 8usize];
     ["Offset of field: LswCombineArgs::rows"][::core::mem::offset_of!(LswCombineArgs, rows) - 0usize];
     ["Offset of field: LswCombineArgs::inverse"][::core::mem::offset_of!(LswCombineArgs, inverse) - 8usize];
     ["Offset of field: LswCombineArgs::gates"][::core::mem::offset_of!(LswCombineArgs, gates) - 16usize];
-    ["Offset of field: LswCombineArgs::y"][::core::mem::offset_of!(LswCombineArgs, y) - 24usize];
-    ["Offset of field: LswCombineArgs::rows_stride"][::core::mem::offset_of!(LswCombineArgs, rows_stride) - 32usize];
-    ["Offset of field: LswCombineArgs::inverse_stride"][::core::mem::offset_of!(LswCombineArgs, inverse_stride) - 40usize];
-    ["Offset of field: LswCombineArgs::gates_stride"][::core::mem::offset_of!(LswCombineArgs, gates_stride) - 48usize];
-    ["Offset of field: LswCombineArgs::y_stride"][::core::mem::offset_of!(LswCombineArgs, y_stride) - 56usize];
-    ["Offset of field: LswCombineArgs::cols"][::core::mem::offset_of!(LswCombineArgs, cols) - 64usize];
-    ["Offset of field: LswCombineArgs::tokens"][::core::mem::offset_of!(LswCombineArgs, tokens) - 72usize];
-    ["Offset of field: LswCombineArgs::k"][::core::mem::offset_of!(LswCombineArgs, k) - 76usize];
-    ["Offset of field: LswCombineArgs::row_count"][::core::mem::offset_of!(LswCombineArgs, row_count) - 80usize];
-    ["Offset of field: LswCombineArgs::aligned"][::core::mem::offset_of!(LswCombineArgs, aligned) - 84usize];
+    ["Offset of field: LswCombineArgs::residual"][::core::mem::offset_of!(LswCombineArgs, residual) - 24usize];
+    ["Offset of field: LswCombineArgs::y"][::core::mem::offset_of!(LswCombineArgs, y) - 32usize];
+    ["Offset of field: LswCombineArgs::rows_stride"][::core::mem::offset_of!(LswCombineArgs, rows_stride) - 40usize];
+    ["Offset of field: LswCombineArgs::inverse_stride"][::core::mem::offset_of!(LswCombineArgs, inverse_stride) - 48usize];
+    ["Offset of field: LswCombineArgs::gates_stride"][::core::mem::offset_of!(LswCombineArgs, gates_stride) - 56usize];
+    ["Offset of field: LswCombineArgs::residual_stride"][::core::mem::offset_of!(LswCombineArgs, residual_stride) - 64usize];
+    ["Offset of field: LswCombineArgs::y_stride"][::core::mem::offset_of!(LswCombineArgs, y_stride) - 72usize];
+    ["Offset of field: LswCombineArgs::cols"][::core::mem::offset_of!(LswCombineArgs, cols) - 80usize];
+    ["Offset of field: LswCombineArgs::k"][::core::mem::offset_of!(LswCombineArgs, k) - 88usize];
+    ["Offset of field: LswCombineArgs::row_count"][::core::mem::offset_of!(LswCombineArgs, row_count) - 92usize];
+    ["Offset of field: LswCombineArgs::warps"][::core::mem::offset_of!(LswCombineArgs, warps) - 96usize];
+    ["Offset of field: LswCombineArgs::pieces"][::core::mem::offset_of!(LswCombineArgs, pieces) - 100usize];
+    ["Offset of field: LswCombineArgs::scale"][::core::mem::offset_of!(LswCombineArgs, scale) - 104usize];
+    ["Offset of field: LswCombineArgs::aligned"][::core::mem::offset_of!(LswCombineArgs, aligned) - 108usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
@@ -481,7 +526,7 @@ pub struct LswMeasureArgs {
     pub count: u64,
     pub seed: u64,
     pub factor: f32,
-    pub padding: u32,
+    pub times: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -492,5 +537,5 @@ const _: () = {
     ["Offset of field: LswMeasureArgs::count"][::core::mem::offset_of!(LswMeasureArgs, count) - 16usize];
     ["Offset of field: LswMeasureArgs::seed"][::core::mem::offset_of!(LswMeasureArgs, seed) - 24usize];
     ["Offset of field: LswMeasureArgs::factor"][::core::mem::offset_of!(LswMeasureArgs, factor) - 32usize];
-    ["Offset of field: LswMeasureArgs::padding"][::core::mem::offset_of!(LswMeasureArgs, padding) - 36usize];
+    ["Offset of field: LswMeasureArgs::times"][::core::mem::offset_of!(LswMeasureArgs, times) - 36usize];
 };

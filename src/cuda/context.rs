@@ -51,6 +51,7 @@ pub(super) struct Kernels {
     pub switch: [Function; 3],
     pub switch_current: Function,
     pub permute_count: Function,
+    pub permute_scan: Function,
     pub permute_scatter: Function,
     /// By bytes a unit: 16, 4, 2, 1.
     pub gather: [Function; 4],
@@ -62,6 +63,8 @@ pub(super) struct Kernels {
     pub measure_scale: [Function; 3],
     pub measure_fill: [Function; 3],
     pub measure_read: Function,
+    pub measure_repeat: Function,
+    pub measure_fold: Function,
 }
 
 /// The halves of an unmerged product.
@@ -167,6 +170,7 @@ impl Modules {
             switch: self.functions("switch", "switch", floats)?,
             switch_current: self.function("switch", "switch_current")?,
             permute_count: self.function("permute", "permute_count")?,
+            permute_scan: self.function("permute", "permute_scan")?,
             permute_scatter: self.function("permute", "permute_scatter")?,
             gather: self.functions("permute", "gather", ["16", "4", "2", "1"])?,
             combine: self.functions("permute", "combine", floats)?,
@@ -176,6 +180,8 @@ impl Modules {
             measure_scale: self.functions("measure", "measure_scale", floats)?,
             measure_fill: self.functions("measure", "measure_fill", floats)?,
             measure_read: self.function("measure", "measure_read")?,
+            measure_repeat: self.function("measure", "measure_repeat")?,
+            measure_fold: self.function("measure", "measure_fold")?,
         })
     }
 }

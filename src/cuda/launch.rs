@@ -85,7 +85,7 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
         launch(stream, k.status_take, one(1, 0), &LswTakeArgs::default())?;
         launch(stream, k.bank_set, one(LSW_BANK_THREADS, 0), &LswBankArgs::default())?;
         launch(stream, k.switch_current, one(LSW_MAX_K, 0), &LswCurrentArgs::default())?;
-        for function in [k.permute_count, k.permute_scatter] {
+        for function in [k.permute_count, k.permute_scan, k.permute_scatter] {
             launch(stream, function, one(LSW_PERMUTE_THREADS, 64), &LswPermuteArgs::default())?;
         }
         for function in k.gather {
@@ -100,6 +100,9 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
         }
         launch_dependent(stream, k.apply_order, one(LSW_ORDER_THREADS, 0), &LswApplyArgs::default())?;
         launch(stream, k.measure_read, one(LSW_READ_THREADS, 0), &LswMeasureArgs::default())?;
+        for function in [k.measure_repeat, k.measure_fold] {
+            launch(stream, function, one(LSW_RUN_PACKS, 0), &LswMeasureArgs::default())?;
+        }
         for function in k.combine {
             launch(stream, function, one(LSW_MOVE_THREADS, 0), &LswCombineArgs::default())?;
         }

@@ -83,3 +83,45 @@ pub unsafe extern "C" fn lsw_measure_read(
         measure::read(&stream, &x, &mut sink)
     })
 }
+
+/// Writes each run of x, 8 KB, `times` times to y: the bytes of a gather in its mix of reads and
+/// writes, without indices.
+///
+/// x [1, n] and y [1, n * times] are vectors of LSW_F32, LSW_F16 or LSW_BF16, the same for both, with
+/// addresses that are multiples of 16 bytes; n in whole runs, times at most 32. One launch; enqueued,
+/// and may be captured.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn lsw_measure_repeat(
+    context: *const lsw_context,
+    stream: *mut c_void,
+    times: u64,
+    x: *const lsw_mat,
+    y: *const lsw_mat_mut,
+) -> lsw_status {
+    guard(|| {
+        // SAFETY: the conventions.
+        let (context, stream) = unsafe { on(context, stream) }?;
+        // SAFETY: the conventions.
+        let (x, mut y) = unsafe { (mat(context, x, "x")?, mat_mut(context, y, "y")?) };
+        measure::repeat(&stream, times, &x, &mut y)
+    })
+}
+
+/// Writes the xor of each `times` runs of x, 8 KB, to a run of y: the bytes of a combine in its mix
+/// of reads and writes, without indices. As lsw_measure_repeat, with x and y the other way round.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn lsw_measure_fold(
+    context: *const lsw_context,
+    stream: *mut c_void,
+    times: u64,
+    x: *const lsw_mat,
+    y: *const lsw_mat_mut,
+) -> lsw_status {
+    guard(|| {
+        // SAFETY: the conventions.
+        let (context, stream) = unsafe { on(context, stream) }?;
+        // SAFETY: the conventions.
+        let (x, mut y) = unsafe { (mat(context, x, "x")?, mat_mut(context, y, "y")?) };
+        measure::fold(&stream, times, &x, &mut y)
+    })
+}

@@ -351,12 +351,16 @@ static void unmerged(void) {
 }
 
 static void gather_scatter(void) {
-    static int32_t offsets[5], row_map[6], inverse[3][2];
+    static int32_t offsets[5], row_map[6], inverse[3][2], padded[16], block_experts[4];
     static float rows[6][8], y[3][8];
     lsw_mat i = in(ids, 3, 2, LSW_I32), x = in(logits, 3, 8, LSW_F32), g = in(gates, 3, 2, LSW_F32), bad = i;
     lsw_mat_mut o = out(offsets, 1, 5, LSW_I32), m = out(row_map, 1, 6, LSW_I32), v = out(inverse, 3, 2, LSW_I32);
     lsw_mat_mut r = out(rows, 6, 8, LSW_F32), sum = out(y, 3, 8, LSW_F32), other = v;
-    lsw_mat map = in(row_map, 1, 6, LSW_I32), inv = in(inverse, 3, 2, LSW_I32), results = in(rows, 6, 8, LSW_F32);
+    lsw_mat_mut p = out(padded, 1, 15, LSW_I32), b = out(block_experts, 1, 3, LSW_I32);
+    lsw_mat inv = in(inverse, 3, 2, LSW_I32), results = in(rows, 6, 8, LSW_F32), residual = in(y, 3, 8, LSW_F32);
+    lsw_permute_options options = {sizeof options, 4, 0, 4, 4, -2, 0};
+    lsw_permute_sizes sizes = {77, 77, 77};
+    lsw_combine_options with = {sizeof with, &residual, 2.0f, 0};
     uint64_t bytes = 77;
     for (int t = 0; t < 3; t++) {
         ids[t][0] = t, ids[t][1] = 3;
@@ -371,7 +375,7 @@ static void gather_scatter(void) {
     OK(lsw_permute_workspace_bytes(context, 6, 4, &bytes));
     REFUSED(lsw_permute(context, NULL, 4, NULL, &o, &m, &v, NULL, 0), "ids is null");
     REFUSED(lsw_permute(context, NULL, 3, &i, &o, &m, &v, NULL, 0), "offsets.cols is 5; it must be 4");
-    REFUSED(lsw_permute(context, NULL, 1025, &i, &o, &m, &v, NULL, 0), "experts is 1025");
+    REFUSED(lsw_permute(context, NULL, 65537, &i, &o, &m, &v, NULL, 0), "experts is 65537");
     REFUSED(lsw_permute(context, NULL, 4, &i, &o, &m, &v, NULL, 8), "workspace.data is null");
     other.stride = UINT64_MAX;
     REFUSED(lsw_permute(context, NULL, 4, &i, &o, &m, &other, NULL, 0), "inverse.shape");
@@ -381,14 +385,62 @@ static void gather_scatter(void) {
     REFUSED(lsw_permute(context, NULL, 4, &bad, &o, &m, &v, NULL, 0), "ids.dtype is f32");
     OK(lsw_permute(context, NULL, 4, &i, &o, &m, &v, NULL, 0));
     EXPECT(offsets[4] == 6 && row_map[3] == 1 && row_map[5] == 5 && inverse[2][1] == 5);
-    REFUSED(lsw_gather(context, NULL, &x, &map, 0, &r), "k is 0");
-    REFUSED(lsw_gather(context, NULL, &x, NULL, 2, &r), "row_map is null");
-    REFUSED(lsw_gather(context, NULL, &results, &map, 2, &r), "disjoint from x");
-    OK(lsw_gather(context, NULL, &x, &map, 2, &r));
+
+    REFUSED(lsw_permute_get_sizes(context, NULL, 6, &sizes), "experts is 0");
+    options.last = 5;
+    REFUSED(lsw_permute_get_sizes(context, &options, 6, &sizes), "local.end is 5; it must be 1 to 4");
+    options.last = 4, options.block = 1025;
+    REFUSED(lsw_permute_get_sizes(context, &options, 6, &sizes), "block is 1025; it must be 1 to 1024");
+    options.block = 4, options.reserved = 1;
+    REFUSED(lsw_permute_get_sizes(context, &options, 6, &sizes), "options.reserved is 1");
+    options.reserved = 0;
+    REFUSED(lsw_permute_get_sizes(context, &options, 6, NULL), "sizes is null");
+    EXPECT(sizes.rows == 77 && sizes.blocks == 77 && sizes.workspace_bytes == 77);
+    OK(lsw_permute_get_sizes(context, &options, 6, &sizes));
+    EXPECT(sizes.rows == 16 && sizes.blocks == 4 && sizes.workspace_bytes == 0); /* 6 + 4 * 3, in whole blocks */
+    REFUSED(lsw_permute_with(context, NULL, &options, &i, &o, &p, &v, &b, NULL, 0), "row_map.cols is 15; it must be 16");
+    p.cols = 16;
+    REFUSED(lsw_permute_with(context, NULL, &options, &i, &o, &p, &v, &b, NULL, 0), "block_experts.cols is 3; it must be 4");
+    b.cols = 4;
+    OK(lsw_permute_with(context, NULL, &options, &i, &o, &p, &v, &b, NULL, 0)); /* one item for each of 0 to 2, three for 3 */
+    EXPECT(offsets[4] == 16 && padded[0] == 0 && padded[1] == -2 && padded[14] == 5 && padded[15] == -2);
+    EXPECT(block_experts[0] == 0 && block_experts[3] == 3);
+    options.first = 3; /* the others' items are dropped */
+    o.cols = 2, p.cols = 8, b.cols = 2;
+    OK(lsw_permute_get_sizes(context, &options, 6, &sizes));
+    EXPECT(sizes.rows == 8 && sizes.blocks == 2);
+    OK(lsw_permute_with(context, NULL, &options, &i, &o, &p, &v, &b, NULL, 0));
+    EXPECT(offsets[1] == 4 && padded[2] == 5 && padded[3] == -2 && padded[7] == -2 && block_experts[0] == 0 && block_experts[1] == -1);
+    OK(lsw_permute_with(context, NULL, &options, &i, &o, &p, &v, NULL, NULL, 0));
+
+    o.cols = 5;
+    OK(lsw_permute(context, NULL, 4, &i, &o, &m, &v, NULL, 0));
+    REFUSED(lsw_gather(context, NULL, &x, NULL, &r), "inverse is null");
+    REFUSED(lsw_gather(context, NULL, &i, &inv, &r), "rows.dtype is f32");
+    REFUSED(lsw_gather(context, NULL, &x, &results, &r), "inverse.dtype is f32");
+    other = out(logits, 3, 8, LSW_F32);
+    REFUSED(lsw_gather(context, NULL, &x, &inv, &other), "disjoint from x");
+    OK(lsw_gather(context, NULL, &x, &inv, &r));
     REFUSED(lsw_combine(context, NULL, &results, &inv, NULL, &sum), "gates is null");
     REFUSED(lsw_combine(context, NULL, &results, &g, &inv, &sum), "inverse.dtype is f32");
     OK(lsw_combine(context, NULL, &results, &inv, &g, &sum));
     EXPECT(memcmp(y, logits, sizeof y) == 0); /* gates that sum to 1, whole numbers: exact */
+
+    with.reserved = 1;
+    REFUSED(lsw_combine_with(context, NULL, &with, &results, &inv, &g, &sum), "options.reserved is 1");
+    with.reserved = 0, residual.rows = 2;
+    REFUSED(lsw_combine_with(context, NULL, &with, &results, &inv, &g, &sum), "residual.rows is 2; it must be 3");
+    residual.rows = 3, residual.cols = 7, residual.data = &y[0][1];
+    REFUSED(lsw_combine_with(context, NULL, &with, &results, &inv, &g, &sum), "residual.cols is 7; it must be 8");
+    residual = in(rows, 3, 8, LSW_F32), residual.data = &rows[3][0];
+    OK(lsw_combine_with(context, NULL, &with, &results, &inv, &g, &sum));
+    EXPECT(y[2][7] == rows[5][7] + 2 * logits[2][7]);
+    sum.data = y, residual = in(&y[1][0], 2, 8, LSW_F32), residual.rows = 3, residual.data = &y[0][0], residual.stride = 9;
+    REFUSED(lsw_combine_with(context, NULL, &with, &results, &inv, &g, &sum), "disjoint from residual");
+    residual.stride = 8;
+    OK(lsw_combine(context, NULL, &results, &inv, &g, &sum));
+    OK(lsw_combine_with(context, NULL, &with, &results, &inv, &g, &sum)); /* y itself */
+    EXPECT(y[2][7] == 3 * logits[2][7]);
 }
 
 static void measure(void) {

@@ -1,0 +1,411 @@
+#!/usr/bin/env python3
+"""lora-switch from Python, with ctypes alone: tokens are routed, grouped by expert, moved to their experts' rows and combined again.
+
+    python3 ffi-examples/python/route_and_permute.py [--library PATH] [--bench [FILTER]] [--vllm DIR] [--record FILE]
+
+On the CPU it needs nothing but Python, and checks each result against plain loops. With torch and a GPU it does the same on torch's
+tensors (data_ptr, current stream), against torch. --bench measures each call beside what torch, and vLLM where DIR holds its compiled
+kernels, take for the same work: microseconds a node of one CUDA graph, all on one card, in turns. LORA_SWITCH_REQUIRE_GPU=1 makes a
+missing GPU an error.
+"""
+import argparse
+import array
+import ctypes
+import json
+import math
+import os
+import pathlib
+import random
+import sys
+
+F32, F16, BF16, I32, U8 = range(5)  # LSW_F32 ...
+
+
+class Mat(ctypes.Structure):
+    """lsw_mat and lsw_mat_mut."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("rows", ctypes.c_uint64), ("cols", ctypes.c_uint64), ("stride", ctypes.c_uint64),
+                ("dtype", ctypes.c_int32), ("reserved", ctypes.c_int32)]
+
+
+class PermuteOptions(ctypes.Structure):
+    """lsw_permute_options."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in ("struct_size", "experts", "first", "last", "block")] + [
+        ("filler", ctypes.c_int32), ("reserved", ctypes.c_int32)]
+
+    @classmethod
+    def all_of(cls, experts, block=1):
+        return cls(ctypes.sizeof(cls), experts, 0, experts, block, -1, 0)
+
+
+class PermuteSizes(ctypes.Structure):
+    """lsw_permute_sizes."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in ("rows", "blocks", "workspace_bytes")]
+
+
+class Matrix:
+    """Rows of one dtype in host memory: what a torch tensor is on the GPU."""
+
+    CODES = {F32: "f", I32: "i", U8: "B"}
+
+    def __init__(self, dtype, rows, cols, values=None):
+        self.dtype, self.rows, self.cols = dtype, rows, cols
+        self.array = array.array(self.CODES[dtype], values if values is not None else [0] * (rows * cols))
+        assert len(self.array) == rows * cols
+
+    def row(self, i):
+        return self.array[i * self.cols:(i + 1) * self.cols]
+
+
+class Context:
+    """A backend of the library. Calls take a Matrix on the CPU, torch tensors of two dimensions on the GPU."""
+
+    def __init__(self, library, torch=None):
+        self.library, self.torch, self.handle = library, torch, ctypes.c_void_p()
+        for name in ("lsw_last_error", "lsw_status_name"):
+            getattr(library, name).restype = ctypes.c_char_p
+        library.lsw_context_destroy.restype = None
+        if torch is None:
+            self.call("lsw_context_create_cpu", 1, ctypes.byref(self.handle))
+        else:
+            self.call("lsw_context_create_cuda", torch.cuda.current_device(), ctypes.byref(self.handle))
+            self.call("lsw_context_warm", self.handle, self.stream())
+
+    def close(self):
+        self.library.lsw_context_destroy(self.handle)
+
+    def call(self, name, *arguments):
+        """Raises what the library has to say about a failure. ctypes passes an int as 32 bits: 64-bit ones come wrapped."""
+        status = getattr(self.library, name)(*arguments)
+        if status != 0:
+            raise RuntimeError(f"{name}: {self.library.lsw_last_error().decode()} ({self.library.lsw_status_name(status).decode()})")
+
+    def stream(self):
+        """torch's current stream; 0 is CUDA's default stream, as it is for the library."""
+        return ctypes.c_void_p(self.torch.cuda.current_stream().cuda_stream if self.torch else None)
+
+    def mat(self, x):
+        if x is None:
+            return None
+        if isinstance(x, Matrix):
+            return ctypes.byref(Mat(x.array.buffer_info()[0], x.rows, x.cols, x.cols, x.dtype, 0))
+        t = self.torch
+        dtypes = {t.float32: F32, t.float16: F16, t.bfloat16: BF16, t.int32: I32, t.uint8: U8}
+        assert x.dim() == 2 and (x.shape[1] < 2 or x.stride(1) == 1)
+        return ctypes.byref(Mat(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), dtypes[x.dtype], 0))
+
+    def empty(self, dtype, rows, cols):
+        if self.torch is None:
+            return Matrix(dtype, rows, cols)
+        t = self.torch
+        return t.empty(rows, cols, device="cuda", dtype={F32: t.float32, F16: t.float16, BF16: t.bfloat16, I32: t.int32, U8: t.uint8}[dtype])
+
+    def route(self, logits, ids, gates):
+        self.call("lsw_route", self.handle, self.stream(), None, self.mat(logits), self.mat(ids), self.mat(gates))
+
+    def gather(self, x, inverse, rows):
+        self.call("lsw_gather", self.handle, self.stream(), self.mat(x), self.mat(inverse), self.mat(rows))
+
+    def combine(self, rows, inverse, gates, y):
+        self.call("lsw_combine", self.handle, self.stream(), self.mat(rows), self.mat(inverse), self.mat(gates), self.mat(y))
+
+
+class Maps:
+    """The maps of a batch, in buffers that are made once."""
+
+    def __init__(self, context, tokens, k, experts, block=1):
+        self.context, self.options, sizes = context, PermuteOptions.all_of(experts, block), PermuteSizes()
+        context.call("lsw_permute_get_sizes", context.handle, ctypes.byref(self.options), ctypes.c_uint64(tokens * k), ctypes.byref(sizes))
+        self.offsets, self.inverse = context.empty(I32, 1, experts + 1), context.empty(I32, tokens, k)
+        self.row_map, self.block_experts = context.empty(I32, 1, sizes.rows), context.empty(I32, 1, sizes.blocks)
+        self.workspace, self.bytes = context.empty(U8, 1, sizes.workspace_bytes), sizes.workspace_bytes
+
+    def sort(self, ids):
+        c, mat = self.context, self.context.mat
+        workspace = ctypes.c_void_p(self.workspace.data_ptr() if self.bytes else None)
+        c.call("lsw_permute_with", c.handle, c.stream(), ctypes.byref(self.options), mat(ids), mat(self.offsets), mat(self.row_map),
+               mat(self.inverse), mat(self.block_experts), workspace, ctypes.c_uint64(self.bytes))
+
+
+def expect(condition, what):
+    if not condition:
+        sys.exit(f"wrong: {what}")
+
+
+def on_the_cpu(library):
+    """A batch from logits to the combined rows; each step against plain Python."""
+    context, dice = Context(library), random.Random(5)
+    tokens, k, experts, width, block = 37, 3, 8, 20, 4
+    logits = Matrix(F32, tokens, experts, [dice.uniform(-3, 3) for _ in range(tokens * experts)])
+    ids, gates = Matrix(I32, tokens, k), Matrix(F32, tokens, k)
+    context.route(logits, ids, gates)
+    for t in range(tokens):
+        order = sorted(range(experts), key=lambda e: (-logits.row(t)[e], e))[:k]
+        expect(list(ids.row(t)) == order, f"experts of token {t}")
+        scores = [math.exp(logits.row(t)[e] - logits.row(t)[order[0]]) for e in order]
+        expect(all(abs(g - s / sum(scores)) < 1e-6 for g, s in zip(gates.row(t), scores)), f"gates of token {t}")
+
+    maps = Maps(context, tokens, k, experts, block)
+    maps.sort(ids)
+    rows = []
+    for e in range(experts):
+        expect(maps.offsets.array[e] == len(rows), f"where expert {e} begins")
+        rows += [i for i in range(tokens * k) if ids.array[i] == e]
+        rows += [-1] * (-len(rows) % block)
+        expect(set(maps.block_experts.array[maps.offsets.array[e] // block:len(rows) // block]) <= {e}, f"blocks of expert {e}")
+    expect(list(maps.row_map.array[:len(rows)]) == rows and set(maps.row_map.array[len(rows):]) <= {-1}, "the order of rows")
+    expect(all(rows[row] == i for i, row in enumerate(maps.inverse.array)), "the inverse map")
+
+    x = Matrix(F32, tokens, width, [dice.uniform(-1, 1) for _ in range(tokens * width)])
+    moved, y = Matrix(F32, len(rows), width), Matrix(F32, tokens, width)
+    context.gather(x, maps.inverse, moved)
+    expect(all(moved.row(row) == x.row(i // k) for row, i in enumerate(rows) if i >= 0), "the moved rows")
+    context.combine(moved, maps.inverse, gates, y)
+    # Equal rows and gates that sum to one: the token, but for the roundings of k products and sums.
+    expect(all(abs(a - b) < 1e-6 for a, b in zip(y.array, x.array)), "the combined rows")
+    context.close()
+    print(f"CPU: {tokens} tokens routed, grouped by expert and combined: verified")
+
+
+def batch(context, tokens, k, experts, width):
+    """Logits, hidden states and routes on the GPU, made by the library's router."""
+    t = context.torch
+    logits, x = t.randn(tokens, experts, device="cuda"), t.randn(tokens, width, device="cuda").bfloat16()
+    ids, gates = context.empty(I32, tokens, k), context.empty(F32, tokens, k)
+    context.route(logits, ids, gates)
+    return logits, x, ids, gates
+
+
+def check_maps(torch, maps, ids, experts, block):
+    """Against a stable sort of torch's."""
+    flat, device = ids.flatten().long(), ids.device
+    order, counts = flat.argsort(stable=True), flat.bincount(minlength=experts)
+    padded, zero = (counts + block - 1) // block * block, torch.zeros(1, dtype=torch.long, device=device)
+    offsets, begin = torch.cat([zero, padded.cumsum(0)]), torch.cat([zero, counts.cumsum(0)])
+    row = offsets[flat[order]] + torch.arange(len(flat), device=device) - begin[flat[order]]
+    row_map = torch.full((maps.row_map.shape[1],), -1, device=device)
+    row_map[row] = order
+    inverse = torch.empty_like(flat)
+    inverse[order] = row
+    return ((maps.offsets[0] == offsets).all() and (maps.row_map[0] == row_map).all() and (maps.inverse.flatten() == inverse).all()).item()
+
+
+def check_batch(context, tokens, k, experts, width, block):
+    """All calls, against torch."""
+    torch = context.torch
+    logits, x, ids, gates = batch(context, tokens, k, experts, width)
+    best = logits.softmax(-1).topk(k)
+    expect((ids == best.indices).all().item(), "the router's experts")
+    expect((gates - best.values / best.values.sum(-1, keepdim=True)).abs().max().item() < 1e-5, "the router's gates")
+    maps = Maps(context, tokens, k, experts, block)
+    maps.sort(ids)
+    expect(check_maps(torch, maps, ids, experts, block), "the maps")
+    rows, y = context.empty(BF16, maps.row_map.shape[1], width), context.empty(BF16, tokens, width)
+    context.gather(x, maps.inverse, rows)
+    expect((rows[maps.inverse.flatten().long()] == x.repeat_interleave(k, 0)).all().item(), "the moved rows")
+    context.combine(rows, maps.inverse, gates, y)
+    exact = x.double() * gates.double().sum(-1, keepdim=True)
+    expect(((y.double() - exact).abs() <= exact.abs() * 2.0**-8 + 1e-6).all().item(), "the combined rows")
+
+
+class Bench:
+    """Times calls as nodes of CUDA graphs, in turns, and checks what ours left behind."""
+
+    def __init__(self, context, vllm, record, wanted):
+        self.context, self.torch, self.record, self.wanted = context, context.torch, record, wanted
+        self.vllm = self.load(vllm) if vllm else None
+        self.other = self.torch.zeros(1 << 28, dtype=self.torch.int32, device="cuda")  # 1 GB: no cache keeps anything beside it
+
+    def load(self, folder):
+        sys.path.insert(0, folder)
+        self.torch.ops.load_library(os.path.join(folder, "vllm/_moe_C_stable_libtorch.abi3.so"))
+        return self.torch.ops._moe_C
+
+    def microseconds(self, works, nodes, turns=9):
+        torch, graphs = self.torch, {}
+        for name, work in works.items():
+            work()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(nodes):
+                    work()
+            graphs[name] = graph
+        times = {name: [] for name in works}
+        for _ in range(turns):
+            for name, graph in graphs.items():
+                self.other.add_(1)
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                graph.replay()
+                end.record()
+                torch.cuda.synchronize()
+                times[name].append(start.elapsed_time(end) * 1e3 / nodes)
+        return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+
+    def case(self, name, nodes, works, check=None):
+        """`works`: "ours" (left out where the library has no such call) and the peers by name."""
+        if not any(part in name for part in self.wanted):
+            return
+        us = self.microseconds(works, nodes)
+        checked = None
+        if check is not None and "ours" in works:
+            works["ours"]()
+            checked = bool(check())
+            expect(checked, name)
+        ours = us.pop("ours", None)
+        line = "  ".join(f"{peer} {t:.2f}" + (f" ({t / ours:.2f}x)" if ours else "") for peer, t in us.items())
+        print(f"{name:40} {'-' if ours is None else f'{ours:.2f}':>9} us   {line}", flush=True)
+        for peer, t in us.items():
+            row = {"case": name, "mode": "loop", "us": ours, "peer": peer, "peer_us": t, "checked": checked,
+                   "gpu": self.torch.cuda.get_device_name()}
+            if self.record:
+                self.record.write(json.dumps({key: value for key, value in row.items() if value is not None}) + "\n")
+
+    def route(self, tokens, experts, k):
+        torch, (logits, _, ids, gates) = self.torch, batch(self.context, tokens, k, experts, 8)
+
+        def peer():
+            best = logits.softmax(-1).topk(k)
+            return best.values / best.values.sum(-1, keepdim=True)
+
+        works = {"ours": lambda: self.context.route(logits, ids, gates), "torch": peer}
+        if self.vllm:
+            w, i, s = torch.empty_like(gates), torch.empty_like(ids), torch.empty_like(ids)
+            works["vllm topk_softmax"] = lambda: self.vllm.topk_softmax(w, i, s, logits, True, None)
+        self.case(f"route/T{tokens}/N{experts}/k{k}/f32", 64, works, lambda: (ids == logits.topk(k).indices).all())
+
+    def grouped(self, tokens, experts, k):
+        torch = self.torch
+        scores, bias = torch.randn(tokens, experts, device="cuda"), torch.randn(experts, device="cuda")
+
+        def peer():
+            s = scores.sigmoid()
+            groups = (s + bias).view(tokens, 8, -1)
+            best = groups.topk(2, -1).values.sum(-1).topk(4).indices
+            mask = torch.zeros(tokens, 8, device="cuda").scatter_(1, best, 1.0)
+            chosen = groups.masked_fill(mask.unsqueeze(-1) == 0, float("-inf")).flatten(1).topk(k).indices
+            w = s.gather(1, chosen)
+            return w / w.sum(-1, keepdim=True)
+
+        works = {"torch": peer}
+        if self.vllm:
+            works["vllm grouped_topk"] = lambda: self.vllm.grouped_topk(scores, 8, 4, k, True, 1.0, bias, 1)
+        self.case(f"route/T{tokens}/N{experts}/k{k}/grouped", 64, works)
+
+    def gate(self, tokens, width, experts, k):
+        torch = self.torch
+        x, w = torch.randn(tokens, width, device="cuda").bfloat16(), torch.randn(experts, width, device="cuda").bfloat16()
+        gates, ids = self.context.empty(F32, tokens, k), self.context.empty(I32, tokens, k)
+        scratch, linear = torch.empty_like(ids), torch.nn.functional.linear
+        works = {"torch linear, softmax, topk": lambda: linear(x, w).float().softmax(-1).topk(k)}
+        if self.vllm:
+            works["torch linear, vllm topk_softmax"] = lambda: self.vllm.topk_softmax(gates, ids, scratch, linear(x, w), True, None)
+        self.case(f"gate/T{tokens}/H{width}/N{experts}/k{k}/bf16", 64, works)
+
+    def maps(self, tokens, experts, k, block):
+        torch, (_, _, ids, _) = self.torch, batch(self.context, tokens, k, experts, 8)
+        maps = Maps(self.context, tokens, k, experts, block)
+
+        edges = torch.arange(experts + 1, dtype=torch.int32, device="cuda")
+
+        def peer():
+            experts_in_order, order = ids.flatten().sort(stable=True)
+            return order, torch.searchsorted(experts_in_order, edges)
+
+        works = {"ours": lambda: maps.sort(ids), "torch sort, searchsorted": peer}
+        if self.vllm:
+            out = self.context.empty(I32, 1, tokens * k + experts * (block - 1))[0]
+            blocks, total = self.context.empty(I32, 1, -(-out.numel() // block))[0], self.context.empty(I32, 1, 1)[0]
+            works["vllm moe_align_block_size"] = lambda: self.vllm.moe_align_block_size(ids, experts, block, out, blocks, total, None)
+        self.case(f"maps/T{tokens}/N{experts}/k{k}/b{block}", 64, works, lambda: check_maps(torch, maps, ids, experts, block))
+
+    def permute(self, tokens, experts, k, width, nodes):
+        """Maps and gather, then combine, on the same batch."""
+        torch, (_, x, ids, gates) = self.torch, batch(self.context, tokens, k, experts, width)
+        maps = Maps(self.context, tokens, k, experts)
+        rows, y = self.context.empty(BF16, tokens * k, width), self.context.empty(BF16, tokens, width)
+
+        def ours():
+            maps.sort(ids)
+            self.context.gather(x, maps.inverse, rows)
+
+        works = {"ours": ours, "torch argsort, index_select": lambda: x.index_select(0, ids.flatten().argsort(stable=True) // k)}
+        if self.vllm:
+            from vllm.moe_permute_unpermute import MoEPermuteScratch, moe_permute, moe_unpermute
+            scratch = MoEPermuteScratch(tokens, k, experts, experts, torch.device("cuda"), width, torch.bfloat16)
+            works["vllm moe_permute"] = lambda: moe_permute(x, None, ids, experts, scratch=scratch)
+
+        def moved():
+            return (rows[maps.inverse.flatten().long()] == x.repeat_interleave(k, 0)).all()
+
+        self.case(f"permute/T{tokens}/N{experts}/k{k}/D{width}/bf16", nodes, works, moved)
+
+        ours()
+        flat = maps.inverse.flatten().long()
+        works = {"ours": lambda: self.context.combine(rows, maps.inverse, gates, y),
+                 "torch gather, multiply, sum": lambda: (rows[flat].view(tokens, k, width) * gates.unsqueeze(-1)).sum(1)}
+        if self.vllm:
+            out, inverse = torch.empty_like(y), maps.inverse.flatten()
+            first = torch.zeros(experts + 1, dtype=torch.int64, device="cuda")
+            first.copy_(maps.offsets[0])
+            works["vllm moe_unpermute"] = lambda: moe_unpermute(out, rows, gates, inverse, first)
+        exact = x.float() * gates.sum(-1, keepdim=True)
+
+        def close():
+            return ((y.float() - exact).abs() <= exact.abs() * 2.0**-7 + 1e-6).all()
+
+        self.case(f"combine/T{tokens}/k{k}/D{width}/bf16", nodes, works, close)
+
+    def run(self):
+        print(f"{self.torch.cuda.get_device_name()}: microseconds a node, and how much longer the peers take")
+        for tokens, experts, k in [(1, 8, 2), (1, 64, 8), (1, 256, 8), (256, 64, 8), (256, 256, 8), (16384, 256, 8)]:
+            self.route(tokens, experts, k)
+        for tokens in (1, 16384):
+            self.grouped(tokens, 256, 8)
+        for tokens, experts, k in [(1, 8, 2), (1, 256, 8), (64, 256, 8)]:
+            self.gate(tokens, 4096, experts, k)
+        for tokens, experts in [(64, 64), (4096, 64), (16384, 256)]:
+            self.maps(tokens, experts, 8, 64)
+        self.permute(256, 64, 2, 4096, 64)
+        self.permute(16384, 256, 8, 4096, 4)
+
+
+def on_the_gpu(library, arguments):
+    try:
+        import torch
+    except ImportError:
+        print("skipped: GPU: there is no torch")
+        return
+    if not torch.cuda.is_available():
+        print("skipped: GPU: torch finds none")
+        expect(os.environ.get("LORA_SWITCH_REQUIRE_GPU") != "1", "LORA_SWITCH_REQUIRE_GPU=1 and no run on the GPU")
+        return
+    torch.manual_seed(3)
+    context = Context(library, torch)
+    for shape in [(1, 2, 8, 512, 1), (100, 8, 64, 1032, 16), (5000, 8, 256, 64, 64)]:
+        check_batch(context, *shape)
+    print("GPU: routed, grouped by expert and combined: verified against torch")
+    if arguments.bench is not None:
+        with open(arguments.record or os.devnull, "a") as record:
+            Bench(context, arguments.vllm, record, arguments.bench or [""]).run()
+    torch.cuda.synchronize()
+    context.close()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    built = pathlib.Path(__file__).resolve().parents[2] / "target/release/liblora_switch.so"
+    parser.add_argument("--library", default=os.environ.get("LORA_SWITCH_LIBRARY", str(built)), help="liblora_switch.so (%(default)s)")
+    parser.add_argument("--bench", nargs="*", metavar="FILTER", help="measure cases whose name contains a FILTER; all without one")
+    parser.add_argument("--vllm", metavar="DIR", help="vllm/_moe_C_stable_libtorch.abi3.so and vllm/moe_permute_unpermute.py are here")
+    parser.add_argument("--record", metavar="FILE", help="append a line of JSON for each case and peer")
+    arguments = parser.parse_args()
+    library = ctypes.CDLL(arguments.library)
+    on_the_cpu(library)
+    on_the_gpu(library, arguments)
+
+
+if __name__ == "__main__":
+    main()
