@@ -6,6 +6,7 @@
 pub(crate) mod args;
 pub(crate) mod bank;
 mod context;
+pub(crate) mod gate;
 mod images;
 mod launch;
 mod maps;

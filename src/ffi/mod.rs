@@ -16,6 +16,8 @@ mod switch;
 
 mod route;
 
+mod gate;
+
 mod permute;
 
 mod measure;
