@@ -10,6 +10,7 @@ mod values;
 mod backend;
 mod c_examples;
 mod demo;
+mod gate;
 mod generated;
 mod graph;
 mod peft;

@@ -135,11 +135,11 @@ static void matrices(void) {
 static void struct_sizes(void) {
     lsw_mat l = in(logits, 3, 8, LSW_F32);
     lsw_mat_mut i = out(ids, 3, 2, LSW_I32), g = out(gates, 3, 2, LSW_F32);
-    struct { lsw_route_options known; uint64_t more; } options = {{sizeof options, 0, 0}, 0};
+    struct { lsw_route_options known; uint64_t more; } options = {{.struct_size = sizeof options}, 0};
     OK(lsw_route(context, NULL, &options.known, &l, &i, &g));
     EXPECT(gates[0][0] == 0.125f);
     options.more = (uint64_t)1 << 63;
-    REFUSED(lsw_route(context, NULL, &options.known, &l, &i, &g), "options.struct_size is 24");
+    REFUSED(lsw_route(context, NULL, &options.known, &l, &i, &g), "options.struct_size is 88");
     options.known.struct_size = 8; /* renormalize takes its default */
     OK(lsw_route(context, NULL, &options.known, &l, &i, &g));
     EXPECT(gates[0][0] == 0.5f);
@@ -154,6 +154,15 @@ static void struct_sizes(void) {
     options.known.renormalize = 1;
     options.known.reserved = 1;
     REFUSED(lsw_route(context, NULL, &options.known, &l, &i, &g), "options.reserved");
+    options.known.reserved = 0;
+    options.known.score = 3;
+    REFUSED(lsw_route(context, NULL, &options.known, &l, &i, &g), "options.score is 3");
+    options.known.score = LSW_SIGMOID, options.known.group_score = -1;
+    REFUSED(lsw_route(context, NULL, &options.known, &l, &i, &g), "options.group_score is -1");
+    options.known.group_score = LSW_GROUP_BEST, options.known.groups = 3;
+    REFUSED(lsw_route(context, NULL, &options.known, &l, &i, &g), "options.groups is 3");
+    options.known.groups = 0, options.known.bias = &l;
+    REFUSED(lsw_route(context, NULL, &options.known, &l, &i, &g), "options.bias.rows is 3");
     REFUSED(lsw_route(context, NULL, MISALIGNED(lsw_route_options, &options), &l, &i, &g), "options is");
 }
 
