@@ -45,23 +45,21 @@ impl Layer {
         let (k, experts) = (self.router.routing.k, self.weight.rows);
         let out = |dtype, rows, cols| Grid::poisoned(backend, dtype, rows, cols, Layout { stride: cols + 1, shift: 1 });
         let (mut ids, mut gates, mut counts) = (out(DType::I32, tokens, k), out(DType::F32, tokens, k), out(DType::I32, 1, experts));
-        let whole = self.x.mat();
-        // SAFETY: the first rows of the grid.
-        let x = unsafe {
-            lora_switch::Mat::raw(&backend.context, whole.addr(), whole.dtype(), tokens as u64, whole.cols(), whole.stride())
-        };
-        let (weight, bias) = (self.weight.mat(), self.bias.as_ref().map(Grid::mat));
-        let weight = GateWeight { weight: &weight, bias: bias.as_ref() };
-        let workspace = &mut self.workspace.mat_mut();
-        self.router
-            .with(|options| {
-                let (ids, gates, counts) = (&mut ids.mat_mut(), &mut gates.mat_mut(), &mut counts.mat_mut());
-                gate(&backend.stream, options, &x, &weight, ids, gates, Some(counts), workspace)
-            })
-            .unwrap();
+        self.enqueue(backend, tokens, &mut ids, &mut gates, &mut counts);
         let head = route_workspace_bytes(&backend.stream) as usize;
         assert!(self.workspace.bits()[..head].iter().all(|byte| *byte == 0), "the counters are zero again");
         (ids.i32s(), gates.values(), counts.i32s())
+    }
+
+    fn enqueue(&mut self, backend: &Backend, tokens: usize, ids: &mut Grid, gates: &mut Grid, counts: &mut Grid) {
+        let (whole, rows) = (self.x.mat(), tokens as u64);
+        // SAFETY: the first rows of the grid.
+        let x = unsafe { lora_switch::Mat::raw(&backend.context, whole.addr(), whole.dtype(), rows, whole.cols(), whole.stride()) };
+        let (weight, bias) = (self.weight.mat(), self.bias.as_ref().map(Grid::mat));
+        let weight = GateWeight { weight: &weight, bias: bias.as_ref() };
+        let (ids, gates, counts) = (&mut ids.mat_mut(), &mut gates.mat_mut(), &mut counts.mat_mut());
+        let workspace = &mut self.workspace.mat_mut();
+        self.router.with(|options| gate(&backend.stream, options, &x, &weight, ids, gates, Some(counts), workspace)).unwrap();
     }
 
     /// A token's logits, and how far sums in f32 may be from them.
@@ -139,7 +137,7 @@ fn padding_is_no_token(backend: &Backend) {
 fn bad_arguments_are_named(backend: &Backend) {
     let grid = |dtype, rows, cols| Grid::poisoned(backend, dtype, rows, cols, Layout::dense(cols));
     let bytes = gate_workspace_bytes(&backend.stream, 3, 8, 16).unwrap();
-    let mut expect = |x: &Grid, w: &Grid, bias: Option<&Grid>, bytes: u64, name: &str| {
+    let expect = |x: &Grid, w: &Grid, bias: Option<&Grid>, bytes: u64, name: &str| {
         let (mut ids, mut gates, mut workspace) = (grid(DType::I32, 3, 2), grid(DType::F32, 3, 2), zeros(backend, bytes));
         let (weight, bias) = (w.mat(), bias.map(Grid::mat));
         let weight = GateWeight { weight: &weight, bias: bias.as_ref() };

@@ -56,10 +56,14 @@ pub fn route(logits: &[f64], routing: &Routing, blur: f64) -> Routed {
     let n = logits.len();
     let cap = |x: f64| if r.softcap > 0.0 && x != f64::NEG_INFINITY { r.softcap * (x / r.softcap).tanh() } else { x };
     let x: Vec<f64> = logits.iter().map(|&x| cap(if x.is_nan() { f64::NEG_INFINITY } else { x.min(f64::from(f32::MAX)) })).collect();
+    let blur_of_logits = blur;
     // A cap in f32 is c (2 s - 1) with a sigmoid s that errs by a few roundings.
     let blur = blur + 40.0 * U32 * r.softcap;
     // exp errs by 2 ulp and by the rounding of its argument; reciprocal, root and logarithm by a few ulp; a sum of n by n roundings.
     let relative = |spread: f64| (spread.min(110.0) * 2.0 + 16.0 + n as f64) * 2.0 * U32 + 2.0 * blur;
+
+    // What exp underflows from, and what is left of it under a root.
+    let underflow = if r.score == Score::SqrtSoftplus { f64::from(f32::MIN_POSITIVE).sqrt() } else { f64::from(f32::MIN_POSITIVE) };
 
     let by_score = r.bias.is_some() || (r.groups > 1 && r.group_score == GroupScore::SumOfTwo);
     let top = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -69,31 +73,37 @@ pub fn route(logits: &[f64], routing: &Routing, blur: f64) -> Routed {
     for e in 0..if by_score { n } else { 0 } {
         let (score, bias) = (if total > 0.0 { all[e] / total } else { 0.0 }, r.bias.as_ref().map_or(0.0, |bias| bias[e]));
         choices[e] = if (score + bias).is_nan() { f64::NEG_INFINITY } else { score + bias };
-        errors[e] = score * relative(top - x[e]) + 2.0 * U32 * choices[e].abs().min(1e30) + f64::from(f32::MIN_POSITIVE);
+        errors[e] = score * relative(if score > 0.0 { top - x[e] } else { 0.0 }) + 2.0 * U32 * choices[e].abs().min(1e30) + underflow;
     }
 
     let mut is_decided = true;
-    let mut clear = |(a, a_error): (f64, f64), (b, b_error): (f64, f64)| is_decided &= a == b || a - b > a_error + b_error;
-    let size = n / r.groups;
-    let group = |g: usize| {
-        let best = best_of(&choices, (g * size..(g + 1) * size).collect(), 2);
-        match r.group_score {
-            GroupScore::SumOfTwo if best.len() > 1 => {
-                let sum = choices[best[0]] + choices[best[1]];
-                (if sum.is_nan() { f64::NEG_INFINITY } else { sum }, errors[best[0]] + errors[best[1]] + 2.0 * U32 * sum.abs().min(1e30))
-            }
-            _ => (choices[best[0]], errors[best[0]]),
-        }
+    // Equal inputs tie in f32 too, and so do logits that decide by themselves.
+    let same = |a: usize, b: usize| {
+        let bias = |e: usize| r.bias.as_ref().map_or(0.0, |bias| bias[e]);
+        choices[a] == choices[b] && (errors[a] + errors[b] == 0.0 || (logits[a] == logits[b] && bias(a) == bias(b) && blur_of_logits == 0.0))
     };
-    let groups: Vec<(f64, f64)> = (0..r.groups).map(group).collect();
+    let size = n / r.groups;
+    let bests: Vec<Vec<usize>> = (0..r.groups).map(|g| best_of(&choices, (g * size..(g + 1) * size).collect(), 2)).collect();
+    let group = |best: &Vec<usize>| match r.group_score {
+        GroupScore::SumOfTwo if best.len() > 1 => {
+            let sum = choices[best[0]] + choices[best[1]];
+            let error = errors[best[0]] + errors[best[1]] + 2.0 * U32 * sum.abs().min(1e30);
+            (if sum.is_nan() { f64::NEG_INFINITY } else { sum }, error)
+        }
+        _ => (choices[best[0]], errors[best[0]]),
+    };
+    let groups: Vec<(f64, f64)> = bests.iter().map(group).collect();
     let order = best_of(&groups.iter().map(|g| g.0).collect::<Vec<_>>(), (0..r.groups).collect(), r.groups);
     if r.top_groups < r.groups {
-        clear(groups[order[r.top_groups - 1]], groups[order[r.top_groups]]);
+        let (a, b) = (order[r.top_groups - 1], order[r.top_groups]);
+        let counts = if r.group_score == GroupScore::SumOfTwo { 2 } else { 1 };
+        is_decided &= bests[a].iter().zip(&bests[b]).take(counts).all(|(a, b)| same(*a, *b)) || groups[a].0 - groups[b].0 > groups[a].1 + groups[b].1;
     }
     let eligible: Vec<usize> = (0..n).filter(|e| order[..r.top_groups].contains(&(e / size))).collect();
     let best = best_of(&choices, eligible, r.k + 1);
     for pair in best.windows(2) {
-        clear((choices[pair[0]], errors[pair[0]]), (choices[pair[1]], errors[pair[1]]));
+        let (a, b) = (pair[0], pair[1]);
+        is_decided &= same(a, b) || choices[a] - choices[b] > errors[a] + errors[b];
     }
 
     let ids = &best[..r.k];
@@ -102,10 +112,9 @@ pub fn route(logits: &[f64], routing: &Routing, blur: f64) -> Routed {
     let weights = scores(r.score, &chosen, top);
     let sum = if r.renormalize { weights.iter().sum() } else { total };
     let gates: Vec<f64> = weights.iter().map(|w| if sum > 0.0 { r.scale * w / sum } else { 0.0 }).collect();
-    let tiny = f64::from(f32::MIN_POSITIVE) * r.scale.abs();
     let spread = |x: f64| if r.score == Score::Softmax && x > f64::NEG_INFINITY { top - x } else { 0.0 };
     // What underflows is lost from a weight and from the sum.
-    let lost = tiny * (1.0 + (1.0 + r.k as f64) / sum.max(1e-300)).min(1e38);
+    let lost = r.scale.abs() * underflow * (1.0 + (1.0 + r.k as f64) / sum.max(1e-300)).min(1e38);
     let bounds = gates.iter().zip(&chosen).map(|(gate, &x)| gate.abs() * 2.0 * relative(spread(x)) + lost).collect();
     Routed { ids: ids.iter().map(|&e| e as i32).collect(), gates, bounds, is_decided }
 }
