@@ -34,7 +34,7 @@ template <class T> __device__ __forceinline__ void route_plain(const LswRouteArg
 }
 template <class T> __device__ __forceinline__ void route_scored(const LswRouteArgs& args) {
     route<LSW_ROUTE_NARROW, T>(args, [&](uint32_t token, const T* logits, ChoiceScratch& scratch, uint32_t* counts) {
-        choose_scored<2, LSW_ROUTE_NARROW>(args, token, logits, scratch, counts);
+        choose_scored<1, LSW_ROUTE_NARROW>(args, token, logits, scratch, counts);
     });
 }
 template <class T> __device__ __forceinline__ void route_wide(const LswRouteArgs& args) {
@@ -53,7 +53,7 @@ template <class T> __device__ __forceinline__ void route_wide(const LswRouteArgs
     }
 #define LSW_ROUTES(suffix, T)           \
     LSW_ROUTE(route_plain, suffix, T, 10) \
-    LSW_ROUTE(route_scored, suffix, T, 9) \
+    LSW_ROUTE(route_scored, suffix, T, 8) \
     LSW_ROUTE(route_wide, suffix, T, 2)
 LSW_ROUTES(f32, float)
 LSW_ROUTES(f16, __half)

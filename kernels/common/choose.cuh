@@ -21,6 +21,7 @@
 
 #include "../args.h"
 #include "num.cuh"
+#include "ptx.cuh"
 
 static_assert(LSW_MAX_K == 32 && LSW_MAX_GROUPS == 32, "one lane a chosen expert, and one lane a group at least");
 static_assert(LSW_MAX_EXPERTS == 1024, "ten bits of a key hold an id");
@@ -65,8 +66,8 @@ __device__ __forceinline__ float warp_max(float x) {
 // Which code serves a route: the scores, and before them the softmax over the chosen without any option.
 enum class Kind { kPlain, kSoftmax, kSigmoid, kSqrtSoftplus };
 
-// __fdividef errs by 2 ulp, and a quotient below 2^-126 may become 0.
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
+// Below 2^-126 it is 0.
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + expf(-x)); }
 
 // The score of a logit; of a softmax, the numerator, where no logit exceeds `top`. If nothing is above -inf, all are 0.
 template <Kind kKind> __device__ __forceinline__ float score(float x, float top) {
@@ -173,14 +174,27 @@ __device__ __forceinline__ void raise_bound(const Own& own, uint32_t k, uint32_t
     }
 }
 
-// A candidate's key for each lane, 0 where there is none; returns the lanes that may have one. Among them are the k best.
-template <int kItems, class Own>
-__device__ __forceinline__ uint32_t collect(const Own& own, uint32_t k, float (&choice)[kItems], ChoiceScratch& scratch, uint64_t& key) {
+// Where each lane has one expert at most: k rounds of the largest key, ties to the lower lane, which has the lower id. Lane j gets the
+// key of the j-th.
+template <class Own> __device__ __forceinline__ uint64_t choose_among(const Own& own, uint32_t k, float choice) {
     const uint32_t lane = threadIdx.x % 32;
-    if constexpr (kItems == 1) {
-        key = choice[0] == choice[0] ? rank_key(choice[0], own.at(0)) : 0;
-        return 32 - __clz(__ballot_sync(kWholeWarp, key != 0));
+    uint32_t remaining = choice == choice ? order_key(choice) : 0;
+    uint64_t chosen = 0;
+#pragma unroll 1
+    for (uint32_t j = 0; j < k; ++j) {
+        const uint32_t best = __reduce_max_sync(kWholeWarp, remaining);
+        const uint32_t winner = __ffs(__ballot_sync(kWholeWarp, remaining == best)) - 1;
+        if (lane == winner) remaining = 0;
+        if (lane == j) chosen = static_cast<uint64_t>(best) << 10 | winner;
     }
+    const uint32_t expert = __shfl_sync(kWholeWarp, own.at(0), static_cast<uint32_t>(chosen) & 31);
+    return chosen >> 10 << 10 | (LSW_MAX_EXPERTS - 1 - expert);
+}
+
+// Leaves the candidates' keys in the scratch, 0 in all other places; returns how many there are. Among them are the k best.
+template <int kItems, class Own>
+__device__ __forceinline__ uint32_t collect(const Own& own, uint32_t k, float (&choice)[kItems], ChoiceScratch& scratch) {
+    const uint32_t lane = threadIdx.x % 32;
     float most = -kInfinity;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) most = fmaxf(most, choice[i]);
@@ -214,8 +228,24 @@ __device__ __forceinline__ uint32_t collect(const Own& own, uint32_t k, float (&
         if (choice[i] >= bound) slot[0] = choice[i], slot[32] = __uint_as_float(own.at(i)), ++slot;
     }
     __syncwarp();
-    key = lane < count ? rank_key(scratch.candidates[0][lane], __float_as_uint(scratch.candidates[1][lane])) : 0;
+    scratch.keys[lane] = lane < count ? rank_key(scratch.candidates[0][lane], __float_as_uint(scratch.candidates[1][lane])) : 0;
+    __syncwarp();
     return count;
+}
+
+// Puts each candidate in its place; lane j gets the key of the j-th.
+__device__ __forceinline__ uint64_t rank(uint32_t count, uint32_t k, ChoiceScratch& scratch) {
+    const uint32_t lane = threadIdx.x % 32;
+    const uint64_t key = scratch.keys[lane];
+    uint32_t place = 0;
+#pragma unroll 1
+    for (uint32_t c = 0; c < count; c += 4) {  // four at a time: the places behind the last candidate hold 0
+        const ulonglong2 a = *reinterpret_cast<const ulonglong2*>(&scratch.keys[c]), b = *reinterpret_cast<const ulonglong2*>(&scratch.keys[c + 2]);
+        place += (a.x > key) + (a.y > key) + (b.x > key) + (b.y > key);
+    }
+    if (key != 0 && place < k) scratch.chosen[place] = key;
+    __syncwarp();
+    return scratch.chosen[lane];
 }
 
 // Routes one token; at most 32 * kItems experts. `counts`, if the route is counted, gain the chosen ones.
@@ -230,6 +260,12 @@ __device__ __forceinline__ void choose(const LswRouteArgs& args, uint32_t token,
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
         choice[i] = own.has(i) ? to_float(logits[own.at(i)]) : 0.0f;
+    }
+    // Loaded beside the logits, so that their latencies are one.
+    float bias[kItems] = {};
+    if (!kIsPlain && args.bias) {
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) bias[i] = own.has(i) ? reinterpret_cast<const float*>(args.bias)[own.at(i)] : 0.0f;
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) is_odd |= !(choice[i] <= kLargest);
@@ -254,38 +290,24 @@ __device__ __forceinline__ void choose(const LswRouteArgs& args, uint32_t token,
             for (int i = 0; i < kItems; ++i) top = fmaxf(top, choice[i]);
             top = warp_max(top);
 #pragma unroll
-            for (int i = 0; i < kItems; ++i) sum += own.has(i) ? score<kKind>(choice[i], top) : 0.0f;
+            for (int i = 0; i < kItems; ++i) sum += choice[i] == choice[i] ? score<kKind>(choice[i], top) : 0.0f;
             sum = warp_sum(sum);
         }
     }
     if (by_score) {
-        const float* bias = reinterpret_cast<const float*>(args.bias);
         const float share = !kIsSoftmax ? 1.0f : sum > 0.0f ? 1.0f / sum : 0.0f;
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
-            if (own.has(i)) choice[i] = fmaxf(score<kKind>(choice[i], top) * share + (bias ? bias[own.at(i)] : 0.0f), -kInfinity);
+            const float by_score = fmaxf(score<kKind>(choice[i], top) * share + bias[i], -kInfinity);
+            choice[i] = choice[i] == choice[i] ? by_score : kNoExpert;
         }
     }
     if (!kIsPlain && args.groups > 1) keep_best_groups(args, own, choice);
 
-    uint64_t key;
-    const uint32_t count = collect(own, args.k, choice, scratch, key);
-    scratch.keys[lane] = key;
-    __syncwarp();
-    uint32_t place = 0;
-#pragma unroll 2
-    for (uint32_t c = 0; c < count; c += 2) {  // two at a time: the slots behind the last candidate hold 0
-        const ulonglong2 others = *reinterpret_cast<const ulonglong2*>(&scratch.keys[c]);
-        place += others.x > key;
-        place += others.y > key;
-    }
-    if (key != 0 && place < args.k) scratch.chosen[place] = key;
-    __syncwarp();
-
+    const uint64_t chosen = kItems == 1 ? choose_among(own, args.k, choice[0]) : rank(collect(own, args.k, choice, scratch), args.k, scratch);
     int32_t id = 0;
     float x = -kInfinity;
     if (lane < args.k) {
-        const uint64_t chosen = scratch.chosen[lane];
         id = static_cast<int32_t>(key_expert(chosen));
         x = by_score ? usable_logit<kKind>(args, to_float(logits[id])) : key_value(static_cast<uint32_t>(chosen >> 10));
         if (args.flags & LSW_ROUTE_COUNTED) atomicAdd(&counts[id], 1u);
@@ -344,11 +366,7 @@ __device__ __forceinline__ void choose_scored(const LswRouteArgs& args, uint32_t
 __device__ __forceinline__ bool is_last_block(uint32_t* arrived, uint32_t blocks) {
     __shared__ bool is_last;
     __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        is_last = atomicInc(arrived, blocks - 1) == blocks - 1;
-        __threadfence();
-    }
+    if (threadIdx.x == 0) is_last = count_acq_rel(arrived, blocks - 1) == blocks - 1;
     __syncthreads();
     return is_last;
 }
