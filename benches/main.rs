@@ -10,6 +10,7 @@ mod lab;
 mod model;
 mod peer;
 mod record;
+mod route;
 mod sensors;
 mod switch;
 mod timing;
@@ -60,7 +61,7 @@ pub(crate) struct Outcome {
 }
 
 fn all_cases() -> Vec<Case> {
-    [floor::cases(), switch::cases()].into_iter().flatten().collect()
+    [floor::cases(), switch::cases(), route::cases()].into_iter().flatten().collect()
 }
 
 #[derive(Default)]

@@ -77,7 +77,8 @@ impl Layer {
 }
 
 fn matches_oracle(backend: &Backend) {
-    let shape = (prop_oneof![0usize..10, Just(64usize), Just(65), Just(100)], 1usize..300, prop_oneof![1usize..100, 500usize..600, Just(1088)]);
+    let shape =
+        (prop_oneof![0usize..10, Just(64usize), Just(65), Just(100)], 1usize..300, prop_oneof![1usize..100, 500usize..600, Just(1088)]);
     proptest!(cases(40), |((tokens, experts, hidden) in shape, dtype in 0usize..3, has_bias: bool, extra in 0usize..9, shift in 0usize..3, seed: u64)| {
         let mut rng = Rng(seed);
         // Sums of small integers are exact in f32: so are the logits, and the ids have to be the oracle's.

@@ -80,7 +80,8 @@ pub fn route(logits: &[f64], routing: &Routing, blur: f64) -> Routed {
     // Equal inputs tie in f32 too, and so do logits that decide by themselves.
     let same = |a: usize, b: usize| {
         let bias = |e: usize| r.bias.as_ref().map_or(0.0, |bias| bias[e]);
-        choices[a] == choices[b] && (errors[a] + errors[b] == 0.0 || (logits[a] == logits[b] && bias(a) == bias(b) && blur_of_logits == 0.0))
+        choices[a] == choices[b]
+            && (errors[a] + errors[b] == 0.0 || (logits[a] == logits[b] && bias(a) == bias(b) && blur_of_logits == 0.0))
     };
     let size = n / r.groups;
     let bests: Vec<Vec<usize>> = (0..r.groups).map(|g| best_of(&choices, (g * size..(g + 1) * size).collect(), 2)).collect();
@@ -97,7 +98,8 @@ pub fn route(logits: &[f64], routing: &Routing, blur: f64) -> Routed {
     if r.top_groups < r.groups {
         let (a, b) = (order[r.top_groups - 1], order[r.top_groups]);
         let counts = if r.group_score == GroupScore::SumOfTwo { 2 } else { 1 };
-        is_decided &= bests[a].iter().zip(&bests[b]).take(counts).all(|(a, b)| same(*a, *b)) || groups[a].0 - groups[b].0 > groups[a].1 + groups[b].1;
+        is_decided &=
+            bests[a].iter().zip(&bests[b]).take(counts).all(|(a, b)| same(*a, *b)) || groups[a].0 - groups[b].0 > groups[a].1 + groups[b].1;
     }
     let eligible: Vec<usize> = (0..n).filter(|e| order[..r.top_groups].contains(&(e / size))).collect();
     let best = best_of(&choices, eligible, r.k + 1);

@@ -268,7 +268,8 @@ fn padding_is_no_token(backend: &Backend) {
     let mut logits = Rng(9).bits(DType::F32, tokens * experts, 5.0);
     let whole = run(backend, &c, &logits);
     let mask: Vec<u32> = (0..tokens).map(|t| [0, 1, 255][t % 3]).collect();
-    for (valid, mask) in [(Some(4), None), (Some(0), None), (Some(-3), None), (Some(99), None), (None, Some(&mask)), (Some(7), Some(&mask))] {
+    for (valid, mask) in [(Some(4), None), (Some(0), None), (Some(-3), None), (Some(99), None), (None, Some(&mask)), (Some(7), Some(&mask))]
+    {
         let is_padding = |t: usize| valid.is_some_and(|valid| t as i32 >= valid) || mask.is_some_and(|mask| mask[t] == 0);
         for t in (0..tokens).filter(|t| is_padding(*t)) {
             logits[t * experts..][..experts].fill(f32::NAN.to_bits());
@@ -395,7 +396,8 @@ fn bad_options_are_named(backend: &Backend) {
     let (mut workspace, mut small) = (zeros(backend, bytes), zeros(backend, bytes.saturating_sub(1)));
     let mut counted = |counts: &mut Grid, workspace: &mut Grid, name: &str| {
         let (ids, gates) = (&mut ids.mat_mut(), &mut gates.mat_mut());
-        let error = route_counted(&backend.stream, &d, &wide.mat(), ids, gates, &mut counts.mat_mut(), &mut workspace.mat_mut()).unwrap_err();
+        let error =
+            route_counted(&backend.stream, &d, &wide.mat(), ids, gates, &mut counts.mat_mut(), &mut workspace.mat_mut()).unwrap_err();
         assert!(matches!(&error, Error::Argument { name: n, .. } if n == name), "{error} should name {name}");
     };
     counted(&mut few, &mut workspace, "counts.cols");

@@ -66,11 +66,7 @@ pub(super) fn is_wide(args: &LswRouteArgs) -> bool {
 }
 
 pub(crate) fn launch(stream: &DeviceStream, plan: &Plan) -> Result<()> {
-    let args = LswRouteArgs {
-        logits: plan.logits.addr,
-        logits_stride: plan.logits.stride,
-        ..choice_args(stream, &plan.choice)
-    };
+    let args = LswRouteArgs { logits: plan.logits.addr, logits_stride: plan.logits.stride, ..choice_args(stream, &plan.choice) };
     // SAFETY: a checked plan: device memory of the stated shapes, which the caller's views keep borrowed in stream order.
     unsafe { launch_args(stream, by_dtype(plan.logits.dtype), &args) }
 }
