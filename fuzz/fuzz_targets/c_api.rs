@@ -375,7 +375,8 @@ impl<'a> World<'a> {
 
     /// Options of a router over these experts, most of them right; what they point to is written where `mats` lie.
     fn router(&mut self, tokens: u64, experts: u64, mats: &mut [c::lsw_mat; 3]) -> c::lsw_route_options {
-        *mats = [(1, experts, c::LSW_F32), (1, 1, c::LSW_I32), (1, tokens, c::LSW_U8)].map(|(rows, cols, dtype)| self.read_only(rows, cols, dtype as i32));
+        *mats = [(1, experts, c::LSW_F32), (1, 1, c::LSW_I32), (1, tokens, c::LSW_U8)]
+            .map(|(rows, cols, dtype)| self.read_only(rows, cols, dtype as i32));
         let mut given = |mat: &c::lsw_mat| match self.bytes.below(4) {
             0 => self.bytes.pointer(mat).cast_const(),
             _ => std::ptr::null(),
@@ -427,7 +428,8 @@ impl<'a> World<'a> {
         let (tokens, experts, hidden) = (self.bytes.below(5), 1 + self.bytes.below(9), 1 + self.bytes.below(12));
         let k = 1 + self.bytes.below(experts);
         let dtype = self.bytes.below(3) as i32;
-        let (x, weight, bias) = (self.read_only(tokens, hidden, dtype), self.read_only(experts, hidden, dtype), self.read_only(1, experts, dtype));
+        let (x, weight, bias) =
+            (self.read_only(tokens, hidden, dtype), self.read_only(experts, hidden, dtype), self.read_only(1, experts, dtype));
         let (ids, gates) = (self.mat(tokens, k, c::LSW_I32 as i32), self.mat(tokens, k, c::LSW_F32 as i32));
         let (counts, workspace) = (self.mat(1, experts, c::LSW_I32 as i32), self.place(MARGIN));
         let mut mats = [c::lsw_mat::default(); 3];
