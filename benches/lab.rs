@@ -185,6 +185,19 @@ impl Buffer {
         unsafe { MatMut::raw(&self.ours, self.address(at, len), self.dtype, 1, len, len) }
     }
 
+    /// All elements as a matrix.
+    pub fn rows(&self, rows: u64) -> Mat<'_> {
+        let cols = self.len / rows;
+        // SAFETY: as for `part`.
+        unsafe { Mat::raw(&self.ours, self.address(0, rows * cols), self.dtype, rows, cols, cols) }
+    }
+
+    pub fn rows_mut(&self, rows: u64) -> MatMut<'_> {
+        let cols = self.len / rows;
+        // SAFETY: as for `part_mut`.
+        unsafe { MatMut::raw(&self.ours, self.address(0, rows * cols), self.dtype, rows, cols, cols) }
+    }
+
     pub fn all(&self) -> Mat<'_> {
         self.part(0, self.len)
     }

@@ -12,6 +12,7 @@ mod model;
 mod peer;
 mod permute;
 mod record;
+mod route;
 mod sensors;
 mod switch;
 mod timing;
@@ -62,7 +63,8 @@ pub(crate) struct Outcome {
 }
 
 fn all_cases() -> Vec<Case> {
-    [floor::cases(), permute::cases(), switch::cases(), apply::cases()].into_iter().flatten().collect()
+    let cases = [floor::cases(), route::cases(), permute::cases(), switch::cases(), apply::cases()];
+    cases.into_iter().flatten().collect()
 }
 
 #[derive(Default)]

@@ -165,6 +165,31 @@
 #define LSW_IN_PLACE 1
 
 /**
+ * exp(x) over the sum of exp(x) of all experts.
+ */
+#define LSW_SOFTMAX 0
+
+/**
+ * 1 / (1 + exp(-x)) (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+ */
+#define LSW_SIGMOID 1
+
+/**
+ * sqrt(log(1 + exp(x))).
+ */
+#define LSW_SQRT_SOFTPLUS 2
+
+/**
+ * A group is chosen by its best expert (DeepSeek-V2, arXiv 2405.04434, section 2.2.2).
+ */
+#define LSW_GROUP_BEST 0
+
+/**
+ * By the sum of its two best (DeepSeek-V3).
+ */
+#define LSW_GROUP_SUM_OF_TWO 1
+
+/**
  * A table over (target, slot) of LoRA pairs, by address: it copies no weights, so stacked arrays,
  * paged pools and slices of larger matrices all fit. May be used by several threads at a time, and
  * destroyed before the sets that use it.
@@ -420,7 +445,8 @@ typedef struct lsw_routes {
 } lsw_routes;
 
 /**
- * How scores become gates. NULL, or what a smaller struct_size leaves out: renormalize 1.
+ * How experts are chosen, and how scores become gates. NULL: renormalize 1. Every other member's
+ * default is 0, which is also what a smaller struct_size leaves out.
  */
 typedef struct lsw_route_options {
     /**
@@ -428,13 +454,53 @@ typedef struct lsw_route_options {
      */
     uint64_t struct_size;
     /**
-     * 1: gates sum to 1 over the chosen k. 0: they are the softmax probabilities over all N.
+     * 1: gates are scores over the sum of the chosen scores; of a softmax, that is the softmax
+     * over the chosen k. 0: they are the scores.
      */
     int32_t renormalize;
     /**
      * 0.
      */
     int32_t reserved;
+    /**
+     * LSW_SOFTMAX to LSW_SQRT_SOFTPLUS: what a logit x becomes.
+     */
+    int32_t score;
+    /**
+     * LSW_GROUP_BEST or LSW_GROUP_SUM_OF_TWO.
+     */
+    int32_t group_score;
+    /**
+     * A factor of every gate, in the end; finite. 0 counts as 1.
+     */
+    float scale;
+    /**
+     * c > 0: a logit x counts as c tanh(x / c), in f32, for the choice too; -inf stays. 0: as x.
+     */
+    float softcap;
+    /**
+     * The experts form groups of N / groups neighbours, of which only the best top_groups are
+     * chosen from; ties to the lower group. 1 to 32, a divisor of N; what is no power of two
+     * serves up to 512 experts. 0 counts as 1: no groups.
+     */
+    uint64_t groups;
+    /**
+     * 1 to groups; 0 counts as 1.
+     */
+    uint64_t top_groups;
+    /**
+     * [1, N] LSW_F32, added to the scores for the choice only, not for the gates. A choice score
+     * that is NaN counts as -inf. NULL: none.
+     */
+    const struct lsw_mat *bias;
+    /**
+     * [1, 1] LSW_I32 in the context's memory: tokens from this one on are padding. NULL: none are.
+     */
+    const struct lsw_mat *valid;
+    /**
+     * [1, T] LSW_U8 in the context's memory: tokens whose byte is 0 are padding. NULL: none are.
+     */
+    const struct lsw_mat *mask;
 } lsw_route_options;
 
 /**
@@ -830,17 +896,27 @@ lsw_status lsw_apply_expand(const struct lsw_bank *bank,
                             uint64_t workspace_bytes);
 
 /**
- * Routes each token to its k best experts: softmax over N logits, top-k, gates (LoRA-Switch, arXiv
- * 2405.17741, section 4.1).
+ * Routes each token to its k best experts (LoRA-Switch, arXiv 2405.17741, section 4.1, and the
+ * options' sources).
  *
  * - logits [T, N] of LSW_F32, LSW_F16 or LSW_BF16; N from 1 to 1024.
- * - ids [T, k] LSW_I32 and gates [T, k] LSW_F32, both written; k is their width, at most min(N,
- *   32). Descending by score, ties to the lower id.
+ * - ids [T, k] LSW_I32 and gates [T, k] LSW_F32, both written; k is their width, at most 32 and
+ *   the experts that there are to choose from. Outputs share no memory with anything else.
  *
- * Odd values: NaN counts as -inf. If some logits are +inf, those share the softmax equally. In a
- * row with nothing above -inf every score is 0: ids are 0 to k - 1 and the gates are 0. So ids are
- * always distinct and in range, and gates never NaN; lsw_context_take_odd tells that such a row
- * was met.
+ * The k largest choice scores win, descending, ties to the lower id. The choice score is the logit
+ * itself, since every score grows with it; with a bias it is score + bias, and where groups are
+ * summed it is the score, both in f32, which may tie or swap what differs by less than the
+ * rounding of scores.
+ *
+ * Padding tokens get the ids -1 and the gates 0; their logits are not read, so a CUDA graph that
+ * was captured for T tokens serves fewer. A valid count that is negative counts as 0.
+ *
+ * Odd values: NaN counts as -inf, +inf as the largest f32. So a softmax is shared equally by
+ * logits of +inf, and gates are never NaN. In a row with nothing above -inf all scores are 0,
+ * hence all gates, and ids are chosen by bias and id alone. Ids of a token that is no padding are
+ * always distinct and in range. Where the sum of the chosen scores underflows to 0, as sigmoids of
+ * logits below -88 do, the gates are 0. lsw_context_take_odd tells that a NaN, a +inf or such a
+ * row was met.
  *
  * Deterministic, and a token's bits do not depend on the other tokens. One launch, no workspace;
  * enqueued, and may be captured.
@@ -851,6 +927,72 @@ lsw_status lsw_route(const struct lsw_context *context,
                      const struct lsw_mat *logits,
                      const struct lsw_mat_mut *ids,
                      const struct lsw_mat_mut *gates);
+
+/**
+ * Bytes of workspace that lsw_route_counted needs: 0 on a CPU context.
+ */
+lsw_status lsw_route_workspace_bytes(const struct lsw_context *context, uint64_t *bytes);
+
+/**
+ * Like lsw_route, and counts the tokens of each expert: counts [1, N] LSW_I32, overwritten;
+ * padding counts for none. One launch.
+ *
+ * workspace: at least lsw_route_workspace_bytes, aligned to 16 bytes; zeros before the first call.
+ * Every call leaves its zeros behind, whatever else it was called for, so nobody clears it between
+ * calls or replays; calls that share a workspace, those of lsw_gate included, are in flight on one
+ * stream at a time. After a failed launch it must be zeroed again. NULL where 0 bytes are needed.
+ */
+lsw_status lsw_route_counted(const struct lsw_context *context,
+                             void *stream,
+                             const struct lsw_route_options *options,
+                             const struct lsw_mat *logits,
+                             const struct lsw_mat_mut *ids,
+                             const struct lsw_mat_mut *gates,
+                             const struct lsw_mat_mut *counts,
+                             void *workspace,
+                             uint64_t workspace_bytes);
+
+/**
+ * Bytes of workspace that lsw_gate needs for tokens T, experts N and hidden H: 0 on a CPU context.
+ * It never falls where T, N or H grow up to T = 64; beyond, logits [T, N] are kept there.
+ */
+lsw_status lsw_gate_workspace_bytes(const struct lsw_context *context,
+                                    uint64_t tokens,
+                                    uint64_t experts,
+                                    uint64_t hidden,
+                                    uint64_t *bytes);
+
+/**
+ * Projects hidden states to logits and routes them, logits = x weight^T + weight_bias: the router
+ * of LoRA-Switch (arXiv 2405.17741, section 4.1) as one operation.
+ *
+ * - x [T, H] and weight [N, H] (as torch.nn.Linear keeps it) of LSW_F32, LSW_F16 or LSW_BF16, the
+ *   same for both; H is anything, N from 1 to 1024. Loads are of 16 bytes where addresses and row
+ *   bytes (stride included) of both are multiples of 16.
+ * - weight_bias [1, N] of the same type; NULL: none.
+ * - ids, gates, the options and odd values: as for lsw_route; the logits are those of f32, never
+ *   rounded. Padding tokens do not influence others.
+ * - counts [1, N] LSW_I32: as for lsw_route_counted; NULL: none.
+ * - workspace: at least lsw_gate_workspace_bytes, aligned to 16 bytes. Zeros before the first
+ *   call; its first lsw_route_workspace_bytes are zero again after each, and what follows does not
+ *   matter. So it serves calls of any shape in turn, if it is large enough. NULL where 0 bytes are
+ *   needed.
+ *
+ * Products and sums are in f32 in an order that H alone decides: a token's bits depend neither on
+ * T nor on the other tokens. One launch up to 64 tokens, two beyond; enqueued, and may be
+ * captured.
+ */
+lsw_status lsw_gate(const struct lsw_context *context,
+                    void *stream,
+                    const struct lsw_route_options *options,
+                    const struct lsw_mat *x,
+                    const struct lsw_mat *weight,
+                    const struct lsw_mat *weight_bias,
+                    const struct lsw_mat_mut *ids,
+                    const struct lsw_mat_mut *gates,
+                    const struct lsw_mat_mut *counts,
+                    void *workspace,
+                    uint64_t workspace_bytes);
 
 /**
  * Bytes of workspace that lsw_permute needs for items = T k ids over this many experts: 0 on a CPU

@@ -12,7 +12,20 @@ enum {
     LSW_MAX_K = 32,         /* experts a token; one lane each */
     LSW_MAX_RANK = 256,
 
+    LSW_MAX_GROUPS = 32, /* of a router's experts; one lane each */
+
     LSW_ROUTE_THREADS = 128, /* one warp a token */
+    LSW_ROUTE_NARROW = 8,    /* experts a lane that the kernel with few registers serves; the wide one serves 32 */
+
+    LSW_GATE_THREADS = 256,
+    LSW_GATE_EXPERTS = 16, /* a block computes logits of 16 experts ... */
+    LSW_GATE_TOKENS = 8,   /* ... for 8 tokens ... */
+    LSW_GATE_SLICE = 512,  /* ... over 512 elements of the hidden state */
+    LSW_GATE_FUSED = 64,   /* tokens up to which one launch does everything */
+    LSW_GATE_SHARED = 32 * 1024, /* bytes a block; asserted by the kernel */
+    LSW_GATE_SHARED_WIDE = 76 * 1024,
+    LSW_GATE_PROJECT_TOKENS = 32, /* that a warp multiplies beyond that */
+    LSW_GATE_PROJECT_TOKENS_32BIT = 8,
 
     LSW_BANK_THREADS = 64,
     LSW_BANK_BATCH = 64, /* factors that one launch writes: they travel as kernel arguments (19 KB) */
@@ -74,11 +87,53 @@ typedef struct LswTakeArgs {
     uint64_t word, taken;
 } LswTakeArgs;
 
+/* The score of an expert. */
+enum { LSW_SCORE_SOFTMAX = 0, LSW_SCORE_SIGMOID = 1, LSW_SCORE_SQRT_SOFTPLUS = 2 };
+
+/* What blocks hand to each other. All zero before a launch and after it. */
+typedef struct LswRouteWorkspace {
+    uint32_t counts[LSW_MAX_EXPERTS];
+    uint32_t counted;     /* blocks that have added their counts */
+    uint32_t arrived[31]; /* by group of a gate's tokens: blocks that have computed their part */
+} LswRouteWorkspace;
+
+/* Flags of a route. */
+enum {
+    LSW_ROUTE_RENORMALIZE = 1,
+    LSW_ROUTE_BY_SCORE = 2, /* scores decide, not logits: there is a bias, or groups are summed */
+    LSW_ROUTE_SUM_TWO = 4,  /* a group's score is the sum of its two best, not its best */
+    LSW_ROUTE_PADDED = 8,   /* there are valid or mask */
+    LSW_ROUTE_COUNTED = 16, /* there are counts */
+    LSW_ROUTE_PLAIN = 32    /* a softmax over the chosen and nothing else: of what follows `status`, only valid, mask and counts matter */
+};
+
+/* What every launch needs comes first: a kernel's arguments are read through a cache that is cold. */
 typedef struct LswRouteArgs {
-    uint64_t logits, ids, gates, status;
+    uint64_t logits, ids, gates;
     uint64_t logits_stride, ids_stride, gates_stride;
-    uint32_t tokens, experts, k, renormalize;
+    uint32_t tokens, experts, k, flags;
+    uint64_t status;
+    float scale, softcap; /* softcap 0: none */
+    uint32_t score;
+    uint32_t groups, top_groups, group_experts;
+    uint32_t group_lanes_log2; /* of 32 / groups, rounded down to a power of two */
+    uint32_t lane_experts;     /* experts of a group over its lanes, rounded up */
+    uint64_t bias;             /* float [experts], or 0 */
+    uint64_t valid, mask;      /* int32_t [1], uint8_t [tokens], or 0 */
+    uint64_t counts;           /* int32_t [experts], or 0 */
+    uint64_t workspace;        /* LswRouteWorkspace, where counts or a gate's blocks meet */
 } LswRouteArgs;
+
+/* logits = x [tokens, hidden] weight^T [hidden, experts] + weight_bias, then the route. */
+typedef struct LswGateArgs {
+    LswRouteArgs route;
+    uint64_t x, weight, weight_bias; /* weight_bias [experts], of weight's type, or 0 */
+    uint64_t parts;                  /* fused: float [tokens, slices, parts_stride]; else the logits, float [tokens, parts_stride] */
+    uint64_t x_stride, weight_stride, hidden, parts_stride;
+    uint32_t slices, tiles;          /* of the hidden state, of the experts */
+    uint32_t aligned;                /* x and weight: addresses and rows are multiples of 16 bytes */
+    uint32_t padding;
+} LswGateArgs;
 
 enum { LSW_A_ALIGNED = 1, LSW_B_ALIGNED = 2 }; /* address and row bytes are multiples of 16 */
 

@@ -9,6 +9,7 @@ mod dtype;
 mod error;
 #[cfg(feature = "capi")]
 mod ffi;
+mod gate;
 pub mod measure;
 mod memory;
 mod permute;
@@ -21,12 +22,13 @@ pub use apply::{Routes, apply, apply_expand, apply_shrink, apply_workspace_bytes
 pub use bank::{AdapterBank, Factor, TargetShape};
 pub use dtype::{DType, Element, Float};
 pub use error::{Error, Result};
+pub use gate::{GateWeight, gate, gate_workspace_bytes};
 pub use memory::StateMemory;
 pub use permute::{
     CombineOptions, PermuteMaps, PermuteOptions, PermuteSizes, combine, combine_with, gather, permute, permute_with,
     permute_workspace_bytes,
 };
-pub use route::{RouteOptions, route};
+pub use route::{GroupScore, RouteOptions, Score, route, route_counted, route_workspace_bytes};
 pub use stream::{Context, Odd, Stream};
 pub use switch::{Form, SwitchOptions, SwitchSet, Target};
 pub use view::{Mat, MatMut, Tensor, Weight};

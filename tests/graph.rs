@@ -3,10 +3,14 @@
 use crate::apply::{Batch, Call, workspace_bytes};
 use crate::common::{Backend, Grid, Layout, Rng};
 use crate::oracle;
+use crate::route::{Router, count, zeros};
 use crate::switch::{Model, Spec};
 use cudarc::driver::CudaGraph;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use lora_switch::{DType, Form, PermuteMaps, PermuteOptions, RouteOptions, combine, gather, permute_with, route};
+use lora_switch::{
+    DType, Form, GateWeight, PermuteMaps, PermuteOptions, RouteOptions, combine, gate, gate_workspace_bytes, gather, permute_with, route,
+    route_counted,
+};
 
 fn capture(backend: &Backend, work: impl FnOnce()) -> CudaGraph {
     let stream = backend.cuda.as_ref().unwrap();
@@ -160,6 +164,54 @@ fn permute_replays() {
             // k equal rows with gates of 1 / k (a power of two) are the token; a padding token gets zeros.
             let (got, x) = (y.values(), x.values());
             assert!(got.iter().zip(&x).enumerate().all(|(i, (y, x))| *y == if i < valid * cols { *x } else { 0.0 }), "{valid} tokens");
+        }
+    }
+}
+
+/// A graph captured for 40 tokens serves any smaller number, and its counters are ready again each time: the router, and the gate in
+/// one launch and in two, replayed with other valid counts.
+#[test]
+fn valid_counts_change_between_replays() {
+    let Some(backend) = Backend::cuda() else { return };
+    let (experts, hidden, k) = (24, 192, 3);
+    for tokens in [40, 80] {
+        let mut rng = Rng(12);
+        let random = |rows: usize, cols: usize, rng: &mut Rng| {
+            Grid::new(&backend, DType::Bf16, rows, cols, Layout::dense(cols), &rng.bits(DType::Bf16, rows * cols, 1.0))
+        };
+        let (logits, x) = (random(tokens, experts, &mut rng), random(tokens, hidden, &mut rng));
+        let weight = random(experts, hidden, &mut rng);
+        let out = || {
+            let grid = |dtype, rows, cols| Grid::poisoned(&backend, dtype, rows, cols, Layout::dense(cols));
+            (grid(DType::I32, tokens, k), grid(DType::F32, tokens, k), grid(DType::I32, 1, experts))
+        };
+        let (mut routed, mut gated) = (out(), out());
+        let bytes = gate_workspace_bytes(&backend.stream, tokens as u64, experts as u64, hidden as u64).unwrap();
+        let mut workspace = zeros(&backend, bytes);
+        let mut router = Router::padded(&backend, &oracle::Routing::plain(k), Some(tokens as i32), None);
+        backend.context.warm(&backend.stream).unwrap();
+        let graph = capture(&backend, || {
+            let (weight, workspace) = (weight.mat(), &mut workspace.mat_mut());
+            let weight = GateWeight { weight: &weight, bias: None };
+            router.with(|options| {
+                let (ids, gates, counts) = (&mut routed.0.mat_mut(), &mut routed.1.mat_mut(), &mut routed.2.mat_mut());
+                route_counted(&backend.stream, options, &logits.mat(), ids, gates, counts, workspace).unwrap();
+                let (ids, gates, counts) = (&mut gated.0.mat_mut(), &mut gated.1.mat_mut(), &mut gated.2.mat_mut());
+                gate(&backend.stream, options, &x.mat(), &weight, ids, gates, Some(counts), workspace).unwrap();
+            });
+        });
+        graph.launch().unwrap();
+        let whole = [&routed, &gated].map(|out| (out.0.i32s(), out.1.bits()));
+        for valid in [1, 0, tokens - 1, 7, tokens + 5] {
+            router.set_valid(valid as i32);
+            graph.launch().unwrap();
+            let valid = valid.min(tokens);
+            for ((ids, gates, counts), whole) in [&routed, &gated].into_iter().zip(&whole) {
+                let (ids, gates) = (ids.i32s(), gates.bits());
+                assert_eq!((&ids[..valid * k], &gates[..valid * k]), (&whole.0[..valid * k], &whole.1[..valid * k]));
+                assert!(ids[valid * k..].iter().all(|id| *id == -1) && gates[valid * k..].iter().all(|gate| *gate == 0));
+                assert_eq!(counts.i32s(), count(&ids, experts));
+            }
         }
     }
 }

@@ -1,7 +1,7 @@
 //! What is right, in float64 and as plainly as it can be said, and how far a result may be from it. No code of the crate.
 
 use crate::values::decode;
-use lora_switch::DType;
+use lora_switch::{DType, GroupScore, Score};
 
 /// Unit roundoff of f32: sums are in f32.
 const U32: f64 = 1.0 / (1u64 << 24) as f64;
@@ -19,35 +19,133 @@ pub fn half_ulp(dtype: DType, x: f64) -> f64 {
     2f64.powi(exponent - bits)
 }
 
-/// Ids and gates of a token.
-pub fn route(logits: &[f64], k: usize, renormalize: bool) -> (Vec<i32>, Vec<f64>) {
-    let x: Vec<f64> = logits.iter().map(|&x| if x.is_nan() { f64::NEG_INFINITY } else { x }).collect();
-    let mut left: Vec<usize> = (0..x.len()).collect();
-    let mut ids = Vec::new();
-    for _ in 0..k {
-        let best = *left.iter().reduce(|a, b| if x[*b] > x[*a] { b } else { a }).unwrap();
-        left.retain(|&e| e != best);
-        ids.push(best);
-    }
-    let m = x[ids[0]];
-    let score = |e: usize| {
-        if m == f64::NEG_INFINITY {
-            0.0
-        } else if m == f64::INFINITY {
-            f64::from(x[e] == m)
-        } else {
-            (x[e] - m).exp()
-        }
-    };
-    let sum: f64 = if renormalize { ids.iter().map(|&e| score(e)).sum() } else { (0..x.len()).map(score).sum() };
-    let gates = ids.iter().map(|&e| if sum > 0.0 { score(e) / sum } else { 0.0 }).collect();
-    (ids.iter().map(|&e| e as i32).collect(), gates)
+/// How a token is routed: the options, in float64.
+#[derive(Clone, Debug)]
+pub struct Routing {
+    pub k: usize,
+    pub score: Score,
+    pub renormalize: bool,
+    pub scale: f64,
+    pub softcap: f64,
+    pub bias: Option<Vec<f64>>,
+    pub groups: usize,
+    pub top_groups: usize,
+    pub group_score: GroupScore,
 }
 
-/// How far a gate may be: x - m is rounded once, so exp errs by a factor of |x - m| u; expf errs by 2 ulp; the sum of n terms by n u; the
-/// quotient by u. Underflow loses at most the smallest normal number.
-pub fn gate_bound(gate: f64, spread: f64, n: usize) -> f64 {
-    gate * (spread.min(110.0) * 2.0 + 8.0 + n as f64) * 2.0 * U32 + f64::from(f32::MIN_POSITIVE)
+impl Routing {
+    /// A softmax over the chosen k.
+    pub fn plain(k: usize) -> Self {
+        let (score, group_score) = (Score::Softmax, GroupScore::Best);
+        Self { k, score, renormalize: true, scale: 1.0, softcap: 0.0, bias: None, groups: 1, top_groups: 1, group_score }
+    }
+}
+
+/// Ids and gates of a token, and how far each gate may be.
+pub struct Routed {
+    pub ids: Vec<i32>,
+    pub gates: Vec<f64>,
+    pub bounds: Vec<f64>,
+    /// Whether every choice was a tie of equal inputs, or clearer than f32 can blur: else the ids may rightly be others.
+    pub is_decided: bool,
+}
+
+/// `blur` is how far the logits may be from what they are here.
+pub fn route(logits: &[f64], routing: &Routing, blur: f64) -> Routed {
+    let r = routing;
+    let n = logits.len();
+    let cap = |x: f64| if r.softcap > 0.0 && x != f64::NEG_INFINITY { r.softcap * (x / r.softcap).tanh() } else { x };
+    let x: Vec<f64> = logits.iter().map(|&x| cap(if x.is_nan() { f64::NEG_INFINITY } else { x.min(f64::from(f32::MAX)) })).collect();
+    let blur_of_logits = blur;
+    // A cap in f32 is c (2 s - 1) with a sigmoid s that errs by a few roundings.
+    let blur = blur + 40.0 * U32 * r.softcap;
+    // exp errs by 2 ulp and by the rounding of its argument; reciprocal, root and logarithm by a few ulp; a sum of n by n roundings.
+    let relative = |spread: f64| (spread.min(110.0) * 2.0 + 16.0 + n as f64) * 2.0 * U32 + 2.0 * blur;
+
+    // What exp underflows from, and what is left of it under a root.
+    let underflow = if r.score == Score::SqrtSoftplus { f64::from(f32::MIN_POSITIVE).sqrt() } else { f64::from(f32::MIN_POSITIVE) };
+
+    let by_score = r.bias.is_some() || (r.groups > 1 && r.group_score == GroupScore::SumOfTwo);
+    let top = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let all = scores(r.score, &x, top);
+    let total: f64 = if r.score == Score::Softmax { all.iter().sum() } else { 1.0 };
+    let (mut choices, mut errors) = (x.clone(), vec![blur; n]);
+    for e in 0..if by_score { n } else { 0 } {
+        let (score, bias) = (if total > 0.0 { all[e] / total } else { 0.0 }, r.bias.as_ref().map_or(0.0, |bias| bias[e]));
+        choices[e] = if (score + bias).is_nan() { f64::NEG_INFINITY } else { score + bias };
+        errors[e] = score * relative(if score > 0.0 { top - x[e] } else { 0.0 }) + 2.0 * U32 * choices[e].abs().min(1e30) + underflow;
+    }
+
+    let mut is_decided = true;
+    // Equal inputs tie in f32 too, and so do logits that decide by themselves.
+    let same = |a: usize, b: usize| {
+        let bias = |e: usize| r.bias.as_ref().map_or(0.0, |bias| bias[e]);
+        choices[a] == choices[b]
+            && (errors[a] + errors[b] == 0.0 || (logits[a] == logits[b] && bias(a) == bias(b) && blur_of_logits == 0.0))
+    };
+    let size = n / r.groups;
+    let bests: Vec<Vec<usize>> = (0..r.groups).map(|g| best_of(&choices, (g * size..(g + 1) * size).collect(), 2)).collect();
+    let group = |best: &Vec<usize>| match r.group_score {
+        GroupScore::SumOfTwo if best.len() > 1 => {
+            let sum = choices[best[0]] + choices[best[1]];
+            let error = errors[best[0]] + errors[best[1]] + 2.0 * U32 * sum.abs().min(1e30);
+            (if sum.is_nan() { f64::NEG_INFINITY } else { sum }, error)
+        }
+        _ => (choices[best[0]], errors[best[0]]),
+    };
+    let groups: Vec<(f64, f64)> = bests.iter().map(group).collect();
+    let order = best_of(&groups.iter().map(|g| g.0).collect::<Vec<_>>(), (0..r.groups).collect(), r.groups);
+    if r.top_groups < r.groups {
+        let (a, b) = (order[r.top_groups - 1], order[r.top_groups]);
+        let counts = if r.group_score == GroupScore::SumOfTwo { 2 } else { 1 };
+        is_decided &=
+            bests[a].iter().zip(&bests[b]).take(counts).all(|(a, b)| same(*a, *b)) || groups[a].0 - groups[b].0 > groups[a].1 + groups[b].1;
+    }
+    let eligible: Vec<usize> = (0..n).filter(|e| order[..r.top_groups].contains(&(e / size))).collect();
+    let best = best_of(&choices, eligible, r.k + 1);
+    for pair in best.windows(2) {
+        let (a, b) = (pair[0], pair[1]);
+        is_decided &= same(a, b) || choices[a] - choices[b] > errors[a] + errors[b];
+    }
+
+    let ids = &best[..r.k];
+    let chosen: Vec<f64> = ids.iter().map(|&e| x[e]).collect();
+    let top = if r.renormalize { chosen.iter().copied().fold(f64::NEG_INFINITY, f64::max) } else { top };
+    let weights = scores(r.score, &chosen, top);
+    let sum = if r.renormalize { weights.iter().sum() } else { total };
+    let gates: Vec<f64> = weights.iter().map(|w| if sum > 0.0 { r.scale * w / sum } else { 0.0 }).collect();
+    let spread = |x: f64| if r.score == Score::Softmax && x > f64::NEG_INFINITY { top - x } else { 0.0 };
+    // What underflows is lost from a weight and from the sum.
+    let lost = r.scale.abs() * underflow * (1.0 + (1.0 + r.k as f64) / sum.max(1e-300)).min(1e38);
+    let bounds = gates.iter().zip(&chosen).map(|(gate, &x)| gate.abs() * 2.0 * relative(spread(x)) + lost).collect();
+    Routed { ids: ids.iter().map(|&e| e as i32).collect(), gates, bounds, is_decided }
+}
+
+/// The largest few of some candidates, descending, ties in the order given.
+fn best_of(values: &[f64], mut left: Vec<usize>, count: usize) -> Vec<usize> {
+    let mut best = Vec::new();
+    while best.len() < count && !left.is_empty() {
+        let next = *left.iter().reduce(|a, b| if values[*b] > values[*a] { b } else { a }).unwrap();
+        left.retain(|&e| e != next);
+        best.push(next);
+    }
+    best
+}
+
+fn scores(score: Score, x: &[f64], top: f64) -> Vec<f64> {
+    let score = |&x: &f64| match score {
+        Score::Softmax if top == f64::NEG_INFINITY => 0.0,
+        Score::Softmax => (x - top).exp(),
+        Score::Sigmoid => 1.0 / (1.0 + (-x).exp()),
+        Score::SqrtSoftplus => (x.max(0.0) + (-x.abs()).exp().ln_1p()).sqrt(),
+    };
+    x.iter().map(score).collect()
+}
+
+/// A product's element, and what an f32 sum of n terms may err by (twice a rounding each: tensor cores align and cut).
+pub fn dot(x: &[f64], w: &[f64]) -> (f64, f64) {
+    let products = x.iter().zip(w).map(|(x, w)| x * w);
+    (products.clone().sum(), 2.0 * (x.len() + 2) as f64 * U32 * products.map(f64::abs).sum::<f64>())
 }
 
 /// A matrix of exact values.

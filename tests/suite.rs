@@ -12,6 +12,7 @@ mod backend;
 mod c_examples;
 mod demo;
 mod figures;
+mod gate;
 mod generated;
 mod graph;
 mod peft;

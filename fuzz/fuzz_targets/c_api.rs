@@ -217,7 +217,7 @@ impl<'a> World<'a> {
             if self.bytes.0.is_empty() {
                 break;
             }
-            match self.bytes.below(19) {
+            match self.bytes.below(20) {
                 0 => self.contexts(),
                 1 => self.create_bank(),
                 2 | 3 => self.set_slot(),
@@ -231,7 +231,8 @@ impl<'a> World<'a> {
                 13 => self.sizes(),
                 14 => self.objects(),
                 15 => self.measure(),
-                16 | 17 => self.apply(),
+                16 => self.gate(),
+                17 | 18 => self.apply(),
                 _ => self.destroy(),
             }
         }
@@ -373,20 +374,73 @@ impl<'a> World<'a> {
         });
     }
 
+    /// Options of a router over these experts, most of them right; what they point to is written where `mats` lie.
+    fn router(&mut self, tokens: u64, experts: u64, mats: &mut [c::lsw_mat; 3]) -> c::lsw_route_options {
+        *mats = [(1, experts, c::LSW_F32), (1, 1, c::LSW_I32), (1, tokens, c::LSW_U8)]
+            .map(|(rows, cols, dtype)| self.read_only(rows, cols, dtype as i32));
+        let mut given = |mat: &c::lsw_mat| match self.bytes.below(4) {
+            0 => self.bytes.pointer(mat).cast_const(),
+            _ => std::ptr::null(),
+        };
+        let (bias, valid, mask) = (given(&mats[0]), given(&mats[1]), given(&mats[2]));
+        let groups = [0, 1, 2, experts][self.bytes.below(4) as usize];
+        let top_groups = self.bytes.below(groups.max(1)) + 1;
+        let (score, group_score, renormalize) = (self.bytes.below(3) as i32, self.bytes.below(2) as i32, self.bytes.below(2) as i32);
+        c::lsw_route_options {
+            renormalize: self.bytes.number(renormalize),
+            reserved: self.bytes.number(0),
+            score: self.bytes.number(score),
+            group_score: self.bytes.number(group_score),
+            scale: f32::from_bits((self.bytes.next() as u32) << 24),
+            softcap: f32::from_bits((self.bytes.next() as u32) << 24),
+            groups: self.bytes.size(groups),
+            top_groups: self.bytes.size(top_groups),
+            bias,
+            valid,
+            mask,
+            ..Default::default()
+        }
+    }
+
     fn route(&mut self) {
         let (tokens, experts) = (self.bytes.below(5), 1 + self.bytes.below(16));
         let k = 1 + self.bytes.below(experts);
         let dtype = self.bytes.below(3) as i32;
         let logits = self.read_only(tokens, experts, dtype);
         let (ids, gates) = (self.mat(tokens, k, c::LSW_I32 as i32), self.mat(tokens, k, c::LSW_F32 as i32));
-        let renormalize = self.bytes.below(2) as i32;
-        let (renormalize, reserved) = (self.bytes.number(renormalize), self.bytes.number(0));
-        let options = c::lsw_route_options { renormalize, reserved, ..Default::default() };
+        let (counts, workspace) = (self.mat(1, experts, c::LSW_I32 as i32), self.place(MARGIN));
+        let mut mats = [c::lsw_mat::default(); 3];
+        let options = self.router(tokens, experts, &mut mats);
+        let is_counted = self.bytes.below(2) == 1;
         self.call(|w| {
             w.with_options(options, |w, options| {
                 let (logits, ids) = (w.bytes.pointer(&logits), w.bytes.pointer(&ids));
                 let gates = w.bytes.pointer(&gates);
-                unsafe { c::lsw_route(w.context(), null_mut(), options, logits, ids, gates) }
+                if !is_counted {
+                    return unsafe { c::lsw_route(w.context(), null_mut(), options, logits, ids, gates) };
+                }
+                let (counts, bytes) = (w.bytes.pointer(&counts), w.bytes.below(MARGIN as u64));
+                unsafe { c::lsw_route_counted(w.context(), null_mut(), options, logits, ids, gates, counts, workspace, bytes) }
+            })
+        });
+    }
+
+    fn gate(&mut self) {
+        let (tokens, experts, hidden) = (self.bytes.below(5), 1 + self.bytes.below(9), 1 + self.bytes.below(12));
+        let k = 1 + self.bytes.below(experts);
+        let dtype = self.bytes.below(3) as i32;
+        let (x, weight, bias) =
+            (self.read_only(tokens, hidden, dtype), self.read_only(experts, hidden, dtype), self.read_only(1, experts, dtype));
+        let (ids, gates) = (self.mat(tokens, k, c::LSW_I32 as i32), self.mat(tokens, k, c::LSW_F32 as i32));
+        let (counts, workspace) = (self.mat(1, experts, c::LSW_I32 as i32), self.place(MARGIN));
+        let mut mats = [c::lsw_mat::default(); 3];
+        let options = self.router(tokens, experts, &mut mats);
+        self.call(|w| {
+            w.with_options(options, |w, options| {
+                let (x, weight, bias) = (w.bytes.pointer(&x), w.bytes.pointer(&weight), w.bytes.pointer(&bias));
+                let (ids, gates, counts) = (w.bytes.pointer(&ids), w.bytes.pointer(&gates), w.bytes.pointer(&counts));
+                let bytes = w.bytes.below(MARGIN as u64);
+                unsafe { c::lsw_gate(w.context(), null_mut(), options, x, weight, bias, ids, gates, counts, workspace, bytes) }
             })
         });
     }
@@ -514,9 +568,11 @@ impl<'a> World<'a> {
     fn sizes(&mut self) {
         let (a, b) = (self.bytes.below(100), self.bytes.below(33));
         let (a, b, dtype) = (self.bytes.size(a), self.bytes.size(b), self.bytes.number(0));
-        self.get(|w, out| match w.bytes.below(3) {
+        self.get(|w, out| match w.bytes.below(5) {
             0 => unsafe { c::lsw_bank_memory_bytes(w.context(), dtype, a, b, out) },
             1 => unsafe { c::lsw_switch_memory_bytes(w.context(), a, b, out) },
+            3 => unsafe { c::lsw_route_workspace_bytes(w.context(), out) },
+            4 => unsafe { c::lsw_gate_workspace_bytes(w.context(), a, b, a.wrapping_mul(b), out) },
             _ => unsafe { c::lsw_permute_workspace_bytes(w.context(), a, b, out) },
         });
         let (options, ..) = self.permute_options(7);

@@ -30,6 +30,20 @@ template <int kPending> __device__ __forceinline__ void copy_wait() { asm volati
 // Brings a line into L2.
 __device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
+// Counts up, from `limit` back to 0; returns the count before. What this thread knows to be written is seen by whoever then counts.
+__device__ __forceinline__ uint32_t count_acq_rel(uint32_t* counter, uint32_t limit) {
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(limit) : "memory");
+    return before;
+}
+
+// 1 / x within one unit in the last place; of denormals inf, and below the normal numbers 0.
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void ldmatrix4(uint32_t (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -3,7 +3,18 @@
 pub const LSW_MAX_EXPERTS: _bindgen_ty_1 = 1024;
 pub const LSW_MAX_K: _bindgen_ty_1 = 32;
 pub const LSW_MAX_RANK: _bindgen_ty_1 = 256;
+pub const LSW_MAX_GROUPS: _bindgen_ty_1 = 32;
 pub const LSW_ROUTE_THREADS: _bindgen_ty_1 = 128;
+pub const LSW_ROUTE_NARROW: _bindgen_ty_1 = 8;
+pub const LSW_GATE_THREADS: _bindgen_ty_1 = 256;
+pub const LSW_GATE_EXPERTS: _bindgen_ty_1 = 16;
+pub const LSW_GATE_TOKENS: _bindgen_ty_1 = 8;
+pub const LSW_GATE_SLICE: _bindgen_ty_1 = 512;
+pub const LSW_GATE_FUSED: _bindgen_ty_1 = 64;
+pub const LSW_GATE_SHARED: _bindgen_ty_1 = 32768;
+pub const LSW_GATE_SHARED_WIDE: _bindgen_ty_1 = 77824;
+pub const LSW_GATE_PROJECT_TOKENS: _bindgen_ty_1 = 32;
+pub const LSW_GATE_PROJECT_TOKENS_32BIT: _bindgen_ty_1 = 8;
 pub const LSW_BANK_THREADS: _bindgen_ty_1 = 64;
 pub const LSW_BANK_BATCH: _bindgen_ty_1 = 64;
 pub const LSW_SWITCH_THREADS: _bindgen_ty_1 = 128;
@@ -60,40 +71,136 @@ const _: () = {
     ["Offset of field: LswTakeArgs::word"][::core::mem::offset_of!(LswTakeArgs, word) - 0usize];
     ["Offset of field: LswTakeArgs::taken"][::core::mem::offset_of!(LswTakeArgs, taken) - 8usize];
 };
+pub const LSW_SCORE_SOFTMAX: _bindgen_ty_3 = 0;
+pub const LSW_SCORE_SIGMOID: _bindgen_ty_3 = 1;
+pub const LSW_SCORE_SQRT_SOFTPLUS: _bindgen_ty_3 = 2;
+pub type _bindgen_ty_3 = ::core::ffi::c_uint;
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct LswRouteWorkspace {
+    pub counts: [u32; 1024usize],
+    pub counted: u32,
+    pub arrived: [u32; 31usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LswRouteWorkspace"][::core::mem::size_of::<LswRouteWorkspace>() - 4224usize];
+    ["Alignment of LswRouteWorkspace"][::core::mem::align_of::<LswRouteWorkspace>() - 4usize];
+    ["Offset of field: LswRouteWorkspace::counts"][::core::mem::offset_of!(LswRouteWorkspace, counts) - 0usize];
+    ["Offset of field: LswRouteWorkspace::counted"][::core::mem::offset_of!(LswRouteWorkspace, counted) - 4096usize];
+    ["Offset of field: LswRouteWorkspace::arrived"][::core::mem::offset_of!(LswRouteWorkspace, arrived) - 4100usize];
+};
+impl Default for LswRouteWorkspace {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+pub const LSW_ROUTE_RENORMALIZE: _bindgen_ty_4 = 1;
+pub const LSW_ROUTE_BY_SCORE: _bindgen_ty_4 = 2;
+pub const LSW_ROUTE_SUM_TWO: _bindgen_ty_4 = 4;
+pub const LSW_ROUTE_PADDED: _bindgen_ty_4 = 8;
+pub const LSW_ROUTE_COUNTED: _bindgen_ty_4 = 16;
+pub const LSW_ROUTE_PLAIN: _bindgen_ty_4 = 32;
+pub type _bindgen_ty_4 = ::core::ffi::c_uint;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
 pub struct LswRouteArgs {
     pub logits: u64,
     pub ids: u64,
     pub gates: u64,
-    pub status: u64,
     pub logits_stride: u64,
     pub ids_stride: u64,
     pub gates_stride: u64,
     pub tokens: u32,
     pub experts: u32,
     pub k: u32,
-    pub renormalize: u32,
+    pub flags: u32,
+    pub status: u64,
+    pub scale: f32,
+    pub softcap: f32,
+    pub score: u32,
+    pub groups: u32,
+    pub top_groups: u32,
+    pub group_experts: u32,
+    pub group_lanes_log2: u32,
+    pub lane_experts: u32,
+    pub bias: u64,
+    pub valid: u64,
+    pub mask: u64,
+    pub counts: u64,
+    pub workspace: u64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of LswRouteArgs"][::core::mem::size_of::<LswRouteArgs>() - 72usize];
+    ["Size of LswRouteArgs"][::core::mem::size_of::<LswRouteArgs>() - 144usize];
     ["Alignment of LswRouteArgs"][::core::mem::align_of::<LswRouteArgs>() - 8usize];
     ["Offset of field: LswRouteArgs::logits"][::core::mem::offset_of!(LswRouteArgs, logits) - 0usize];
     ["Offset of field: LswRouteArgs::ids"][::core::mem::offset_of!(LswRouteArgs, ids) - 8usize];
     ["Offset of field: LswRouteArgs::gates"][::core::mem::offset_of!(LswRouteArgs, gates) - 16usize];
-    ["Offset of field: LswRouteArgs::status"][::core::mem::offset_of!(LswRouteArgs, status) - 24usize];
-    ["Offset of field: LswRouteArgs::logits_stride"][::core::mem::offset_of!(LswRouteArgs, logits_stride) - 32usize];
-    ["Offset of field: LswRouteArgs::ids_stride"][::core::mem::offset_of!(LswRouteArgs, ids_stride) - 40usize];
-    ["Offset of field: LswRouteArgs::gates_stride"][::core::mem::offset_of!(LswRouteArgs, gates_stride) - 48usize];
-    ["Offset of field: LswRouteArgs::tokens"][::core::mem::offset_of!(LswRouteArgs, tokens) - 56usize];
-    ["Offset of field: LswRouteArgs::experts"][::core::mem::offset_of!(LswRouteArgs, experts) - 60usize];
-    ["Offset of field: LswRouteArgs::k"][::core::mem::offset_of!(LswRouteArgs, k) - 64usize];
-    ["Offset of field: LswRouteArgs::renormalize"][::core::mem::offset_of!(LswRouteArgs, renormalize) - 68usize];
+    ["Offset of field: LswRouteArgs::logits_stride"][::core::mem::offset_of!(LswRouteArgs, logits_stride) - 24usize];
+    ["Offset of field: LswRouteArgs::ids_stride"][::core::mem::offset_of!(LswRouteArgs, ids_stride) - 32usize];
+    ["Offset of field: LswRouteArgs::gates_stride"][::core::mem::offset_of!(LswRouteArgs, gates_stride) - 40usize];
+    ["Offset of field: LswRouteArgs::tokens"][::core::mem::offset_of!(LswRouteArgs, tokens) - 48usize];
+    ["Offset of field: LswRouteArgs::experts"][::core::mem::offset_of!(LswRouteArgs, experts) - 52usize];
+    ["Offset of field: LswRouteArgs::k"][::core::mem::offset_of!(LswRouteArgs, k) - 56usize];
+    ["Offset of field: LswRouteArgs::flags"][::core::mem::offset_of!(LswRouteArgs, flags) - 60usize];
+    ["Offset of field: LswRouteArgs::status"][::core::mem::offset_of!(LswRouteArgs, status) - 64usize];
+    ["Offset of field: LswRouteArgs::scale"][::core::mem::offset_of!(LswRouteArgs, scale) - 72usize];
+    ["Offset of field: LswRouteArgs::softcap"][::core::mem::offset_of!(LswRouteArgs, softcap) - 76usize];
+    ["Offset of field: LswRouteArgs::score"][::core::mem::offset_of!(LswRouteArgs, score) - 80usize];
+    ["Offset of field: LswRouteArgs::groups"][::core::mem::offset_of!(LswRouteArgs, groups) - 84usize];
+    ["Offset of field: LswRouteArgs::top_groups"][::core::mem::offset_of!(LswRouteArgs, top_groups) - 88usize];
+    ["Offset of field: LswRouteArgs::group_experts"][::core::mem::offset_of!(LswRouteArgs, group_experts) - 92usize];
+    ["Offset of field: LswRouteArgs::group_lanes_log2"][::core::mem::offset_of!(LswRouteArgs, group_lanes_log2) - 96usize];
+    ["Offset of field: LswRouteArgs::lane_experts"][::core::mem::offset_of!(LswRouteArgs, lane_experts) - 100usize];
+    ["Offset of field: LswRouteArgs::bias"][::core::mem::offset_of!(LswRouteArgs, bias) - 104usize];
+    ["Offset of field: LswRouteArgs::valid"][::core::mem::offset_of!(LswRouteArgs, valid) - 112usize];
+    ["Offset of field: LswRouteArgs::mask"][::core::mem::offset_of!(LswRouteArgs, mask) - 120usize];
+    ["Offset of field: LswRouteArgs::counts"][::core::mem::offset_of!(LswRouteArgs, counts) - 128usize];
+    ["Offset of field: LswRouteArgs::workspace"][::core::mem::offset_of!(LswRouteArgs, workspace) - 136usize];
 };
-pub const LSW_A_ALIGNED: _bindgen_ty_3 = 1;
-pub const LSW_B_ALIGNED: _bindgen_ty_3 = 2;
-pub type _bindgen_ty_3 = ::core::ffi::c_uint;
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct LswGateArgs {
+    pub route: LswRouteArgs,
+    pub x: u64,
+    pub weight: u64,
+    pub weight_bias: u64,
+    pub parts: u64,
+    pub x_stride: u64,
+    pub weight_stride: u64,
+    pub hidden: u64,
+    pub parts_stride: u64,
+    pub slices: u32,
+    pub tiles: u32,
+    pub aligned: u32,
+    pub padding: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LswGateArgs"][::core::mem::size_of::<LswGateArgs>() - 224usize];
+    ["Alignment of LswGateArgs"][::core::mem::align_of::<LswGateArgs>() - 8usize];
+    ["Offset of field: LswGateArgs::route"][::core::mem::offset_of!(LswGateArgs, route) - 0usize];
+    ["Offset of field: LswGateArgs::x"][::core::mem::offset_of!(LswGateArgs, x) - 144usize];
+    ["Offset of field: LswGateArgs::weight"][::core::mem::offset_of!(LswGateArgs, weight) - 152usize];
+    ["Offset of field: LswGateArgs::weight_bias"][::core::mem::offset_of!(LswGateArgs, weight_bias) - 160usize];
+    ["Offset of field: LswGateArgs::parts"][::core::mem::offset_of!(LswGateArgs, parts) - 168usize];
+    ["Offset of field: LswGateArgs::x_stride"][::core::mem::offset_of!(LswGateArgs, x_stride) - 176usize];
+    ["Offset of field: LswGateArgs::weight_stride"][::core::mem::offset_of!(LswGateArgs, weight_stride) - 184usize];
+    ["Offset of field: LswGateArgs::hidden"][::core::mem::offset_of!(LswGateArgs, hidden) - 192usize];
+    ["Offset of field: LswGateArgs::parts_stride"][::core::mem::offset_of!(LswGateArgs, parts_stride) - 200usize];
+    ["Offset of field: LswGateArgs::slices"][::core::mem::offset_of!(LswGateArgs, slices) - 208usize];
+    ["Offset of field: LswGateArgs::tiles"][::core::mem::offset_of!(LswGateArgs, tiles) - 212usize];
+    ["Offset of field: LswGateArgs::aligned"][::core::mem::offset_of!(LswGateArgs, aligned) - 216usize];
+    ["Offset of field: LswGateArgs::padding"][::core::mem::offset_of!(LswGateArgs, padding) - 220usize];
+};
+pub const LSW_A_ALIGNED: _bindgen_ty_5 = 1;
+pub const LSW_B_ALIGNED: _bindgen_ty_5 = 2;
+pub type _bindgen_ty_5 = ::core::ffi::c_uint;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
 pub struct LswFactor {
@@ -164,10 +271,10 @@ impl Default for LswBankArgs {
         }
     }
 }
-pub const LSW_WEIGHT_ALIGNED: _bindgen_ty_4 = 1;
-pub const LSW_WEIGHT_BOXES: _bindgen_ty_4 = 2;
-pub const LSW_WEIGHT_BLOCKS: _bindgen_ty_4 = 4;
-pub type _bindgen_ty_4 = ::core::ffi::c_uint;
+pub const LSW_WEIGHT_ALIGNED: _bindgen_ty_6 = 1;
+pub const LSW_WEIGHT_BOXES: _bindgen_ty_6 = 2;
+pub const LSW_WEIGHT_BLOCKS: _bindgen_ty_6 = 4;
+pub type _bindgen_ty_6 = ::core::ffi::c_uint;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
 pub struct LswTarget {
@@ -208,8 +315,8 @@ const _: () = {
     ["Offset of field: LswMerged::coefficient"][::core::mem::offset_of!(LswMerged, coefficient) - 4usize];
     ["Offset of field: LswMerged::generation"][::core::mem::offset_of!(LswMerged, generation) - 8usize];
 };
-pub const LSW_UNKNOWN: _bindgen_ty_5 = 2147483647;
-pub type _bindgen_ty_5 = ::core::ffi::c_uint;
+pub const LSW_UNKNOWN: _bindgen_ty_7 = 2147483647;
+pub type _bindgen_ty_7 = ::core::ffi::c_uint;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
 pub struct LswSwitchState {
@@ -227,10 +334,10 @@ const _: () = {
     ["Offset of field: LswSwitchState::status"][::core::mem::offset_of!(LswSwitchState, status) - 8usize];
     ["Offset of field: LswSwitchState::padding"][::core::mem::offset_of!(LswSwitchState, padding) - 12usize];
 };
-pub const LSW_PATH_ALL: _bindgen_ty_6 = 0;
-pub const LSW_PATH_BOXES: _bindgen_ty_6 = 1;
-pub const LSW_PATH_OTHERS: _bindgen_ty_6 = 2;
-pub type _bindgen_ty_6 = ::core::ffi::c_uint;
+pub const LSW_PATH_ALL: _bindgen_ty_8 = 0;
+pub const LSW_PATH_BOXES: _bindgen_ty_8 = 1;
+pub const LSW_PATH_OTHERS: _bindgen_ty_8 = 2;
+pub type _bindgen_ty_8 = ::core::ffi::c_uint;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
 pub struct LswSwitchArgs {

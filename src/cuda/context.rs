@@ -1,6 +1,8 @@
 //! The driver, probed; a device with its kernels; its streams.
 
-use super::args::{LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS, LSW_SWITCH90_SHARED, LswTakeArgs};
+use super::args::{
+    LSW_GATE_SHARED_WIDE, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS, LSW_SWITCH90_SHARED, LswTakeArgs,
+};
 use super::images::{BUILT_WITH, IMAGES};
 use super::launch::{Grid, launch};
 use super::memory::DeviceMemory;
@@ -45,7 +47,12 @@ pub(super) type Function = sys::CUfunction;
 
 /// Every kernel, looked up once.
 pub(super) struct Kernels {
-    pub route: [Function; 3],
+    pub route_plain: [Function; 3],
+    pub route_scored: [Function; 3],
+    pub route_wide: [Function; 3],
+    pub gate: [Function; 3],
+    pub gate_wide: [Function; 3],
+    pub gate_project: [Function; 3],
     pub status_take: Function,
     pub bank_set: Function,
     pub switch: [Function; 3],
@@ -161,10 +168,23 @@ impl Modules {
         Ok(Apply { shrink: function("shrink")?, expand: function("expand")? })
     }
 
+    fn gate_wide(&self, floats: [&str; 3]) -> Result<[Function; 3]> {
+        let functions = self.functions("gate", "gate_wide", floats)?;
+        for function in functions {
+            allow_shared(function, LSW_GATE_SHARED_WIDE)?;
+        }
+        Ok(functions)
+    }
+
     fn kernels(&self) -> Result<Kernels> {
         let floats = ["f32", "f16", "bf16"];
         Ok(Kernels {
-            route: self.functions("route", "route", floats)?,
+            route_plain: self.functions("route", "route_plain", floats)?,
+            route_scored: self.functions("route", "route_scored", floats)?,
+            route_wide: self.functions("route", "route_wide", floats)?,
+            gate: self.functions("gate", "gate", floats)?,
+            gate_wide: self.gate_wide(floats)?,
+            gate_project: self.functions("gate", "gate_project", floats)?,
             status_take: self.function("status", "status_take")?,
             bank_set: self.function("bank", "bank_set")?,
             switch: self.functions("switch", "switch", floats)?,

@@ -73,8 +73,12 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
     let one = |threads: u32, shared: u32| Grid { blocks: 1, threads, shared };
     // SAFETY: each struct is its kernel's, and a count of zero in it keeps the kernel from every address.
     unsafe {
-        for function in k.route {
+        for function in [k.route_plain, k.route_scored, k.route_wide].into_iter().flatten() {
             launch(stream, function, one(LSW_ROUTE_THREADS, 0), &LswRouteArgs::default())?;
+        }
+        let gates = [(k.gate, LSW_GATE_SHARED), (k.gate_wide, LSW_GATE_SHARED_WIDE), (k.gate_project, 0)];
+        for (function, shared) in gates.into_iter().flat_map(|(kernels, shared)| kernels.map(|kernel| (kernel, shared))) {
+            launch(stream, function, one(LSW_GATE_THREADS, shared), &LswGateArgs::default())?;
         }
         for (function, shared) in k.switch.iter().zip(SWITCH_SHARED) {
             launch(stream, *function, one(LSW_SWITCH_THREADS, shared), &LswSwitchArgs::default())?;

@@ -7,6 +7,7 @@ pub(crate) mod args;
 pub(crate) mod apply;
 pub(crate) mod bank;
 mod context;
+pub(crate) mod gate;
 mod images;
 mod launch;
 mod maps;

@@ -18,6 +18,8 @@ mod apply;
 
 mod route;
 
+mod gate;
+
 mod permute;
 
 mod measure;

@@ -135,11 +135,11 @@ static void matrices(void) {
 static void struct_sizes(void) {
     lsw_mat l = in(logits, 3, 8, LSW_F32);
     lsw_mat_mut i = out(ids, 3, 2, LSW_I32), g = out(gates, 3, 2, LSW_F32);
-    struct { lsw_route_options known; uint64_t more; } options = {{sizeof options, 0, 0}, 0};
+    struct { lsw_route_options known; uint64_t more; } options = {{.struct_size = sizeof options}, 0};
     OK(lsw_route(context, NULL, &options.known, &l, &i, &g));
     EXPECT(gates[0][0] == 0.125f);
     options.more = (uint64_t)1 << 63;
-    REFUSED(lsw_route(context, NULL, &options.known, &l, &i, &g), "options.struct_size is 24");
+    REFUSED(lsw_route(context, NULL, &options.known, &l, &i, &g), "options.struct_size is 80");
     options.known.struct_size = 8; /* renormalize takes its default */
     OK(lsw_route(context, NULL, &options.known, &l, &i, &g));
     EXPECT(gates[0][0] == 0.5f);
@@ -154,7 +154,47 @@ static void struct_sizes(void) {
     options.known.renormalize = 1;
     options.known.reserved = 1;
     REFUSED(lsw_route(context, NULL, &options.known, &l, &i, &g), "options.reserved");
+    options.known.reserved = 0;
+    options.known.score = 3;
+    REFUSED(lsw_route(context, NULL, &options.known, &l, &i, &g), "options.score is 3");
+    options.known.score = LSW_SIGMOID, options.known.group_score = -1;
+    REFUSED(lsw_route(context, NULL, &options.known, &l, &i, &g), "options.group_score is -1");
+    options.known.group_score = LSW_GROUP_BEST, options.known.groups = 3;
+    REFUSED(lsw_route(context, NULL, &options.known, &l, &i, &g), "options.groups is 3");
+    options.known.groups = 0, options.known.bias = &l;
+    REFUSED(lsw_route(context, NULL, &options.known, &l, &i, &g), "options.bias.rows is 3");
     REFUSED(lsw_route(context, NULL, MISALIGNED(lsw_route_options, &options), &l, &i, &g), "options is");
+}
+
+/* Every option at once, where the result is known: x times the identity chooses by x itself. */
+static void gates_and_counts(void) {
+    const float x[3][4] = {{3, 1, 2, 9}, {0, 5, 1, 2}, {7, 7, 7, 7}}, eye[4][4] = {{1}, {0, 1}, {0, 0, 1}, {0, 0, 0, 1}};
+    const float linear[4] = {0, 0, 0, -100}, bias[4] = {0, 0, 8, 0};
+    const int32_t valid = 2;
+    const uint8_t mask[3] = {1, 1, 1};
+    int32_t counts[4] = {7, 7, 7, 7};
+    uint64_t bytes = 77;
+    lsw_mat h = in(x, 3, 4, LSW_F32), weight = in(eye, 4, 4, LSW_F32), linear_bias = in(linear, 1, 4, LSW_F32);
+    lsw_mat choice_bias = in(bias, 1, 4, LSW_F32), limit = in(&valid, 1, 1, LSW_I32), rows = in(mask, 1, 3, LSW_U8);
+    lsw_mat_mut i = out(ids, 3, 2, LSW_I32), g = out(gates, 3, 2, LSW_F32), c = out(counts, 1, 4, LSW_I32);
+    lsw_route_options options = {.struct_size = sizeof options, .score = LSW_SIGMOID, .group_score = LSW_GROUP_SUM_OF_TWO, .scale = 4,
+                                 .groups = 2, .top_groups = 1, .bias = &choice_bias, .valid = &limit, .mask = &rows};
+    OK(lsw_gate_workspace_bytes(context, 3, 4, 4, &bytes));
+    EXPECT(bytes == 0);
+    OK(lsw_route_workspace_bytes(context, &bytes));
+    EXPECT(bytes == 0);
+    OK(lsw_gate(context, NULL, &options, &h, &weight, &linear_bias, &i, &g, &c, NULL, 0));
+    EXPECT(ids[0][0] == 2 && ids[0][1] == 3 && ids[1][0] == 2 && ids[2][0] == -1 && ids[2][1] == -1);
+    EXPECT(fabsf(gates[0][0] - 4 / (1 + expf(-2))) < 1e-5f && gates[0][1] == 0 && gates[2][0] == 0);
+    EXPECT(counts[0] == 0 && counts[1] == 0 && counts[2] == 2 && counts[3] == 2);
+    OK(lsw_route_counted(context, NULL, NULL, &h, &i, &g, &c, NULL, 0));
+    EXPECT(ids[0][0] == 3 && ids[0][1] == 0 && ids[2][0] == 0 && ids[2][1] == 1 && gates[2][1] == 0.5f);
+    EXPECT(counts[0] == 2 && counts[1] == 2 && counts[2] == 0 && counts[3] == 2);
+    weight.cols = 3;
+    REFUSED(lsw_gate(context, NULL, NULL, &h, &weight, NULL, &i, &g, NULL, NULL, 0), "weight.cols is 3; it must be 4");
+    REFUSED(lsw_gate(context, NULL, NULL, &h, NULL, NULL, &i, &g, NULL, NULL, 0), "weight is null");
+    c.cols = 3;
+    REFUSED(lsw_route_counted(context, NULL, NULL, &h, &i, &g, &c, NULL, 0), "counts.cols is 3");
 }
 
 static void banks(void) {
@@ -484,6 +524,7 @@ int main(void) {
     last_error_is_per_thread();
     matrices();
     struct_sizes();
+    gates_and_counts();
     banks();
     sets();
     unmerged();
