@@ -475,7 +475,8 @@ typedef struct lsw_route_options {
      */
     float scale;
     /**
-     * c > 0: a logit x counts as c tanh(x / c), in f32, for the choice too; -inf stays. 0: as x.
+     * c from 2^-126 to 2^126: a logit x counts as c tanh(x / c), in f32, for the choice too; -inf
+     * stays. 0: as x.
      */
     float softcap;
     /**

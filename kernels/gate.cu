@@ -203,6 +203,7 @@ template <int kMost, class T> __device__ __forceinline__ void gate(const LswGate
 template <class T> __device__ __forceinline__ void project(const LswGateArgs& args) {
     constexpr uint32_t kTokens = sizeof(T) == 2 ? LSW_GATE_PROJECT_TOKENS : LSW_GATE_PROJECT_TOKENS_32BIT;
     constexpr int kTiles = kTokens / 8;
+    if (args.route.tokens == 0) return;  // nor are there tiles to divide by
     const uint64_t job = static_cast<uint64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
     const uint32_t first_expert = static_cast<uint32_t>(job % args.tiles) * LSW_GATE_EXPERTS;
     const uint32_t first_token = static_cast<uint32_t>(job / args.tiles) * kTokens;

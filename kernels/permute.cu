@@ -197,6 +197,7 @@ __device__ void fill(const LswPermuteArgs& args, const uint32_t* offsets, const 
 // tile are left where that warp begins. `next[d]` moves past the tile. Ends with a barrier.
 __device__ void rank_tile(const LswPermuteArgs& args, const Tile& tile, uint32_t (&rank)[kRounds], uint32_t* next, uint16_t* ranks, uint32_t pitch) {
     uint16_t* mine = ranks + warp() * pitch;
+    __syncwarp();  // the warp has written the tile before
     for (uint32_t d = lane(); d < pitch / 2; d += 32) reinterpret_cast<uint32_t*>(mine)[d] = 0;
     uint32_t same[kRounds];  // the lanes that share a lane's digit
 #pragma unroll
@@ -351,7 +352,7 @@ template <class Unit> __device__ __forceinline__ void gather(const LswGatherArgs
     if (named == 0) return;
     const Unit* x = reinterpret_cast<const Unit*>(args.x) + piece.token * args.x_stride;
     // All lanes stay, since each holds a row.
-    for (uint64_t first = piece.index * 32; first < args.units; first += static_cast<uint64_t>(args.pieces) * 32) {
+    for (uint64_t first = static_cast<uint64_t>(piece.index) * 32; first < args.units; first += static_cast<uint64_t>(args.pieces) * 32) {
         const uint64_t at = first + lane();
         const bool is_inside = at < args.units;
         Unit unit{};

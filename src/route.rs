@@ -6,6 +6,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::stream::{Stream, StreamKind};
 use crate::view::{Mat, MatMut, RawMat};
+use std::ops::RangeInclusive;
 
 /// What an expert's logit x becomes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -41,7 +42,7 @@ pub struct RouteOptions<'a> {
     pub renormalize: bool,
     /// A factor of every gate, in the end; finite. Default 1.
     pub scale: f32,
-    /// c > 0: a logit x counts as c tanh(x / c), in f32, for the choice too; -inf stays. 0, the default: as x.
+    /// c from 2^-126 to 2^126: a logit x counts as c tanh(x / c), in f32, for the choice too; -inf stays. 0, the default: as x.
     pub softcap: f32,
     /// `[1, N]` f32, added to the scores for the choice only, not for the gates. A choice score that is NaN counts as -inf.
     pub bias: Option<&'a Mat<'a>>,
@@ -290,12 +291,15 @@ fn check_groups(options: &RouteOptions<'_>, experts: u32) -> Result<(u32, u32)> 
     Ok((groups, options.top_groups as u32))
 }
 
+/// Those with a reciprocal among the normal numbers.
+const SOFTCAPS: RangeInclusive<f32> = f32::MIN_POSITIVE..=1.0 / f32::MIN_POSITIVE;
+
 fn check_factors(options: &RouteOptions<'_>) -> Result<()> {
     if !options.scale.is_finite() {
         return Err(Error::argument("scale", options.scale, "finite"));
     }
-    if !(options.softcap.is_finite() && options.softcap >= 0.0) {
-        return Err(Error::argument("softcap", options.softcap, "0 or more, and finite"));
+    if options.softcap != 0.0 && !SOFTCAPS.contains(&options.softcap) {
+        return Err(Error::argument("softcap", options.softcap, "0, or 2^-126 to 2^126"));
     }
     Ok(())
 }

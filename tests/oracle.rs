@@ -59,8 +59,10 @@ pub fn route(logits: &[f64], routing: &Routing, blur: f64) -> Routed {
     let blur_of_logits = blur;
     // A cap in f32 is c (2 s - 1) with a sigmoid s that errs by a few roundings.
     let blur = blur + 40.0 * U32 * r.softcap;
-    // exp errs by 2 ulp and by the rounding of its argument; reciprocal, root and logarithm by a few ulp; a sum of n by n roundings.
-    let relative = |spread: f64| (spread.min(110.0) * 2.0 + 16.0 + n as f64) * 2.0 * U32 + 2.0 * blur;
+    // exp errs by 2 ulp and by the rounding of its argument; reciprocal, root and logarithm by a few ulp; a sum by a rounding a term:
+    // a softmax has all experts in it, other scores only the chosen, in the end.
+    let terms = if r.score == Score::Softmax { n } else { r.k };
+    let relative = |spread: f64| (spread.min(110.0) * 2.0 + 16.0 + terms as f64) * 2.0 * U32 + 2.0 * blur;
 
     // What exp underflows from, and what is left of it under a root.
     let underflow = if r.score == Score::SqrtSoftplus { f64::from(f32::MIN_POSITIVE).sqrt() } else { f64::from(f32::MIN_POSITIVE) };

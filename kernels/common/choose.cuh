@@ -35,7 +35,7 @@ __device__ __forceinline__ uint32_t warp_index() { return __shfl_sync(kWholeWarp
 // What one warp shares among its lanes.
 struct ChoiceScratch {
     float candidates[2][32];  // choices, and the bits of their experts; in no order
-    uint64_t keys[32];
+    alignas(16) uint64_t keys[32];  // read two at a time
     uint64_t chosen[LSW_MAX_K];  // in order
 };
 

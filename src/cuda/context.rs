@@ -301,10 +301,7 @@ impl Device {
         let mut device =
             Self { raw, kernels, hopper, switch_blocks, processors, has_dependent_launch, modules, odd: None, taking, _owner: owner };
         let odd = DeviceMemory::new(&device, 16, &StateMemory::allocate())?;
-        // SAFETY: 16 bytes were just allocated; synchronous with the host for device memory, on no caller's stream.
-        unsafe { driver!(cuMemsetD32_v2(odd.addr(), 0, 4)) }?;
-        // SAFETY: no arguments.
-        unsafe { driver!(cuCtxSynchronize()) }?;
+        zero(&odd, 4)?;
         device.odd = Some(odd);
         Ok(device)
     }
@@ -352,6 +349,22 @@ fn attribute(attribute: sys::CUdevice_attribute) -> Result<i32> {
     // SAFETY: as above.
     unsafe { driver!(cuDeviceGetAttribute(&mut value, attribute, device)) }?;
     Ok(value)
+}
+
+/// Zeroes words and waits, on a stream of its own: while another thread captures, neither the context nor the legacy stream may be
+/// waited for. The context must be current.
+fn zero(memory: &DeviceMemory, words: usize) -> Result<()> {
+    let mut stream = ptr::null_mut();
+    let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+    // SAFETY: a valid pointer; a context is current.
+    unsafe { driver!(cuStreamCreate(&mut stream, flags)) }?;
+    // SAFETY: the stream was just made, and the memory holds as many words.
+    let filled = unsafe { driver!(cuMemsetD32Async(memory.addr(), 0, words, stream)) };
+    // SAFETY: as above.
+    let waited = unsafe { driver!(cuStreamSynchronize(stream)) };
+    // SAFETY: as above; nothing uses it any more.
+    let destroyed = unsafe { driver!(cuStreamDestroy_v2(stream)) };
+    filled.and(waited).and(destroyed)
 }
 
 /// At least 8.0.

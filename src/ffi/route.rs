@@ -39,7 +39,8 @@ pub struct lsw_route_options {
     pub group_score: i32,
     /// A factor of every gate, in the end; finite. 0 counts as 1.
     pub scale: f32,
-    /// c > 0: a logit x counts as c tanh(x / c), in f32, for the choice too; -inf stays. 0: as x.
+    /// c from 2^-126 to 2^126: a logit x counts as c tanh(x / c), in f32, for the choice too; -inf
+    /// stays. 0: as x.
     pub softcap: f32,
     /// The experts form groups of N / groups neighbours, of which only the best top_groups are
     /// chosen from; ties to the lower group. 1 to 32, a divisor of N; what is no power of two

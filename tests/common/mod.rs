@@ -103,6 +103,13 @@ impl Backend {
         }
     }
 
+    /// With a context of its own: it is told of no other test's odd values, nor another of its.
+    pub fn alone(&self) -> Self {
+        let Some(cuda) = &self.cuda else { return self.clone() };
+        let context = Context::from_cudarc(cuda.context()).unwrap();
+        Self { stream: context.cuda_stream(cuda).unwrap(), context, ..self.clone() }
+    }
+
     /// Every backend that is here, with its name.
     pub fn all() -> Vec<(&'static str, Self)> {
         [("cpu", Some(Self::cpu())), ("cuda", Self::cuda())].into_iter().filter_map(|(n, b)| Some((n, b?))).collect()
