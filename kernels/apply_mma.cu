@@ -20,7 +20,6 @@
 
 namespace {
 
-constexpr uint32_t kFullWarp = 0xffffffffu;
 constexpr uint32_t kGroup = LSW_APPLY_GROUP;
 constexpr uint32_t kNone = 0x7fffffff;  // above every slot
 constexpr uint32_t kSlices = LSW_APPLY_SLICES;

@@ -95,8 +95,8 @@ __device__ __forceinline__ void multiply_rows(const LswGateArgs& args, uint32_t 
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                sum[half] += __shfl_xor_sync(kWholeWarp, sum[half], 1);
-                sum[half] += __shfl_xor_sync(kWholeWarp, sum[half], 2);
+                sum[half] += __shfl_xor_sync(kFullWarp, sum[half], 1);
+                sum[half] += __shfl_xor_sync(kFullWarp, sum[half], 2);
                 if (c % 8 / 2 == t) sums[c / 8][half * 2 + c % 2] = sum[half];
             }
             __syncwarp();  // no column's loads before this: all at once would not fit the registers

@@ -34,6 +34,7 @@
 #include "args.h"
 #include "common/num.cuh"
 #include "common/pack.cuh"
+#include "common/ptx.cuh"
 
 namespace {
 
@@ -41,7 +42,6 @@ constexpr int kThreads = LSW_PERMUTE_THREADS;
 constexpr int kWarps = kThreads / 32;
 constexpr int kRounds = LSW_PERMUTE_ROUNDS;
 constexpr uint32_t kTile = kThreads * kRounds;
-constexpr uint32_t kFullWarp = 0xffffffffu;
 constexpr uint32_t kNone = 0xffffffffu;
 static_assert(kTile < 65536, "counters of a tile have 16 bits");
 static_assert(LSW_MAX_K <= 32, "a lane holds each of a token's experts");

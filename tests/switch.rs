@@ -358,6 +358,31 @@ fn ragged_mixture(backend: &Backend) {
     }
 }
 
+/// Only A or only B at multiples of 16 bytes, as of a dense adapter whose rank is no multiple of eight: one panel each, then so many that
+/// not all of B can stay in shared memory.
+fn one_operand_is_aligned(backend: &Backend) {
+    for (dtype, rank) in FLOATS.into_iter().flat_map(|dtype| [(dtype, 12), (dtype, 100)]) {
+        for (o, i) in [(130, 200), (130, 256)] {
+            let spec = Spec { shapes: vec![(o, i)], max_rank: 100, ..small(dtype, Form::FromBase) };
+            let mut model = Model::new(backend, &spec);
+            for slot in 0..4 {
+                let matrix = |rng: &mut Rng, rows: usize, cols: usize, aligned: bool| {
+                    let layout = Layout { stride: (cols + 1).next_multiple_of(8) + usize::from(!aligned), shift: usize::from(!aligned) };
+                    let grid = Grid::with_gap(backend, dtype, rows, cols, layout, 0xff, &rng.bits(dtype, rows * cols, 0.5));
+                    let exact = Exact::new(dtype, rows, cols, &grid.bits());
+                    (grid, exact)
+                };
+                let (a, exact_a) = matrix(&mut model.rng, rank, i, slot % 2 == 0);
+                let (b, exact_b) = matrix(&mut model.rng, o, rank, slot % 2 == 1);
+                model.set_slot(slot, vec![Some(Pair { a, b, exact_a, exact_b, scale: 0.5 })]);
+            }
+            let (ids, gates) = ([0, 1, 2, 3], [0.5, -1.0, 0.25, 2.0]);
+            model.to(&ids, &gates);
+            model.assert_holds(&ids, &gates, &format!("{dtype}, rank {rank}, {o} x {i}"));
+        }
+    }
+}
+
 /// From base, the result depends on the current route alone, bit for bit; unmerge gives the base back.
 fn from_base_forgets_the_past(backend: &Backend) {
     for dtype in FLOATS {
@@ -807,6 +832,7 @@ on_paths!(
     from_base_matches_oracle,
     in_place_matches_oracle,
     ragged_mixture,
+    one_operand_is_aligned,
     from_base_forgets_the_past,
     an_empty_route_copies_bits,
     an_unchanged_route_costs_nothing,

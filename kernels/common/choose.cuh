@@ -26,11 +26,10 @@
 static_assert(LSW_MAX_K == 32 && LSW_MAX_GROUPS == 32, "one lane a chosen expert, and one lane a group at least");
 static_assert(LSW_MAX_EXPERTS == 1024, "ten bits of a key hold an id");
 
-constexpr uint32_t kWholeWarp = 0xffffffffu;
 constexpr float kInfinity = __builtin_inff(), kLargest = 0x1.fffffep127f, kNoExpert = __builtin_nanf("");
 
 // Through a shuffle, which tells the compiler that it is the same for all lanes: shuffles under branches on it need no repair code.
-__device__ __forceinline__ uint32_t warp_index() { return __shfl_sync(kWholeWarp, threadIdx.x / 32, 0); }
+__device__ __forceinline__ uint32_t warp_index() { return __shfl_sync(kFullWarp, threadIdx.x / 32, 0); }
 
 // What one warp shares among its lanes.
 struct ChoiceScratch {
@@ -54,12 +53,12 @@ __device__ __forceinline__ uint32_t key_expert(uint64_t key) { return LSW_MAX_EX
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kWholeWarp, x, step);
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
     return x;
 }
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, step));
+    for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, step));
     return x;
 }
 
@@ -115,7 +114,7 @@ template <int kItems, class Own> __device__ __forceinline__ void keep_best_group
         best = fmaxf(best, x);
     }
     for (uint32_t step = 1; step < own.step; step *= 2) {
-        const float other = __shfl_xor_sync(kWholeWarp, best, step), other_second = __shfl_xor_sync(kWholeWarp, second, step);
+        const float other = __shfl_xor_sync(kFullWarp, best, step), other_second = __shfl_xor_sync(kFullWarp, second, step);
         second = fmaxf(fmaxf(second, other_second), fminf(best, other));
         best = fmaxf(best, other);
     }
@@ -123,7 +122,7 @@ template <int kItems, class Own> __device__ __forceinline__ void keep_best_group
     uint32_t rank = 0;
 #pragma unroll 4
     for (uint32_t group = 0; group < args.groups; ++group) {
-        const float other = __shfl_sync(kWholeWarp, best, group << args.group_lanes_log2);
+        const float other = __shfl_sync(kFullWarp, best, group << args.group_lanes_log2);
         rank += other > best || (other == best && group < own.group);
     }
     if (rank >= args.top_groups) {
@@ -146,7 +145,7 @@ __device__ __forceinline__ void raise_bound(const Own& own, uint32_t k, uint32_t
     uint32_t low = order_key(bound), high = highest + 1, count = 33;  // at least k reach `low`, fewer reach `high`
     while (count > 32 && high - low > 1) {
         const uint32_t middle = low + (high - low) / 2;
-        const uint32_t reach = __reduce_add_sync(kWholeWarp, count_reaching(choice, key_value(middle)));
+        const uint32_t reach = __reduce_add_sync(kFullWarp, count_reaching(choice, key_value(middle)));
         if (reach >= k) {
             low = middle, count = reach;
         } else {
@@ -161,7 +160,7 @@ __device__ __forceinline__ void raise_bound(const Own& own, uint32_t k, uint32_t
         uint32_t left = 0;
 #pragma unroll
         for (int i = 0; i < kItems; ++i) left += choice[i] > bound || (choice[i] == bound && own.at(i) < middle);
-        left = __reduce_add_sync(kWholeWarp, left);
+        left = __reduce_add_sync(kFullWarp, left);
         if (left >= k) {
             enough = middle, count = left;
         } else {
@@ -182,12 +181,12 @@ template <class Own> __device__ __forceinline__ uint64_t choose_among(const Own&
     uint64_t chosen = 0;
 #pragma unroll 1
     for (uint32_t j = 0; j < k; ++j) {
-        const uint32_t best = __reduce_max_sync(kWholeWarp, remaining);
-        const uint32_t winner = __ffs(__ballot_sync(kWholeWarp, remaining == best)) - 1;
+        const uint32_t best = __reduce_max_sync(kFullWarp, remaining);
+        const uint32_t winner = __ffs(__ballot_sync(kFullWarp, remaining == best)) - 1;
         if (lane == winner) remaining = 0;
         if (lane == j) chosen = static_cast<uint64_t>(best) << 10 | winner;
     }
-    const uint32_t expert = __shfl_sync(kWholeWarp, own.at(0), static_cast<uint32_t>(chosen) & 31);
+    const uint32_t expert = __shfl_sync(kFullWarp, own.at(0), static_cast<uint32_t>(chosen) & 31);
     return chosen >> 10 << 10 | (LSW_MAX_EXPERTS - 1 - expert);
 }
 
@@ -200,26 +199,26 @@ __device__ __forceinline__ uint32_t collect(const Own& own, uint32_t k, float (&
     for (int i = 0; i < kItems; ++i) most = fmaxf(most, choice[i]);
     // Equal maxima leave together, and two rounds go at a time: the bound may lie below the k-th, never above it.
     uint32_t remaining = order_key(most);
-    const uint32_t highest = __reduce_max_sync(kWholeWarp, remaining);
+    const uint32_t highest = __reduce_max_sync(kFullWarp, remaining);
     uint32_t next = highest;
 #pragma unroll 1
     for (uint32_t j = 1; j < k; j += 2) {
 #pragma unroll
         for (int round = 0; round < 2; ++round) {
             if (remaining == next) remaining = 0;
-            next = __reduce_max_sync(kWholeWarp, remaining);
+            next = __reduce_max_sync(kFullWarp, remaining);
         }
     }
     float bound = next ? key_value(next) : -kInfinity;
-    uint32_t mine = count_reaching(choice, bound), count = __reduce_add_sync(kWholeWarp, mine);
+    uint32_t mine = count_reaching(choice, bound), count = __reduce_add_sync(kFullWarp, mine);
     if (count > 32) {
         raise_bound(own, k, highest, bound, choice);
-        mine = count_reaching(choice, bound), count = __reduce_add_sync(kWholeWarp, mine);
+        mine = count_reaching(choice, bound), count = __reduce_add_sync(kFullWarp, mine);
     }
     uint32_t at = mine;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-        const uint32_t before = __shfl_up_sync(kWholeWarp, at, step);
+        const uint32_t before = __shfl_up_sync(kFullWarp, at, step);
         if (lane >= step) at += before;
     }
     float* slot = &scratch.candidates[0][at - mine];
@@ -269,7 +268,7 @@ __device__ __forceinline__ void choose(const LswRouteArgs& args, uint32_t token,
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) is_odd |= !(choice[i] <= kLargest);
-    is_odd = __any_sync(kWholeWarp, is_odd);
+    is_odd = __any_sync(kFullWarp, is_odd);
     if (is_odd || (!kIsPlain && args.softcap != 0.0f)) {
 #pragma unroll
         for (int i = 0; i < kItems; ++i) choice[i] = usable_logit<kKind>(args, choice[i]);
@@ -312,11 +311,11 @@ __device__ __forceinline__ void choose(const LswRouteArgs& args, uint32_t token,
         x = by_score ? usable_logit<kKind>(args, to_float(logits[id])) : key_value(static_cast<uint32_t>(chosen >> 10));
         if (args.flags & LSW_ROUTE_COUNTED) atomicAdd(&counts[id], 1u);
     }
-    if (kIsSoftmax && renormalize) top = by_score ? warp_max(x) : __shfl_sync(kWholeWarp, x, 0);
+    if (kIsSoftmax && renormalize) top = by_score ? warp_max(x) : __shfl_sync(kFullWarp, x, 0);
     float gate = lane < args.k ? score<kKind>(x, top) : 0.0f;
     if (renormalize) {
         sum = gate;
-        for (uint32_t step = 1; step < args.k; step *= 2) sum += __shfl_xor_sync(kWholeWarp, sum, step);
+        for (uint32_t step = 1; step < args.k; step *= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
     }
     if (kIsSoftmax || renormalize) gate = sum > 0.0f ? __fdividef(gate, sum) : 0.0f;
     if (!kIsPlain) gate *= args.scale;
@@ -324,7 +323,7 @@ __device__ __forceinline__ void choose(const LswRouteArgs& args, uint32_t token,
         reinterpret_cast<int32_t*>(args.ids)[token * args.ids_stride + lane] = id;
         reinterpret_cast<float*>(args.gates)[token * args.gates_stride + lane] = gate;
     }
-    if ((is_odd || __all_sync(kWholeWarp, x == -kInfinity)) && lane == 0) atomicOr(reinterpret_cast<uint32_t*>(args.status), LSW_ODD_LOGITS);
+    if ((is_odd || __all_sync(kFullWarp, x == -kInfinity)) && lane == 0) atomicOr(reinterpret_cast<uint32_t*>(args.status), LSW_ODD_LOGITS);
     __syncwarp();  // the scratch is free again
 }
 
@@ -332,7 +331,7 @@ __device__ __forceinline__ void choose(const LswRouteArgs& args, uint32_t token,
 __device__ __forceinline__ bool is_padding(const LswRouteArgs& args, uint32_t token) {
     if (!(args.flags & LSW_ROUTE_PADDED)) return false;
     const bool is_behind = args.valid && static_cast<int64_t>(token) >= *reinterpret_cast<const int32_t*>(args.valid);
-    if (!__any_sync(kWholeWarp, is_behind || (args.mask && reinterpret_cast<const uint8_t*>(args.mask)[token] == 0))) return false;
+    if (!__any_sync(kFullWarp, is_behind || (args.mask && reinterpret_cast<const uint8_t*>(args.mask)[token] == 0))) return false;
     const uint32_t lane = threadIdx.x % 32;
     if (lane < args.k) {
         reinterpret_cast<int32_t*>(args.ids)[token * args.ids_stride + lane] = -1;

@@ -5,6 +5,9 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
+// All lanes of a warp.
+constexpr uint32_t kFullWarp = 0xffffffffu;
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // Programmatic dependent launch: wait until the work before this grid is complete and visible; let the grid behind it start. Before

@@ -72,10 +72,6 @@ __device__ __forceinline__ void wait_both(Barrier& a, uint32_t a_parity, Barrier
 __device__ __forceinline__ void copy16_partly(uint32_t shared, const void* global, uint32_t bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
-// An arrival that takes place when all copies of this thread so far have.
-__device__ __forceinline__ void arrive_after_copies(Barrier& barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier.word)) : "memory");
-}
 
 // Makes initialised barriers visible to the copy engine.
 __device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }

@@ -3,8 +3,7 @@
 
 #include "../args.h"
 #include "num.cuh"
-
-constexpr uint32_t kFullWarp = 0xffffffffu;
+#include "ptx.cuh"
 
 static_assert(LSW_MAX_K <= 32, "one lane an entry of the route");
 

@@ -3,12 +3,14 @@
 use super::args::{LSW_A_ALIGNED, LSW_B_ALIGNED, LSW_BANK_BATCH, LSW_BANK_THREADS, LswBankArgs, LswFactor, LswMap};
 use super::context::DeviceStream;
 use super::launch::{Grid, launch};
+use super::maps::{factor_a, factor_b};
 use super::memory::DeviceMemory;
 use super::{Device, flags};
 use crate::bank::{Entry, Refill};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::memory::StateMemory;
+use crate::view::RawMat;
 use std::sync::Arc;
 
 /// Bytes before the maps, which stand at a multiple of 128.
@@ -55,13 +57,13 @@ impl Table {
         self.memory.addr()
     }
 
+    /// Of A and of B, each where it is aligned itself: the kernel goes by the flag of the one that it loads.
     fn factor_maps(&self, entry: &Entry, factor: &LswFactor) -> Result<[LswMap; 2]> {
-        match &entry.factor {
-            Some(f) if self.has_maps && factor.flags == ALIGNED && !f.a.raw.is_empty() && !f.b.raw.is_empty() => {
-                super::maps::factor(&f.a.raw, &f.b.raw)
-            }
-            _ => Ok(Default::default()),
-        }
+        let Some(f) = entry.factor.as_ref().filter(|_| self.has_maps) else { return Ok(Default::default()) };
+        let map = |mat: &RawMat, flag: u32, encode: fn(&RawMat) -> Result<LswMap>| {
+            if factor.flags & flag != 0 && !mat.is_empty() { encode(mat) } else { Ok(LswMap::default()) }
+        };
+        Ok([map(&f.a.raw, LSW_A_ALIGNED, factor_a)?, map(&f.b.raw, LSW_B_ALIGNED, factor_b)?])
     }
 
     /// Enqueues a slot's new content. All that can fail but the launches comes before the first of them.
@@ -95,8 +97,6 @@ impl Table {
         Ok(())
     }
 }
-
-const ALIGNED: u32 = LSW_A_ALIGNED | LSW_B_ALIGNED;
 
 fn device_factor(entry: &Entry, generation: u32) -> LswFactor {
     let Some(f) = entry.factor.as_ref().filter(|_| entry.rank() > 0) else {

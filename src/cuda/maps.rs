@@ -76,12 +76,21 @@ pub(super) fn weight(mat: &RawMat) -> Result<LswMap> {
     blocks(mat, 64)
 }
 
-/// Of an adapter's A and B. The boxes follow the rank as `panel_depth` in kernels/switch_sm90.cu does.
-pub(super) fn factor(a: &RawMat, b: &RawMat) -> Result<[LswMap; 2]> {
-    let depth = match a.rows {
+/// How much of the rank a box holds: as `panel_depth` in kernels/switch_sm90.cu has it.
+fn depth(rank: u64) -> u32 {
+    match rank {
         0..=16 => 16,
         17..=32 => 32,
         _ => 64,
-    };
-    Ok([blocks(a, depth)?, boxes(b, LSW_SWITCH90_TILE, depth)?])
+    }
+}
+
+/// Of an adapter's A [rank, in].
+pub(super) fn factor_a(a: &RawMat) -> Result<LswMap> {
+    blocks(a, depth(a.rows))
+}
+
+/// Of an adapter's B [out, rank].
+pub(super) fn factor_b(b: &RawMat) -> Result<LswMap> {
+    boxes(b, LSW_SWITCH90_TILE, depth(b.cols))
 }
