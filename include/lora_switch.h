@@ -1093,8 +1093,8 @@ lsw_status lsw_gather(const struct lsw_context *context,
  *
  * Every D, stride and offset works; 16-byte accesses serve where addresses and rows (stride
  * included) are multiples of 16 bytes. Sums in f32, j ascending, one rounding: deterministic, no
- * atomics, and a token's bits do not depend on the other tokens. y shares no memory with the others. One launch; enqueued, and may be
- * captured.
+ * atomics, and a token's bits do not depend on the other tokens. y shares no memory with the
+ * others. One launch; enqueued, and may be captured.
  */
 lsw_status lsw_combine(const struct lsw_context *context,
                        void *stream,

@@ -1,8 +1,8 @@
 //! The gate: projection and route.
 
 use super::context::{lsw_context, on};
-use super::route::{Given, lsw_route_options, optional, workspace};
-use super::{Out, guard, lsw_mat, lsw_mat_mut, lsw_status, mat, mat_mut};
+use super::route::{Given, lsw_route_options, workspace};
+use super::{Out, guard, lsw_mat, lsw_mat_mut, lsw_status, mat, mat_mut, optional};
 use crate::gate::{GateWeight, gate, gate_workspace_bytes};
 use std::ffi::c_void;
 

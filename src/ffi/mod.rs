@@ -373,6 +373,13 @@ unsafe fn mat<'a>(context: &Context, ptr: *const lsw_mat, name: &str) -> Result<
 }
 
 /// # Safety
+/// As for [`mat`], unless null.
+unsafe fn optional<'a>(context: &Context, given: *const lsw_mat, name: &str) -> Result<Option<Mat<'a>>> {
+    // SAFETY: the caller's promise.
+    if given.is_null() { Ok(None) } else { unsafe { mat(context, given, name) }.map(Some) }
+}
+
+/// # Safety
 /// As for [`mat`], and the memory can be written.
 unsafe fn mat_mut<'a>(context: &Context, ptr: *const lsw_mat_mut, name: &str) -> Result<MatMut<'a>> {
     check_pointer(ptr, name)?;

@@ -1,7 +1,7 @@
 //! Gather-scatter.
 
 use super::context::{lsw_context, on};
-use super::{Options, Out, check_reserved, guard, lsw_mat, lsw_mat_mut, lsw_status, mat, mat_mut, options};
+use super::{Options, Out, check_reserved, guard, lsw_mat, lsw_mat_mut, lsw_status, mat, mat_mut, optional, options};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::permute::{
@@ -226,8 +226,8 @@ pub unsafe extern "C" fn lsw_gather(
 ///
 /// Every D, stride and offset works; 16-byte accesses serve where addresses and rows (stride
 /// included) are multiples of 16 bytes. Sums in f32, j ascending, one rounding: deterministic, no
-/// atomics, and a token's bits do not depend on the other tokens. y shares no memory with the others. One launch; enqueued, and may be
-/// captured.
+/// atomics, and a token's bits do not depend on the other tokens. y shares no memory with the
+/// others. One launch; enqueued, and may be captured.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_combine(
     context: *const lsw_context,
@@ -286,7 +286,7 @@ pub unsafe extern "C" fn lsw_combine_with(
         let given = unsafe { self::options(options) }?;
         check_reserved(given.reserved).map_err(|e| e.within("options"))?;
         // SAFETY: the conventions.
-        let residual = (!given.residual.is_null()).then(|| unsafe { mat(context, given.residual, "residual") }).transpose()?;
+        let residual = unsafe { optional(context, given.residual, "residual") }?;
         // SAFETY: the conventions.
         let (rows, inverse, gates, mut y) = unsafe {
             (mat(context, rows, "rows")?, mat(context, inverse, "inverse")?, mat(context, gates, "gates")?, mat_mut(context, y, "y")?)

@@ -1,7 +1,7 @@
 //! The top-k router.
 
 use super::context::{lsw_context, on};
-use super::{Options, Out, check_reserved, flag, guard, lsw_mat, lsw_mat_mut, lsw_status, mat, mat_mut, options};
+use super::{Options, Out, check_reserved, flag, guard, lsw_mat, lsw_mat_mut, lsw_status, mat, mat_mut, optional, options};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::route::{GroupScore, RouteOptions, Score, route, route_counted, route_workspace_bytes};
@@ -123,13 +123,6 @@ impl Given<'_> {
             mask: self.mask.as_ref(),
         })
     }
-}
-
-/// # Safety
-/// As for [`mat`], unless null.
-pub(super) unsafe fn optional<'a>(context: &Context, given: *const lsw_mat, name: &str) -> Result<Option<Mat<'a>>> {
-    // SAFETY: the caller's promise.
-    if given.is_null() { Ok(None) } else { unsafe { mat(context, given, name) }.map(Some) }
 }
 
 /// Routes each token to its k best experts (LoRA-Switch, arXiv 2405.17741, section 4.1, and the
