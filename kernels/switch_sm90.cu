@@ -372,8 +372,7 @@ template <class Wants, class Visit> __device__ __forceinline__ void for_each_pan
             const int depth = term.depth();
             for (int k = 0; k < term.rank(); k += depth) visit(tile, term, k, depth, index++);
         }
-        __syncwarp();  // all have read the entry
-        if (threadIdx.x % 32 == 0) s.entry_empty[entries.slot].arrive();
+        s.entry_empty[entries.slot].arrive();  // each lane for what it read
     }
 }
 
@@ -550,9 +549,10 @@ struct Fragment {
     }
 };
 
-// The first 16 bytes of a header or a term. All lanes know the same, and so does the compiler; after it the entry may be given back.
+// The first 16 bytes of a header or a term, read by the lane that will give the entry back. All know the same, and so does the compiler.
 template <class Words> __device__ __forceinline__ Words take(const Words& words) {
-    int4 value = reinterpret_cast<const int4&>(words);
+    int4 value{};
+    if (threadIdx.x % 32 == 0) value = reinterpret_cast<const int4&>(words);
     value.x = __shfl_sync(kFullWarp, value.x, 0), value.y = __shfl_sync(kFullWarp, value.y, 0);
     value.z = __shfl_sync(kFullWarp, value.z, 0), value.w = __shfl_sync(kFullWarp, value.w, 0);
     Words taken{};
@@ -667,7 +667,8 @@ template <class T, bool kAllStay> __device__ void run_consumer(Shared& s, int co
 
 __device__ void init_barriers(Shared& s) {
     for (int i = 0; i < kEntries; ++i) {
-        s.entry_full[i].init(32), s.entry_empty[i].init(1 + kLoaders + 2 + 8);  // the scheduler's lanes; panels, loaders, stores, consumers
+        s.entry_full[i].init(32);                                // the scheduler's lanes
+        s.entry_empty[i].init(32 * (1 + kLoaders) + 2 + 8);  // those of panels and loaders; stores, consumers' warps
     }
     for (uint32_t i = 0; i < kMostPanels; ++i) s.panel_full[i].init(1), s.panel_empty[i].init(8);  // who brings it; consumers
     for (uint32_t i = 0; i < kMostGranules; ++i) s.weight_full[i].init(1), s.weight_done[i].init(4), s.weight_empty[i].init(1);

@@ -57,8 +57,9 @@ pub fn route(logits: &[f64], routing: &Routing, blur: f64) -> Routed {
     let cap = |x: f64| if r.softcap > 0.0 && x != f64::NEG_INFINITY { r.softcap * (x / r.softcap).tanh() } else { x };
     let x: Vec<f64> = logits.iter().map(|&x| cap(if x.is_nan() { f64::NEG_INFINITY } else { x.min(f64::from(f32::MAX)) })).collect();
     let blur_of_logits = blur;
-    // A cap in f32 is c (2 s - 1) with a sigmoid s that errs by a few roundings.
-    let blur = blur + 40.0 * U32 * r.softcap;
+    // A cap in f32: a division, a tanh of 2 ulp and a product.
+    let largest = x.iter().copied().filter(|x| x.is_finite()).fold(0.0, |m: f64, x| m.max(x.abs()));
+    let blur = if r.softcap > 0.0 { blur + 8.0 * U32 * largest + f64::from(f32::MIN_POSITIVE) } else { blur };
     // exp errs by 2 ulp and by the rounding of its argument; reciprocal, root and logarithm by a few ulp; a sum by a rounding a term:
     // a softmax has all experts in it, other scores only the chosen, in the end.
     let terms = if r.score == Score::Softmax { n } else { r.k };

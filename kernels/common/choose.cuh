@@ -75,10 +75,8 @@ template <Kind kKind> __device__ __forceinline__ float score(float x, float top)
     return expf(x - fmaxf(top, -kLargest));
 }
 
-// softcap tanh(x / softcap), with an absolute error of a few roundings of softcap. Keeps -inf, which says that an expert is not to be had.
-__device__ __forceinline__ float capped(float softcap, float x) {
-    return x == -kInfinity ? x : softcap * (2.0f * sigmoid(2.0f * __fdividef(x, softcap)) - 1.0f);
-}
+// softcap tanh(x / softcap). Keeps -inf, which says that an expert is not to be had.
+__device__ __forceinline__ float capped(float softcap, float x) { return x == -kInfinity ? x : softcap * tanhf(x / softcap); }
 
 // A logit as the rest knows it.
 template <Kind kKind> __device__ __forceinline__ float usable_logit(const LswRouteArgs& args, float x) {
