@@ -5,18 +5,19 @@
 //
 // One block an SM, five roles that hand a 128 x 128 tile from one to the next through mbarriers:
 //
-//   scheduler (warp 0)  takes tiles from the queue, works out the target's terms, publishes both, and has the copy engine bring W
-//   panels    (warp 1)  per term and 64 of its rank: A [<= 64, 128], by the copy engine
+//   scheduler (warp 0)  takes tiles from the queue and publishes them with their products: a term and up to 64 of its rank each
+//   panels    (warp 1)  per product: A [<= 64, 128], by the copy engine
 //   loaders   (warps 4 to 7)  and B [128, <= 64], by plain copies, each warp every fourth
-//   consumers (2 x 128) each 64 rows: wgmma per term into `product`, sum += coefficient * product; then W's granule is changed in place in
-//                       shared memory (ldmatrix, add in f32, one rounding, stmatrix)
-//   stores    (warps 2, 3) have the copy engine write a granule back and free its place
+//   consumers (2 x 128) each 64 rows: wgmma into `product`, sum += coefficient * product; then W's granule is changed in place in shared
+//                       memory (ldmatrix, add in f32, one rounding, stmatrix)
+//   weights   (warps 2, 3) a consumer's granules of W: each is brought by the copy engine, and written back when it is done
 //
 // The product of a tile starts before its W arrives, and W runs up to three tiles ahead. A block takes a few tiles in a row, and B stays in
 // shared memory for that run; where a target has more panels than can stay, the rest passes through A's ring, tile by tile.
 //
 // A consumer is bound by the latency of its own instructions, not by the tensor cores: two warps a scheduler, and a term is a chain of wait,
-// product, fmas. So whatever the next product needs is worked out while the last one runs.
+// product, fmas. So the scheduler works out all that a product needs, descriptors and places included, and whatever a consumer still has to
+// do it does while a product runs.
 //
 // Why it is right:
 // - Both operands come as PEFT stores them. B [out, rank] is K-major, A [rank, in] is N-major: wgmma takes both layouts by descriptor.
@@ -38,13 +39,14 @@
 namespace {
 
 constexpr int kThreads = LSW_SWITCH90_THREADS;
+constexpr int kConsumers = 2;  // warpgroups
 constexpr int kTile = LSW_SWITCH90_TILE;
 constexpr int kGroups = LSW_SWITCH90_GROUPS;
 constexpr int kHalf = 64 * 128;             // bytes of 64 rows of 64 elements: one swizzle atom wide
 constexpr int kGranule = 2 * kHalf;         // bytes: 64 rows of W's tile, its left and right 64 columns
 constexpr int kArea = 13 * kGranule;        // bytes for granules of W and panels of A and B
 constexpr uint32_t kMostGranules = 6, kFewestGranules = 4;
-static_assert(kMostGranules % 2 == 0 && kFewestGranules % 2 == 0, "a place stays with one consumer: who waits at a barrier sees all its phases");
+static_assert(kMostGranules % kConsumers == 0 && kFewestGranules % kConsumers == 0, "a place stays with one consumer: who waits at a barrier sees all its phases");
 constexpr uint32_t kMostPanels = (kArea - kMostGranules * kGranule) / (16 * 256);  // of the smallest
 constexpr uint32_t kFewestStay = 4;         // panels of B, of the largest
 constexpr uint32_t kLoaders = 4;            // warps
@@ -55,7 +57,7 @@ constexpr int kEntries = 4;                 // tiles between the scheduler and t
 constexpr uint32_t kEnd = ~0u;
 
 // A block starts with 128 registers a thread and can only share these out: asking for one more waits for ever.
-constexpr int kProducerRegisters = 64, kConsumerRegisters = 192;
+constexpr int kProducerRegisters = 72, kConsumerRegisters = 184;
 static_assert(256 * kProducerRegisters + 256 * kConsumerRegisters <= 512 * 128, "registers of a block");
 
 static_assert(kThreads == 512 && kTile == 128, "two warpgroups of producers, two of consumers of 64 rows each");
@@ -63,40 +65,80 @@ static_assert(kThreads == 512 && kTile == 128, "two warpgroups of producers, two
 // Columns of the rank that one panel holds: the smallest box that a small rank fits in. The host encodes the maps by the same rule.
 __device__ __forceinline__ int panel_depth(uint32_t rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : 64; }
 
+// What a target's sum has of one adapter.
 struct alignas(16) Term {
-    // For the consumers, in one load.
     float coefficient;
     uint32_t rank_and_flags;  // the rank in the low half
-    uint32_t a_layout, b_layout;  // words of wgmma's descriptors
-    // For those who bring panels.
     const void* b;
     uint32_t b_stride;
     uint32_t factor;  // target * slots + slot
 
-    __device__ int rank() const { return rank_and_flags & 0xffff; }
-    __device__ int depth() const { return panel_depth(rank()); }
-    __device__ bool is(uint32_t flag) const { return rank_and_flags >> 16 & flag; }
+    __device__ uint32_t rank() const { return rank_and_flags & 0xffff; }
+    __device__ uint32_t flags() const { return rank_and_flags >> 16; }
+    __device__ uint32_t depth() const { return panel_depth(rank()); }
+    __device__ uint32_t panels() const { return rank() <= 64 ? 1 : (rank() + 63) / 64; }
 };
 
-// A tile on its way through the roles.
+// Of a product: what all roles ask. Bits from 0: steps of 16 of the rank, whether it adds to what the term's last panel left, whether it ends
+// the term, whether B's place is free afterwards, parities and places of A and B.
+struct Plan {
+    uint32_t bits;
+
+    __device__ uint32_t steps() const { return bits & 7; }
+    __device__ bool adds() const { return bits >> 3 & 1; }
+    __device__ bool ends_term() const { return bits >> 4 & 1; }
+    __device__ bool frees_b() const { return bits >> 5 & 1; }
+    __device__ uint32_t a_parity() const { return bits >> 6 & 1; }
+    __device__ uint32_t b_parity() const { return bits >> 7 & 1; }
+    __device__ uint32_t a_slot() const { return bits >> 8 & 0xff; }
+    __device__ uint32_t b_slot() const { return bits >> 16; }
+};
+
+// One panel of B times one of A, as the scheduler works it out.
+struct alignas(16) Product {
+    // For the consumers: words of wgmma's descriptors, of B one for each consumer.
+    uint32_t a_low, b_high;
+    float coefficient;
+    Plan plan;
+    uint32_t b_low[kConsumers];
+    // For those who bring the panels.
+    uint32_t factor, b_stride;
+    const void* b;
+    uint16_t k, rank;  // the panel begins at k
+    uint16_t depth, flags;
+};
+
+// What a consumer takes of a product.
+struct Work {
+    uint32_t a_low, b_high;
+    float coefficient;
+    Plan plan;
+    uint32_t b_low;
+
+    __device__ uint64_t b() const { return static_cast<uint64_t>(b_high) << 32 | b_low; }
+    __device__ uint64_t a() const { return static_cast<uint64_t>(1024 >> 4 | 1 << 30) << 32 | a_low; }
+};
+
+// A tile on its way through the roles, or a part of one that has more products than fit: only the last part ends the tile.
 struct alignas(16) Header {
     uint32_t target;  // kEnd: there are no more
     int row, col;
-    uint32_t packed;  // terms, rows of the matrix in the tile, whether it begins and ends a run, whether LSW_WEIGHT_BLOCKS
+    uint32_t packed;  // products, rows of the matrix in the tile, whether it begins a run, whether LSW_WEIGHT_BLOCKS
 
-    __device__ static uint32_t pack(uint32_t terms, uint32_t rows, bool begins, bool ends, bool blocks) {
-        return terms | rows << 8 | (begins ? 1u << 29 : 0) | (ends ? 1u << 30 : 0) | (blocks ? 1u << 31 : 0);
+    __device__ static uint32_t pack(uint32_t products, uint32_t rows, bool ends_tile, bool begins_run, bool blocks) {
+        return products | rows << 8 | ends_tile << 29 | begins_run << 30 | static_cast<uint32_t>(blocks) << 31;
     }
-    __device__ uint32_t terms() const { return packed & 0xff; }
+    __device__ uint32_t products() const { return packed & 0xff; }
     __device__ int rows() const { return packed >> 8 & 0xff; }
-    __device__ bool begins_run() const { return packed >> 29 & 1; }
-    __device__ bool ends_run() const { return packed >> 30 & 1; }
+    __device__ bool ends_tile() const { return packed >> 29 & 1; }
+    __device__ bool begins_run() const { return packed >> 30 & 1; }
     __device__ bool blocks() const { return packed >> 31; }
 };
-static_assert(2 * LSW_MAX_K < 256 && kTile < 256, "packed");
+constexpr uint32_t kProducts = 32;  // of an entry: one for each of the scheduler's lanes
+static_assert(kProducts < 256 && kTile < 256 && kMostPanels < 256, "packed");
 struct Entry {
     Header header;
-    Term terms[2 * LSW_MAX_K];
+    Product products[kProducts];
 };
 
 // How this launch uses the area: by the deepest panel of its route. Every block works it out for itself, to the same result.
@@ -104,19 +146,22 @@ struct Geometry {
     uint32_t depth;        // 16, 32 or 64 of the rank
     uint32_t panel_bytes;  // A [depth, 128] or B [128, depth]
     uint32_t granules;     // of W in flight, at the area's begin
+    uint32_t panels;       // the address behind them
     uint32_t stays;        // panels behind them, of B, for a run of tiles
     uint32_t passes;       // and behind those, for one tile: of A, and of B where there is no place to stay
-    uint32_t most_ranks, most_panels;  // that a target may need
-    uint32_t grab;                     // consecutive tiles that a block takes at a time
+    uint32_t most_ranks;   // that a target may need
+    uint32_t least_steps, most_steps;  // of a product
+    uint32_t grab;         // consecutive tiles that a block takes at a time
 };
 
 // The copy engine's swizzle repeats every 1,024 bytes: granules and panels stand at multiples of that.
 struct Shared {
     unsigned char area[kArea];
     Entry entry[kEntries];
-    Term staged[2 * LSW_MAX_K];  // the terms of the scheduler's target
+    Term staged[2 * LSW_MAX_K];    // the terms of the scheduler's target
+    Header moving[kMostGranules];  // whose granules are in the area
     Barrier entry_full[kEntries], entry_empty[kEntries];
-    Barrier weight_full[kMostGranules], weight_done[kMostGranules], weight_empty[kMostGranules];
+    Barrier weight_full[kMostGranules], weight_done[kMostGranules];
     Barrier panel_full[kMostPanels], panel_empty[kMostPanels];
     Route route;
     Geometry geometry;
@@ -132,9 +177,11 @@ static_assert(sizeof(Shared) + 1024 <= LSW_SWITCH90_SHARED, "the host asks for t
 struct Ring {
     uint32_t size, slot = 0, parity = 0;
     __device__ explicit Ring(uint32_t size, uint32_t slot = 0) : size(size), slot(slot) {}
-    __device__ __forceinline__ void advance(uint32_t steps = 1) {
-        slot += steps;
-        if (slot >= size) slot -= size, parity ^= 1;
+    __device__ __forceinline__ void advance() {
+        if (++slot == size) slot = 0, parity ^= 1;
+    }
+    __device__ __forceinline__ void advance(uint32_t steps) {
+        for (slot += steps; slot >= size; slot -= size) parity ^= 1;
     }
 };
 
@@ -167,7 +214,7 @@ __device__ __forceinline__ uint32_t changed_tiles(const LswSwitchArgs& args, con
 // last saw them. A fence takes long, so all threads of the block have theirs at once, and maps that will not be used have none.
 __device__ void meet_target(const LswSwitchArgs& args, Shared& s, uint32_t target) {
     for (int i = 0; i < 2; ++i) fence_tensor_map(target_maps(args, target) + i);
-    uint32_t depth = 16, ranks = 0, panels = 0;
+    uint32_t depth = 16, ranks = 0, panels = 0, least_steps = ~0u, most_steps = 0;
     auto each = [&](auto visit) {
         auto at = [&](int slot) {
             const LswFactor& f = factor(args, target, slot);
@@ -178,10 +225,12 @@ __device__ void meet_target(const LswSwitchArgs& args, Shared& s, uint32_t targe
         for (uint32_t e = 0; e < held; ++e) at(merged(args, target)[e].slot);
     };
     each([&](const LswFactor& f, const LswMap*) {
-        const uint32_t own = panel_depth(f.rank);
-        depth = max(depth, own);
+        const uint32_t full = panel_depth(f.rank), last = (f.rank - 1) % full + 1;
+        depth = max(depth, full);
         ranks += f.rank;
-        panels += (f.rank + own - 1) / own;
+        panels += (f.rank + full - 1) / full;
+        least_steps = min(least_steps, (last + 15) / 16);
+        most_steps = max(most_steps, (min(full, f.rank) + 15) / 16);
     });
     each([&](const LswFactor& f, const LswMap* maps) {
         if (f.flags & LSW_A_ALIGNED) fence_tensor_map(maps);
@@ -189,15 +238,18 @@ __device__ void meet_target(const LswSwitchArgs& args, Shared& s, uint32_t targe
     });
     atomicMax(&s.geometry.depth, depth);
     atomicMax(&s.geometry.most_ranks, ranks);
-    atomicMax(&s.geometry.most_panels, panels);
+    atomicMin(&s.geometry.least_steps, least_steps);
+    atomicMax(&s.geometry.most_steps, most_steps);
 }
 
 // One thread. Short grabs where they can be: memory likes all blocks close together, and the last blocks want tiles too. Deep ranks need B
 // to stay for longer.
-__device__ void lay_out(Geometry& g, uint32_t total, uint32_t blocks) {
+__device__ void lay_out(Shared& s, uint32_t total, uint32_t blocks) {
+    Geometry& g = s.geometry;
     const bool is_deep = g.most_ranks > kDeep;
     g.panel_bytes = g.depth * 256;
     g.granules = is_deep ? kFewestGranules : kMostGranules;
+    g.panels = shared_address(s.panels());
     const uint32_t slots = min(kMostPanels, (kArea - g.granules * kGranule) / g.panel_bytes);
     g.stays = g.depth == 64 ? kFewestStay : slots / 2;
     g.passes = slots - g.stays;
@@ -222,7 +274,7 @@ __device__ void plan(const LswSwitchArgs& args, Shared& s) {
             if (g < s.groups) s.group[g + 1] = sum;
             carry = __shfl_sync(kFullWarp, sum, 31);
         }
-        if (lane == 0) s.group[0] = 0, lay_out(s.geometry, carry, gridDim.x);
+        if (lane == 0) s.group[0] = 0, lay_out(s, carry, gridDim.x);
     }
     __syncthreads();
 }
@@ -232,18 +284,45 @@ struct Cursor {
     uint32_t group = kEnd, target = kEnd;
     uint32_t before_lane = 0, lane_tiles = 0;  // of this lane's target in the group
     uint32_t start = 0, end = 0;               // the target's tiles
-    uint32_t across = 1;                       // its tiles in a row
-    uint32_t terms = 0;                        // how many are staged
-    uint32_t rows = 0;                         // of the target
+    uint32_t panels = 0;                       // of A, and as many of B, over its staged terms
+    int rows = 0, cols = 0;                    // of the target
     bool blocks = false;
+    int row = 0, col = 0;  // of the tile
+    Product product;       // this lane's of the target's first, without the places of its panels
+
+    __device__ void locate(uint32_t tile) {
+        const uint32_t across = (cols + kTile - 1) / kTile, index = tile - start;
+        row = index / across * kTile, col = index % across * kTile;
+    }
+    __device__ void step() {
+        col += kTile;
+        if (col >= cols) col = 0, row += kTile;
+    }
+    __device__ bool ends_row() const { return col + kTile >= cols; }
 };
 
 __device__ __forceinline__ Term make_term(const LswSwitchArgs& args, uint32_t target, int slot, float coefficient) {
     const LswFactor& f = factor(args, target, slot);
+    return {coefficient, f.rank | f.flags << 16, reinterpret_cast<const void*>(f.b), f.b_stride, target * args.slots + slot};
+}
+
+// A product of the staged terms, but for the places of its panels.
+__device__ __forceinline__ Product describe(const Shared& s, uint32_t index) {
+    const Term* term = s.staged;
+    for (uint32_t n; index >= (n = term->panels()); ++term) index -= n;
+    const uint32_t depth = term->depth(), k = index * depth, rank = term->rank();
     // B: rows of `depth` elements, swizzled over that width (1: 128 bytes, 2: 64, 3: 32). A: two blocks of 64 columns, [depth, 64] each.
-    const uint32_t depth = panel_depth(f.rank), swizzle = depth == 64 ? 1 : depth == 32 ? 2 : 3;
-    return {coefficient, f.rank | f.flags << 16, depth * 128 >> 4 << 16, depth * 16 >> 4 | swizzle << 30,
-            reinterpret_cast<const void*>(f.b), f.b_stride, target * args.slots + slot};
+    const uint32_t swizzle = depth == 64 ? 1 : depth == 32 ? 2 : 3;
+    const uint32_t steps = (min(depth, rank - k) + 15) / 16, adds = index > 0, ends_term = k + depth >= rank;
+    Product p;
+    p.a_low = depth * 128 >> 4 << 16;
+    p.b_high = depth * 16 >> 4 | swizzle << 30;
+    for (uint32_t c = 0; c < kConsumers; ++c) p.b_low[c] = (1 << 16) + (c * depth * 128 >> 4);
+    p.coefficient = term->coefficient;
+    p.plan.bits = steps | adds << 3 | ends_term << 4;
+    p.factor = term->factor, p.b = term->b, p.b_stride = term->b_stride;
+    p.k = k, p.rank = rank, p.depth = depth, p.flags = term->flags();
+    return p;
 }
 
 // One warp: moves on to the target that a tile belongs to.
@@ -263,27 +342,65 @@ __device__ void seek(const LswSwitchArgs& args, Shared& s, Cursor& at, uint32_t 
     at.start = __shfl_sync(kFullWarp, at.before_lane, owner);
     at.end = at.start + __shfl_sync(kFullWarp, at.lane_tiles, owner);
     const LswTarget& t = target_of(args, at.target);
-    at.across = (t.cols + kTile - 1) / kTile;
-    at.rows = t.rows;
+    at.rows = t.rows, at.cols = t.cols;
     at.blocks = t.flags & LSW_WEIGHT_BLOCKS;
     const LaneTerms terms = lane_terms(args, s.route, at.target);
     __syncwarp();  // the last publish has read what was staged
-    if (terms.enter_slot >= 0) s.staged[terms.enter_at] = make_term(args, at.target, terms.enter_slot, terms.enter);
-    if (terms.leave_slot >= 0) s.staged[terms.leave_at] = make_term(args, at.target, terms.leave_slot, terms.leave);
-    at.terms = terms.count;
+    uint32_t panels = 0;
+    auto stage = [&](uint32_t place, int slot, float coefficient) {
+        if (slot < 0) return;
+        s.staged[place] = make_term(args, at.target, slot, coefficient);
+        panels += s.staged[place].panels();
+    };
+    stage(terms.enter_at, terms.enter_slot, terms.enter);
+    stage(terms.leave_at, terms.leave_slot, terms.leave);
+    at.panels = __reduce_add_sync(kFullWarp, panels);
     __syncwarp();
+    if (lane < at.panels) at.product = describe(s, lane);
 }
 
-// One warp: a tile and its terms become an entry of the ring.
-__device__ void publish(Shared& s, Ring& ring, const Cursor& at, int row, int col, bool begins_run, bool ends_run) {
-    s.entry_empty[ring.slot].wait(ring.parity ^ 1);
-    Entry& entry = s.entry[ring.slot];
-    for (uint32_t i = threadIdx.x % 32; i < at.terms; i += 32) entry.terms[i] = s.staged[i];
-    if (threadIdx.x % 32 == 0) {
-        entry.header = {at.target, row, col, Header::pack(at.terms, min(at.rows - row, kTile), begins_run, ends_run, at.blocks)};
+// Where panels find their places: passing ones go round and round, those of a run begin where the last run's ended.
+struct Places {
+    Ring passing, staying, run;
+
+    // Of the product that comes as number `index` of its tile.
+    __device__ __forceinline__ void give(Product& p, const Shared& s, uint32_t index, bool ends_run) const {
+        const Geometry& g = s.geometry;
+        const bool stays = index < g.stays;
+        Ring a = passing, b = stays ? run : passing;
+        a.advance(stays ? index : 2 * index - g.stays);
+        b.advance(stays ? index : 2 * index - g.stays + 1);
+        const uint32_t a_slot = g.stays + a.slot, b_slot = stays ? b.slot : g.stays + b.slot, frees_b = ends_run || !stays;
+        p.a_low += g.panels + a_slot * g.panel_bytes >> 4;
+        for (uint32_t c = 0; c < kConsumers; ++c) p.b_low[c] += g.panels + b_slot * g.panel_bytes >> 4;
+        p.plan.bits |= frees_b << 5 | a.parity << 6 | b.parity << 7 | a_slot << 8 | b_slot << 16;
     }
-    s.entry_full[ring.slot].arrive();  // each lane for what it wrote
-    ring.advance();
+};
+
+// One warp: a tile becomes an entry of the ring, or several.
+__device__ void publish(Shared& s, Ring& ring, Places& places, const Cursor& at, bool begins_run, bool ends_run) {
+    const uint32_t lane = threadIdx.x % 32, stays = s.geometry.stays;
+    if (begins_run) places.run = places.staying, places.staying.advance(min(at.panels, stays));
+    uint32_t left = at.panels;
+    do {
+        const uint32_t count = min(left, kProducts);
+        s.entry_empty[ring.slot].wait(ring.parity ^ 1);
+        Entry& entry = s.entry[ring.slot];
+        if (lane < count) {
+            const uint32_t index = at.panels - left + lane;
+            Product product = index < kProducts ? at.product : describe(s, index);
+            places.give(product, s, index, ends_run);
+            entry.products[lane] = product;
+        }
+        left -= count;
+        if (lane == 0) {
+            const uint32_t rows = min(at.rows - at.row, kTile);
+            entry.header = {at.target, at.row, at.col, Header::pack(count, rows, left == 0, begins_run, at.blocks)};
+        }
+        s.entry_full[ring.slot].arrive();  // each lane for what it wrote
+        ring.advance();
+    } while (left > 0);
+    places.passing.advance(at.panels + max(at.panels, stays) - stays);
 }
 
 // Waits for the next entry.
@@ -299,21 +416,12 @@ __device__ __forceinline__ void load_pair(unsigned char* to, const LswMap* map, 
     load_box(to + rows * 128, map, col + 64, row, full);
 }
 
-// One lane: has the copy engine bring a tile's two granules, as their places become free.
-__device__ void load_weight(const LswSwitchArgs& args, Shared& s, Ring& weights, const Cursor& at, int row, int col) {
-    const LswMap* base = target_maps(args, at.target) + 1;
-    for (int c = 0; c < 2; ++c, weights.advance()) {
-        s.weight_empty[weights.slot].wait(weights.parity ^ 1);
-        Barrier& full = s.weight_full[weights.slot];
-        full.arrive_expecting(kGranule);
-        load_pair(s.area + weights.slot * kGranule, base, at.blocks, col, row + 64 * c, 64, full);
-    }
-}
-
 __device__ void run_scheduler(const LswSwitchArgs& args, Shared& s) {
     const bool leader = threadIdx.x % 32 == 0;
     const uint32_t total = s.group[s.groups], grab = s.geometry.grab;
-    Ring entries(kEntries), weights(s.geometry.granules);
+    Ring entries(kEntries);
+    const Ring staying(s.geometry.stays);
+    Places places{Ring(s.geometry.passes), staying, staying};
     Cursor at;
     uint32_t taken = blockIdx.x;
     bool begins_run = true;
@@ -321,20 +429,20 @@ __device__ void run_scheduler(const LswSwitchArgs& args, Shared& s) {
         uint32_t next = 0;
         if (leader) next = gridDim.x + atomicAdd(&state(args)->next_tile, 1);
         const uint32_t end = min(total, (taken + 1) * grab);
+        bool jumps = true;
         for (uint32_t tile = taken * grab; tile < end; ++tile) {
-            if (tile < at.start || tile >= at.end) seek(args, s, at, tile);
-            if (args.in_place && at.terms == 0) continue;
-            const int row = (tile - at.start) / at.across * kTile, col = (tile - at.start) % at.across * kTile;
-            const bool ends_run = tile + 1 == end || (tile + 1 - at.start) % at.across == 0;
-            publish(s, entries, at, row, col, begins_run, ends_run);
+            if (tile < at.start || tile >= at.end) seek(args, s, at, tile), jumps = true;
+            jumps ? at.locate(tile) : at.step();
+            jumps = false;
+            if (args.in_place && at.panels == 0) continue;
+            const bool ends_run = tile + 1 == end || at.ends_row();
+            publish(s, entries, places, at, begins_run, ends_run);
             begins_run = ends_run;
-            if (elect_one()) load_weight(args, s, weights, at, row, col);
-            __syncwarp();
         }
         taken = __shfl_sync(kFullWarp, next, 0);
     }
-    at.target = kEnd;
-    publish(s, entries, at, 0, 0, true, true);
+    at.target = kEnd, at.panels = 0;
+    publish(s, entries, places, at, false, false);
 
     uint32_t is_last = 0;
     if (leader) {
@@ -358,48 +466,41 @@ __device__ void load_slowly(unsigned char* panel, const T* from, uint64_t stride
     }
 }
 
-// A walk of one warp over the entries: `visit(tile, term, k, depth, index)` for each panel of those tiles that `wants` wants.
-template <class Wants, class Visit> __device__ __forceinline__ void for_each_panel(Shared& s, Wants wants, Visit visit) {
-    Ring entries(kEntries);
-    for (;; entries.advance()) {
+// A walk of one warp over the entries: `visit(tile, product)` for each product of those tiles that `wants` wants.
+template <class Wants, class Visit> __device__ __forceinline__ void for_each_product(Shared& s, Wants wants, Visit visit) {
+    for (Ring entries(kEntries);; entries.advance()) {
         const Entry& entry = next_entry(s, entries);
         const Header tile = entry.header;
         if (tile.target == kEnd) return;
-        const bool wanted = wants(tile);
-        uint32_t index = 0;  // of the panel in its tile
-        for (uint32_t i = 0; wanted && i < tile.terms(); ++i) {
-            const Term term = entry.terms[i];
-            const int depth = term.depth();
-            for (int k = 0; k < term.rank(); k += depth) visit(tile, term, k, depth, index++);
-        }
+        const uint32_t products = wants(tile) ? tile.products() : 0;
+        for (uint32_t i = 0; i < products; ++i) visit(tile, entry.products[i]);
         s.entry_empty[entries.slot].arrive();  // each lane for what it read
     }
 }
 
 // One warp, element by element: A and B, where the copy engine cannot.
-template <class T>
-__device__ void load_a_slowly(const LswSwitchArgs& args, unsigned char* panel, const Header& tile, const Term& term, int k, int depth) {
-    const LswFactor& f = reinterpret_cast<const LswFactor*>(args.factors)[term.factor];
-    const T* a = reinterpret_cast<const T*>(f.a) + static_cast<uint64_t>(k) * f.a_stride + tile.col;
-    load_slowly(panel, a, f.a_stride, depth, kTile, term.rank() - k, static_cast<int>(target_of(args, tile.target).cols) - tile.col,
+template <class T> __device__ void load_a_slowly(const LswSwitchArgs& args, unsigned char* panel, const Header& tile, const Product& p) {
+    const LswFactor& f = reinterpret_cast<const LswFactor*>(args.factors)[p.factor];
+    const T* a = reinterpret_cast<const T*>(f.a) + static_cast<uint64_t>(p.k) * f.a_stride + tile.col;
+    const int depth = p.depth;
+    load_slowly(panel, a, f.a_stride, depth, kTile, p.rank - p.k, static_cast<int>(target_of(args, tile.target).cols) - tile.col,
                 [&](int row, int col) { return col / 64 * depth * 128 + swizzle(row * 128 + col % 64 * 2, 7); });
 }
-template <class T> __device__ void load_b_slowly(unsigned char* panel, const Header& tile, const Term& term, int k, int depth) {
-    const T* b = static_cast<const T*>(term.b) + static_cast<uint64_t>(tile.row) * term.b_stride + k;
-    load_slowly(panel, b, term.b_stride, kTile, depth, tile.rows(), term.rank() - k,
+template <class T> __device__ void load_b_slowly(unsigned char* panel, const Header& tile, const Product& p) {
+    const T* b = static_cast<const T*>(p.b) + static_cast<uint64_t>(tile.row) * p.b_stride + p.k;
+    const int depth = p.depth;
+    load_slowly(panel, b, p.b_stride, kTile, depth, tile.rows(), p.rank - p.k,
                 [&](int row, int col) { return swizzle((row * depth + col) * 2, depth / 8 - 1); });
 }
 
 // One warp: A [depth, 128] of every tile, as two blocks of 64 columns, and each panel of B that has no place to stay.
 template <class T> __device__ void run_panels(const LswSwitchArgs& args, Shared& s) {
     const uint32_t panel_bytes = s.geometry.panel_bytes, stays = s.geometry.stays;
-    Ring panels(s.geometry.passes);
-    // Into the ring's next place: by one lane's `load`, or by all lanes `slowly`.
-    auto bring = [&](bool by_box, int depth, auto load, auto slowly) {
-        const uint32_t slot = stays + panels.slot;
+    // Into a place: by one lane's `load`, or by all lanes `slowly`.
+    auto bring = [&](uint32_t slot, uint32_t parity, bool by_box, int depth, auto load, auto slowly) {
         unsigned char* panel = s.panels() + slot * panel_bytes;
         Barrier& full = s.panel_full[slot];
-        s.panel_empty[slot].wait(panels.parity ^ 1);
+        s.panel_empty[slot].wait(parity ^ 1);
         if (!by_box) {
             slowly(panel);
             fence_async_shared();
@@ -410,26 +511,28 @@ template <class T> __device__ void run_panels(const LswSwitchArgs& args, Shared&
             load(panel, full);
         }
         __syncwarp();
-        panels.advance();
     };
-    for_each_panel(s, [](const Header&) { return true; }, [&](const Header& tile, const Term& term, int k, int depth, uint32_t index) {
-        const LswMap* maps = factor_maps(args, term.factor);
-        bring(term.is(LSW_A_ALIGNED), depth,
+    for_each_product(s, [](const Header&) { return true; }, [&](const Header& tile, const Product& p) {
+        const LswMap* maps = factor_maps(args, p.factor);
+        const int depth = p.depth, k = p.k;
+        bring(p.plan.a_slot(), p.plan.a_parity(), p.flags & LSW_A_ALIGNED, depth,
               [&](unsigned char* panel, Barrier& full) { load_pair(panel, maps, tile.blocks(), tile.col, k, depth, full); },
-              [&](unsigned char* panel) { load_a_slowly<T>(args, panel, tile, term, k, depth); });
-        if (index < stays) return;
-        bring(term.is(LSW_B_ALIGNED), depth, [&](unsigned char* panel, Barrier& full) { load_box(panel, maps + 1, k, tile.row, full); },
-              [&](unsigned char* panel) { load_b_slowly<T>(panel, tile, term, k, depth); });
+              [&](unsigned char* panel) { load_a_slowly<T>(args, panel, tile, p); });
+        if (p.plan.b_slot() < stays) return;
+        bring(p.plan.b_slot(), p.plan.b_parity(), p.flags & LSW_B_ALIGNED, depth,
+              [&](unsigned char* panel, Barrier& full) { load_box(panel, maps + 1, k, tile.row, full); },
+              [&](unsigned char* panel) { load_b_slowly<T>(panel, tile, p); });
     });
 }
 
 // One warp: B [128, depth] by plain copies of 16 bytes, zeros where there is nothing.
-template <class T> __device__ __forceinline__ void load_b(unsigned char* panel, const Term& term, const Header& tile, int k, int depth) {
+template <class T> __device__ __forceinline__ void load_b(unsigned char* panel, const Header& tile, const Product& p) {
+    const int depth = p.depth;
     const int lane = threadIdx.x % 32, shift = depth == 64 ? 3 : depth == 32 ? 2 : 1, mask = (1 << shift) - 1;  // 8, 4 or 2 copies a row
-    const int first = lane >> shift, step = 32 >> shift, column = k + (lane & mask) * 8;
-    const int bytes = max(0, min(16, 2 * (term.rank() - column)));
-    const T* from = static_cast<const T*>(term.b) + static_cast<uint64_t>(tile.row + first) * term.b_stride + column;
-    const uint64_t stride = static_cast<uint64_t>(step) * term.b_stride;
+    const int first = lane >> shift, step = 32 >> shift, column = p.k + (lane & mask) * 8;
+    const int bytes = max(0, min(16, 2 * (p.rank - column)));
+    const T* from = static_cast<const T*>(p.b) + static_cast<uint64_t>(tile.row + first) * p.b_stride + column;
+    const uint64_t stride = static_cast<uint64_t>(step) * p.b_stride;
     const uint32_t to = shared_address(panel);
     const int rows = bytes > 0 ? tile.rows() : 0;
     uint32_t at = lane * 16;
@@ -445,38 +548,49 @@ template <class T> __device__ __forceinline__ void load_b(unsigned char* panel, 
     copy_wait<0>();
 }
 
-// Four warps: each brings every fourth panel of B that stays, when a run begins.
+// Four warps: each has every fourth place of B that stays, and fills it when a run begins.
 template <class T> __device__ void run_loaders(Shared& s, uint32_t loader) {
     const uint32_t panel_bytes = s.geometry.panel_bytes, stays = s.geometry.stays;
-    Ring panels(stays), turn(kLoaders);
-    auto wanted = [](const Header& tile) { return tile.begins_run(); };
-    for_each_panel(s, wanted, [&](const Header& tile, const Term& term, int k, int depth, uint32_t index) {
-        if (index >= stays) return;
-        if (turn.slot == loader) {
-            unsigned char* panel = s.panels() + panels.slot * panel_bytes;
-            s.panel_empty[panels.slot].wait(panels.parity ^ 1);
-            if (term.is(LSW_B_ALIGNED)) {
-                load_b<T>(panel, term, tile, k, depth);
-            } else {
-                load_b_slowly<T>(panel, tile, term, k, depth);
-            }
-            fence_async_shared();
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) s.panel_full[panels.slot].arrive();
+    for_each_product(s, [](const Header& tile) { return tile.begins_run(); }, [&](const Header& tile, const Product& p) {
+        const uint32_t slot = p.plan.b_slot();
+        if (slot >= stays || slot % kLoaders != loader) return;
+        unsigned char* panel = s.panels() + slot * panel_bytes;
+        s.panel_empty[slot].wait(p.plan.b_parity() ^ 1);
+        if (p.flags & LSW_B_ALIGNED) {
+            load_b<T>(panel, tile, p);
+        } else {
+            load_b_slowly<T>(panel, tile, p);
         }
-        turn.advance(), panels.advance();
+        fence_async_shared();
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) s.panel_full[slot].arrive();
     });
 }
 
-// One thread for each consumer.
-__device__ void run_stores(const LswSwitchArgs& args, Shared& s, int consumer) {
-    Ring entries(kEntries), weights(s.geometry.granules, consumer);
-    for (;; entries.advance(), weights.advance(2)) {
-        const Header tile = next_entry(s, entries).header;
-        s.entry_empty[entries.slot].arrive();
-        if (tile.target == kEnd) break;
-        s.weight_done[weights.slot].wait(weights.parity);
-        const unsigned char* granule = s.area + weights.slot * kGranule;
+// One thread for each consumer: brings its granules of W, as far ahead as there are places, and has them stored when they are done.
+__device__ void run_weights(const LswSwitchArgs& args, Shared& s, int consumer) {
+    Header(&moving)[kMostGranules] = s.moving;
+    Ring entries(kEntries), coming(s.geometry.granules, consumer), going = coming;
+    const uint32_t all = s.geometry.granules / kConsumers;
+    uint32_t places = all;
+    for (bool is_over = false;;) {
+        while (!is_over && places > 0) {
+            const Header tile = next_entry(s, entries).header;
+            s.entry_empty[entries.slot].arrive();
+            entries.advance();
+            is_over = tile.target == kEnd;
+            if (is_over || !tile.ends_tile()) continue;
+            moving[coming.slot] = tile;
+            Barrier& full = s.weight_full[coming.slot];
+            full.arrive_expecting(kGranule);
+            load_pair(s.area + coming.slot * kGranule, target_maps(args, tile.target) + 1, tile.blocks(), tile.col, tile.row + 64 * consumer,
+                      64, full);
+            coming.advance(kConsumers), --places;
+        }
+        if (places == all) break;
+        s.weight_done[going.slot].wait(going.parity);
+        const Header tile = moving[going.slot];
+        const unsigned char* granule = s.area + going.slot * kGranule;
         const LswMap* map = target_maps(args, tile.target);
         const int row = tile.row + 64 * consumer;
         if (tile.blocks()) {
@@ -487,22 +601,10 @@ __device__ void run_stores(const LswSwitchArgs& args, Shared& s, int consumer) {
         }
         store_commit();
         store_wait_read();
-        s.weight_empty[weights.slot].arrive();
+        going.advance(kConsumers), ++places;
     }
     store_wait();
 }
-
-// A panel of A and one of B as a consumer sees them: wgmma's descriptors, how many times 16 of the rank, the places.
-struct Operands {
-    uint32_t a_low, b_low, b_high;
-    int steps;
-    uint32_t a_slot, a_parity, b_slot, b_parity;
-
-    // Here and now: the compiler would move all of it behind the wait for the panel.
-    __device__ __forceinline__ void pin_down() { pin(a_low), pin(b_low), pin(b_high), pin(steps); }
-    __device__ __forceinline__ uint64_t b() const { return static_cast<uint64_t>(b_high) << 32 | b_low; }
-    __device__ __forceinline__ uint64_t a() const { return static_cast<uint64_t>(1024 >> 4 | 1 << 30) << 32 | a_low; }
-};
 
 // product = or += B_j A_j over kSteps times 16 of the rank. Straight-line code: around a loop ptxas would put a group of its own on every
 // wgmma. 16 columns of B are 32 bytes along its rows; 16 rows of A are 2,048 bytes.
@@ -512,7 +614,9 @@ template <int kSteps, class T> __device__ __forceinline__ void multiply_steps(fl
     for (int i = 0; i < kSteps; ++i) wgmma(product, b + (32 * i >> 4), a + (2048 * i >> 4), add || i > 0, T{});
     wgmma_commit();
 }
-template <class T> __device__ __forceinline__ void multiply(float (&product)[64], uint64_t b, uint64_t a, int steps, bool add) {
+template <int kSteps, class T>
+__device__ __forceinline__ void multiply(float (&product)[64], uint64_t b, uint64_t a, uint32_t steps, bool add) {
+    if constexpr (kSteps > 0) return multiply_steps<kSteps, T>(product, b, a, add);
     // Nested so that no jump table comes of it, whose load would stand before every product.
     if (steps < 3) {
         if (steps < 2) return multiply_steps<1, T>(product, b, a, add);
@@ -549,129 +653,124 @@ struct Fragment {
     }
 };
 
-// The first 16 bytes of a header or a term, read by the lane that will give the entry back. All know the same, and so does the compiler.
-template <class Words> __device__ __forceinline__ Words take(const Words& words) {
-    int4 value{};
-    if (threadIdx.x % 32 == 0) value = reinterpret_cast<const int4&>(words);
-    value.x = __shfl_sync(kFullWarp, value.x, 0), value.y = __shfl_sync(kFullWarp, value.y, 0);
-    value.z = __shfl_sync(kFullWarp, value.z, 0), value.w = __shfl_sync(kFullWarp, value.w, 0);
-    Words taken{};
-    memcpy(&taken, &value, 16);
-    return taken;
+// Read by the lane that will give the entry back. All know the same, and so does the compiler; but not of the coefficient, which it would put
+// into a uniform register, and that slows the fmas down. Hence a lane 0 that it does not see through.
+__device__ __forceinline__ Work take(const Product& product, int consumer) {
+    int4 words{};
+    uint32_t b_low = 0;
+    if (threadIdx.x % 32 == 0) words = reinterpret_cast<const int4&>(product), b_low = product.b_low[consumer];
+    auto all = [](auto word) { return __shfl_sync(kFullWarp, word, 0); };
+    const int coefficient = __shfl_sync(kFullWarp, words.z, threadIdx.x >> 10);
+    const uint32_t a_low = all(words.x), b_high = all(words.y), plan = all(words.w);
+    return {a_low, b_high, __int_as_float(coefficient), {plan}, all(b_low)};
 }
 
-// 64 rows of W's tile. kAllStay: every panel of B has a place to stay. What the tensor cores do not need at once is worked out while they run:
-// the next panel's operands, and at the end W's fragment and the next tile.
-template <class T, bool kAllStay> __device__ void run_consumer(Shared& s, int consumer) {
+// 64 rows of W's tile. Under a product its successor is looked up; under a tile's last one W's fragment is taken; under the next tile's first
+// one the sum is added to it. kSteps: those of every product of this launch, 0 where they differ.
+template <class T, int kSteps> __device__ void run_consumer(Shared& s, int consumer) {
     const bool leader = threadIdx.x % 32 == 0;
-    const uint32_t panels = shared_address(s.panels()), panel_bytes = s.geometry.panel_bytes, stays = s.geometry.stays;
-    Ring entries(kEntries), weights(s.geometry.granules, consumer), passing(s.geometry.passes), staying(stays);
-    Ring run = staying;  // where B's panels of the run begin
+    Ring entries(kEntries), weights(s.geometry.granules, consumer);
+    Header tile;     // of the entry, not all of it
+    uint32_t index;  // of the entry's next product
+    Work next;
+    bool is_ready;  // whether its panels are there
+    float sum[64], product[64];
 
-    Header tile;
-    Term term;
-    int k;           // how far into the term's rank
-    uint32_t index;  // of the panel in its tile
-    Operands operands;
-    auto prepare = [&] {
-        const int depth = term.depth();
-        operands.steps = (min(depth, term.rank() - k) + 15) / 16;
-        operands.a_slot = stays + passing.slot, operands.a_parity = passing.parity;
-        operands.a_low = term.a_layout | (panels + operands.a_slot * panel_bytes) >> 4;
-        passing.advance();
-        if (kAllStay || index < stays) {
-            operands.b_slot = staying.slot, operands.b_parity = staying.parity;
-            staying.advance();
-        } else {
-            operands.b_slot = stays + passing.slot, operands.b_parity = passing.parity;
-            passing.advance();
-        }
-        operands.b_low = 1 << 16 | (panels + operands.b_slot * panel_bytes + consumer * depth * 128) >> 4;
-        operands.b_high = term.b_layout;
-        operands.pin_down();
-    };
-    auto next_tile = [&] {
+    auto open = [&] {
         const Entry& entry = next_entry(s, entries);
-        tile = take(entry.header);
-        if (tile.begins_run()) run = staying;
-        staying = run;
-        if (tile.terms() == 0) return;
-        term = take(entry.terms[0]);
-        k = 0, index = 0;
-        prepare();
+        if (leader) tile.target = entry.header.target, tile.packed = entry.header.packed;
+        tile.target = __shfl_sync(kFullWarp, tile.target, 0), tile.packed = __shfl_sync(kFullWarp, tile.packed, 0);
+        index = 0;
     };
-    for (next_tile(); tile.target != kEnd;) {
-        const Entry& entry = s.entry[entries.slot];
-        const uint32_t terms = tile.terms();
-        unsigned char* granule = s.area + weights.slot * kGranule;
-        float sum[64], product[64];
-        Fragment weight;
+    auto close = [&] {
+        s.entry_empty[entries.slot].arrive_if(leader);
+        entries.advance();
+    };
+    auto look = [&] {
+        next = take(s.entry[entries.slot].products[index++], consumer);
+        const Plan& p = next.plan;
+        is_ready = test_both(s.panel_full[p.b_slot()], p.b_parity(), s.panel_full[p.a_slot()], p.a_parity());
+    };
+    auto issue = [&] {
+        const Plan& p = next.plan;
+        if (!is_ready) wait_both(s.panel_full[p.b_slot()], p.b_parity(), s.panel_full[p.a_slot()], p.a_parity());
+        multiply<kSteps, T>(product, next.b(), next.a(), p.steps(), p.adds());
+    };
+    // Waits for the product and frees its panels; after the last one of a term: sum += coefficient * product.
+    auto finish = [&](const Work& work) {
+        wgmma_wait<0>();
+        s.panel_empty[work.plan.a_slot()].arrive_if(leader);
+        s.panel_empty[work.plan.b_slot()].arrive_if(leader && work.plan.frees_b());
+        if (!work.plan.ends_term()) return;
+#pragma unroll
+        for (int j = 0; j < 64; ++j) sum[j] = fmaf(work.coefficient, product[j], sum[j]);
+    };
 
-        // The panel whose product is under way.
-        uint32_t a_slot, b_slot;
-        bool frees_b, ends_term;
-        float coefficient;
-        auto issue = [&] {
-            wait_both(s.panel_full[operands.b_slot], operands.b_parity, s.panel_full[operands.a_slot], operands.a_parity);
-            multiply<T>(product, operands.b(), operands.a(), operands.steps, k > 0);
-            a_slot = operands.a_slot, b_slot = operands.b_slot;
-            frees_b = tile.ends_run() || !(kAllStay || index < stays);
-            // From each lane to itself: a uniform register, which the compiler would choose, slows the fmas down.
-            coefficient = __shfl_sync(kFullWarp, term.coefficient, threadIdx.x % 32);
-            k += term.depth(), ++index;
-            ends_term = k >= term.rank();
-        };
-        // Waits for the product and frees the panels; after the last one of a term: sum += coefficient * product.
-        auto finish = [&] {
-            wgmma_wait<0>();
-            s.panel_empty[a_slot].arrive_if(leader);
-            s.panel_empty[b_slot].arrive_if(leader && frees_b);
-            if (!ends_term) return;
-#pragma unroll
-            for (int j = 0; j < 64; ++j) sum[j] = fmaf(coefficient, product[j], sum[j]);
-        };
-        // Takes W's fragment, gives the entry back and looks at the next one.
-        auto turn_page = [&] {
-            s.weight_full[weights.slot].wait(weights.parity);
-            weight.load(granule);
-            s.entry_empty[entries.slot].arrive_if(leader);
-            entries.advance(), weights.advance(2);
-            next_tile();
-        };
-        Barrier& done = s.weight_done[weights.slot];
-        if (terms > 0) {
-            issue();
-#pragma unroll
-            for (int j = 0; j < 64; ++j) sum[j] = 0.0f;
-            for (uint32_t i = 0;;) {
-                if (ends_term) {
-                    if (++i == terms) break;
-                    term = take(entry.terms[i]);
-                    k = 0;
-                }
-                prepare();
-                finish();
-                issue();
-            }
-            turn_page();
-            finish();
-            weight.add_and_store<T>(granule, sum);
-        } else {
-            turn_page();
-        }
+    unsigned char* granule;
+    Fragment weight;
+    auto take_weight = [&] {
+        granule = s.area + weights.slot * kGranule;
+        s.weight_full[weights.slot].wait(weights.parity);
+        weight.load(granule);
+        close();
+        open();
+    };
+    auto give_weight = [&] {
         fence_async_shared();
         __syncwarp();
-        done.arrive_if(leader);
+        s.weight_done[weights.slot].arrive_if(leader);
+        weights.advance(kConsumers);
+    };
+    for (open(); tile.target != kEnd;) {
+        if (tile.products() == 0) {  // what is base is copied
+            take_weight();
+            give_weight();
+            continue;
+        }
+        look(), issue();
+        for (;;) {
+#pragma unroll
+            for (int j = 0; j < 64; ++j) sum[j] = 0.0f;
+            Work work = next;
+            for (;; work = next) {
+                if (index == tile.products()) {
+                    if (tile.ends_tile()) break;
+                    close();
+                    open();
+                }
+                look();
+                finish(work);
+                issue();
+            }
+            take_weight();
+            if (tile.products() == 0) {
+                finish(work);
+                weight.add_and_store<T>(granule, sum);
+                give_weight();
+                break;
+            }
+            look();
+            finish(work);
+            if (is_ready) {
+                issue();
+                weight.add_and_store<T>(granule, sum);
+                give_weight();
+            } else {  // W does not wait for panels
+                weight.add_and_store<T>(granule, sum);
+                give_weight();
+                issue();
+            }
+        }
     }
 }
 
 __device__ void init_barriers(Shared& s) {
     for (int i = 0; i < kEntries; ++i) {
-        s.entry_full[i].init(32);                                // the scheduler's lanes
-        s.entry_empty[i].init(32 * (1 + kLoaders) + 2 + 8);  // those of panels and loaders; stores, consumers' warps
+        s.entry_full[i].init(32);                            // the scheduler's lanes
+        s.entry_empty[i].init(32 * (1 + kLoaders) + 2 + 8);  // those of panels and loaders; weights; consumers' warps
     }
     for (uint32_t i = 0; i < kMostPanels; ++i) s.panel_full[i].init(1), s.panel_empty[i].init(8);  // who brings it; consumers
-    for (uint32_t i = 0; i < kMostGranules; ++i) s.weight_full[i].init(1), s.weight_done[i].init(4), s.weight_empty[i].init(1);
+    for (uint32_t i = 0; i < kMostGranules; ++i) s.weight_full[i].init(1), s.weight_done[i].init(4);
     fence_barrier_init();
 }
 
@@ -683,7 +782,7 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
     if (warp == 0) canonical_route(args, s.route);
     if (threadIdx.x == 32) {
         init_barriers(s);
-        s.geometry.depth = 16, s.geometry.most_ranks = s.geometry.most_panels = 0;
+        s.geometry.depth = 16, s.geometry.most_ranks = s.geometry.most_steps = 0, s.geometry.least_steps = ~0u;
         s.groups = (args.last - args.first + 31) / 32;
     }
     __syncthreads();
@@ -695,14 +794,23 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
         give_registers<kProducerRegisters>();
         if (warp == 0) run_scheduler(args, s);
         if (warp == 1) run_panels<T>(args, s);
-        if (warp >= 2 && elect_one()) run_stores(args, s, warp - 2);
+        if (warp >= 2 && elect_one()) run_weights(args, s, warp - 2);
     } else if (warp < 8) {
         give_registers<kProducerRegisters>();
         run_loaders<T>(s, warp - 4);
     } else {
         take_registers<kConsumerRegisters>();
         const int consumer = warp / 4 - 2;
-        s.geometry.most_panels <= s.geometry.stays ? run_consumer<T, true>(s, consumer) : run_consumer<T, false>(s, consumer);
+        const uint32_t steps = s.geometry.most_steps == s.geometry.least_steps ? s.geometry.most_steps : 0;
+        if (steps == 1) {
+            run_consumer<T, 1>(s, consumer);
+        } else if (steps == 2) {
+            run_consumer<T, 2>(s, consumer);
+        } else if (steps == 4) {
+            run_consumer<T, 4>(s, consumer);
+        } else {
+            run_consumer<T, 0>(s, consumer);
+        }
     }
 }
 

@@ -68,6 +68,23 @@ __device__ __forceinline__ void wait_both(Barrier& a, uint32_t a_parity, Barrier
         : "memory");
 }
 
+// Whether both are through now.
+__device__ __forceinline__ bool test_both(Barrier& a, uint32_t a_parity, Barrier& b, uint32_t b_parity) {
+    uint32_t done;
+    asm volatile(
+        "{\n"
+        ".reg .pred one, other;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 one, [%1], %2;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 other, [%3], %4;\n"
+        "and.pred one, one, other;\n"
+        "selp.u32 %0, 1, 0, one;\n"
+        "}\n"
+        : "=r"(done)
+        : "r"(shared_address(&a.word)), "r"(a_parity), "r"(shared_address(&b.word)), "r"(b_parity)
+        : "memory");
+    return done;
+}
+
 // 16 bytes, global to shared, by this thread; of them `bytes` exist, the rest becomes zero.
 __device__ __forceinline__ void copy16_partly(uint32_t shared, const void* global, uint32_t bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
