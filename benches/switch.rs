@@ -46,9 +46,11 @@ pub fn cases() -> Vec<Case> {
     cases.push(case("switch/7b/r16/k2/in-place/bf16/one-stays".into(), in_place, Change::OneStays));
     let mixed = llama(DType::Bf16, Form::FromBase, &[4, 8, 24, 64]);
     cases.push(case("switch/7b/mixed/k2/from-base/bf16".into(), mixed, Change::All));
-    for rank in [8, 16] {
-        let spec = Spec { portable: true, ..llama(DType::Bf16, Form::FromBase, &[rank]) };
-        cases.push(case(format!("switch/7b/r{rank}/k2/from-base/bf16/generic"), spec, Change::All));
+    for (name, form) in FORMS {
+        for rank in [8, 16, 32] {
+            let spec = Spec { portable: true, ..llama(DType::Bf16, form, &[rank]) };
+            cases.push(case(format!("switch/7b/r{rank}/k2/{name}/bf16/generic"), spec, Change::All));
+        }
     }
     for (rows, cols) in [(4096, 4096), (1024, 4096), (14336, 4096), (1408, 2048), (256, 7168)] {
         for rank in [8, 16, 64] {

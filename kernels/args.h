@@ -30,11 +30,13 @@ enum {
     LSW_BANK_THREADS = 64,
     LSW_BANK_BATCH = 64, /* factors that one launch writes: they travel as kernel arguments (19 KB) */
 
-    LSW_SWITCH_THREADS = 128, /* also the targets that are planned at a time */
+    LSW_SWITCH_CONSUMERS = 128, /* threads that compute */
+    LSW_SWITCH_THREADS = 160,   /* and a warp that fetches */
     LSW_SWITCH_TILE_ROWS = 64,
     LSW_SWITCH_TILE_COLS = 128,
-    LSW_SWITCH_SHARED_16BIT = 50 * 1024, /* bytes a block; asserted by the kernel */
-    LSW_SWITCH_SHARED_32BIT = 92 * 1024,
+    LSW_SWITCH_SHARED_16BIT = 74 * 1024, /* bytes a block; asserted by the kernel */
+    LSW_SWITCH_SHARED_32BIT = 98 * 1024,
+    LSW_SWITCH_RUN = 4, /* tiles, one below the other, that a block takes at a time where there are many */
 
     /* The Hopper path. */
     LSW_SWITCH90_THREADS = 512, /* two warpgroups that move data, two that compute */
@@ -206,7 +208,7 @@ typedef struct LswSwitchArgs {
     uint64_t factor_maps; /* LswMap [all targets, slots, 2], of A and B; Hopper path */
     uint64_t target_maps; /* LswMap [all targets, 2], of W and W_base */
     uint32_t path;
-    uint32_t padding;
+    uint32_t run; /* portable path: tiles, one below the other, that a block takes at a time */
 } LswSwitchArgs;
 
 /* Copies what a target holds merged: ids and coefficients [k_max], padded with -1 and 0. */

@@ -8,17 +8,25 @@
 //
 // A launch, block by block (persistent blocks, a work queue over tiles):
 //   1. canonical_route  ids that name no slot drop out, duplicates add up, entries sort by slot
-//   2. plan             which targets differ from what they hold: a prefix sum over their tiles, as many targets at a time as threads
-//   3. switch_tiles     64 x 128 of W at a time
+//   2. produce          one warp: which targets differ from what they hold, 32 at a time; which tile is next; its A and B
+//   3. consume          four warps: W of the tile, the product, W back
 //   4. record           the last block to finish writes down what is merged now and resets the queue
-// Nobody waits for another block: step 4 belongs to whichever block comes last, and by then all have read the old record.
+// No block waits for another: step 4 belongs to whichever block comes last, and by then all have read the old record.
 //
-// A tile's sum is a sequence of slices: 16 of a term's rank, what one mma takes. Two slices of A and B, a panel, are in shared memory
-// while the next two, of this tile or the next one, are on their way; one barrier a panel. W needs no barrier and no fragment layout: a
-// thread copies to shared memory just the 16-byte packs whose sums it will have, as soon as it has stored those of the tile before, so
-// that W is on its way while the panels come and the product runs. To have whole packs, a thread needs neighbouring columns, of which
-// an mma gives it two: so column n of block j is not column 8 j + n of the tile but one that lies among its neighbours' (see Sum), which
-// costs nothing but the order in which A is read.
+// A tile is 64 x 128 of W, its sum a sequence of slices: 16 of a term's rank, what one mma takes. Slices of A and of B pass from the
+// producer to the consumers through two rings in shared memory, with a barrier a place; the consumers never wait for each other. W needs
+// no barrier and no fragment layout: a thread copies to shared memory just the 16-byte packs whose sums it will have, as soon as it has
+// stored those of the tile before, so that W is on its way while the product runs. To have whole packs, a thread needs neighbouring
+// columns, of which an mma gives it two: so column n of block j is not column 8 j + n of the tile but one that lies among its
+// neighbours' (see Sum), which costs nothing but the order in which A is read.
+//
+// Who copies what is not a matter of taste. Copies by cp.async complete, for their thread, in the order in which they were begun. When
+// every thread copied slices as well as W, a sum of more than one panel waited for W, which comes from memory, before its second panel,
+// which had long come from L2.
+//
+// What L2 delivers is the limit beside memory: W crosses it twice, and each tile takes 16 (64 + 128) elements a slice. So a block takes
+// a run of tiles, one below the other, whose slices of A stay in their places (where the ring holds them all) while those of B change:
+// for a run of four that halves what the slices add.
 //
 // Exactness: A and B enter the tensor cores as stored. Each slice has its own accumulators, which join the sum by one fma with the f32
 // coefficient; nothing is folded into a 16-bit operand. Additions: 15 a slice, one a slice to the sum, one to W; the bound is
@@ -32,9 +40,7 @@
 // parts: in A or B it makes NaN. Plain fma is exact in the products, but at K = 64 it needs every issue slot for as long as memory needs
 // for W; two parts of TF32 cost as much as this and leave out 2^-21.
 //
-// Floor: W is read and written once, 4 bytes an element in 16 bits. Per tile the panels add (64 + 128) * sum(ranks) elements from L2.
-// What limits is the way of a tile through a block, which nothing fills while it waits: without panels and product the loop runs at the
-// floor (see NOTES.md).
+// Floor: W is read and written once, 4 bytes an element in 16 bits.
 //
 // Targets and adapters whose addresses or rows are not multiples of 16 bytes, and the ragged rim of every matrix, take the same road
 // with loads and stores element by element (load_chunk, store_chunk), in the same launch.
@@ -46,18 +52,20 @@
 
 namespace {
 
-constexpr int kThreads = LSW_SWITCH_THREADS;
+constexpr int kConsumers = LSW_SWITCH_CONSUMERS;  // threads; the warp behind them is the producer
 constexpr int kRows = LSW_SWITCH_TILE_ROWS;
 constexpr int kCols = LSW_SWITCH_TILE_COLS;
 constexpr int kWarpRows = 32, kWarpCols = 64;  // of a tile, a warp's
 constexpr int kSlice = 16;                     // of a rank: what one mma takes
-constexpr int kDepth = 2 * kSlice;             // of a panel
-constexpr uint32_t kTermSlices = LSW_MAX_RANK / kSlice;  // slices are numbered as if each term had so many
+constexpr int kTiles = 4;                      // that are known ahead
+template <class T> constexpr int kSlicesA = sizeof(T) == 2 ? 8 : 4;  // places of the rings: powers of two
+template <class T> constexpr int kSlicesB = sizeof(T) == 2 ? 8 : 4;
 // Of a tile, a thread has four rows, 8 apart, and in each of them, in both halves of its warp's columns, eight columns: one pack of 16
 // bytes or two, 16 columns apart.
 template <class T> constexpr int kHalfPacks = 8 / kPack<T>;
 template <class T> constexpr int kOwnPacks = 4 * 2 * kHalfPacks<T>;
-static_assert(kThreads == kRows / kWarpRows * (kCols / kWarpCols) * 32, "the warps cover the tile");
+static_assert(kConsumers == kRows / kWarpRows * (kCols / kWarpCols) * 32, "the warps cover the tile");
+static_assert(kConsumers + 32 == LSW_SWITCH_THREADS, "and one warp fetches");
 
 struct Term {
     const void* a;
@@ -69,50 +77,70 @@ struct Term {
 // A target that changes and its sum.
 struct Job {
     LswTarget target;
-    uint32_t tiles_per_row;
+    uint32_t tiles_per_row, tiles_per_col;
     bool is_plain;   // all of it is at multiples of 16 bytes, and so are the ranks
     uint32_t begin;  // its first tile, counted over all changed targets
-    uint32_t term_count;
+    uint32_t term_count, slices;
     Term terms[2 * LSW_MAX_K];
 };
 
-// Panels. Rows are padded so that what a warp reads at once falls into different banks.
-template <class T> struct Panels {
-    T a[kDepth][kCols + kPack<T>];
-    T b[kRows][kDepth + 8];
+// What the consumers know of a tile.
+struct Tile {
+    uint64_t weight, base;  // its first element
+    uint64_t weight_stride, base_stride;
+    uint32_t rows, cols;  // from there to the end of the matrix; no rows: there is no such tile
+    uint32_t slices;      // of its sum
+    bool is_plain, is_aligned;
+    bool keeps;  // its slices of A, which the next tile needs too
+};
+
+// Of 16 of a term's rank. What a warp reads at once falls into different banks: rows are padded, but for B's of 16 bits, of which every
+// other four have their halves exchanged.
+template <class T> struct SliceA {
+    T at[kSlice][kCols + kPack<T>];
+};
+template <class T> struct SliceB {
+    T rows[kRows][kSlice + (sizeof(T) == 2 ? 0 : 8)];
+    static __device__ __forceinline__ uint32_t place_of(uint32_t m, uint32_t k) { return sizeof(T) == 2 ? k ^ m / 4 % 2 * 8 : k; }
 };
 
 template <class T> struct Shared {
-    uint4 weight[kOwnPacks<T>][kThreads];  // each thread's own
-    Panels<T> panels[2];
+    uint4 weight[kOwnPacks<T>][kConsumers];  // each thread's own
+    SliceA<T> a[kSlicesA<T>];
+    SliceB<T> b[kSlicesB<T>];
+    float coefficients[kSlicesB<T>];
+    Tile tiles[kTiles];
+    Barrier a_free[kSlicesA<T>], b_full[kSlicesB<T>], b_free[kSlicesB<T>], tile_full[kTiles], tile_free[kTiles];
     Job jobs[2];
     Route route;
-    uint32_t prefix[kThreads + 1];  // tiles of all changed targets before this one
-    uint32_t first;                 // of the targets that are planned
-    uint32_t warp_total[kThreads / 32];
-    uint32_t next_tile[2];
     uint32_t is_last;
     uint32_t any_changed;
 };
 
-// Exclusive prefix sum of the tiles of the changed targets among kThreads, from `first` on; `before`: of those before them.
-template <class T> __device__ void plan(const LswSwitchArgs& args, Shared<T>& s, uint32_t first, uint32_t before) {
-    const uint32_t target = first + threadIdx.x;
+// The n-th use of a ring of `kCount` places: which one, and the parity of the phase that fills it.
+template <int kCount> __device__ __forceinline__ uint32_t place(uint32_t n) {
+    static_assert((kCount & (kCount - 1)) == 0, "a power of two");
+    return n % kCount;
+}
+template <int kCount> __device__ __forceinline__ uint32_t parity(uint32_t n) { return n / kCount % 2; }
+
+// The producer's view of 32 targets at a time: lane l has the first + l-th.
+struct Plan {
+    uint32_t first;
+    uint32_t before;  // tiles of the changed targets ahead of them
+    uint32_t end;     // of those up to and including the lane's
+    __device__ __forceinline__ uint32_t total() const { return __shfl_sync(kFullWarp, end, 31); }
+};
+
+__device__ Plan make_plan(const LswSwitchArgs& args, const Route& route, uint32_t first, uint32_t before, uint32_t& any_changed) {
+    const uint32_t lane = threadIdx.x % 32;
     uint32_t tiles = 0;
-    if (is_changed(args, s.route, target)) tiles = target_of(args, target).tiles, s.any_changed = 1;
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    uint32_t sum = tiles;
+    if (is_changed(args, route, first + lane)) tiles = target_of(args, first + lane).tiles, any_changed = 1;
     for (int step = 1; step < 32; step *= 2) {
-        const uint32_t below = __shfl_up_sync(kFullWarp, sum, step);
-        if (lane >= step) sum += below;
+        const uint32_t below = __shfl_up_sync(kFullWarp, tiles, step);
+        if (lane >= step) tiles += below;
     }
-    if (lane == 31) s.warp_total[warp] = sum;
-    __syncthreads();
-    sum += before;
-    for (uint32_t w = 0; w < warp; ++w) sum += s.warp_total[w];
-    s.prefix[threadIdx.x + 1] = sum;
-    if (threadIdx.x == 0) s.prefix[0] = before, s.first = first;
-    __syncthreads();
+    return {first, before, before + tiles};
 }
 
 __device__ __forceinline__ Term make_term(const LswFactor& f, float coefficient) {
@@ -122,6 +150,7 @@ __device__ __forceinline__ Term make_term(const LswFactor& f, float coefficient)
 // One warp. The tables' next entries come to L2 meanwhile, which W has swept clean.
 template <class T> __device__ void build(const LswSwitchArgs& args, const Route& route, uint32_t target, uint32_t begin, Job& job) {
     const LaneTerms t = lane_terms(args, route, target);
+    const uint32_t lane = threadIdx.x % 32;
     bool is_plain = target_of(args, target).flags & LSW_WEIGHT_ALIGNED;
     const auto put = [&](int slot, uint32_t at, float coefficient) {
         if (slot < 0) return;
@@ -132,65 +161,81 @@ template <class T> __device__ void build(const LswSwitchArgs& args, const Route&
     put(t.enter_slot, t.enter_at, t.enter);
     put(t.leave_slot, t.leave_at, t.leave);
     is_plain = __all_sync(kFullWarp, is_plain);
+    __syncwarp();
     if (target + 1 < args.last) {
         if (t.enter_slot >= 0) prefetch(&factor(args, target + 1, t.enter_slot));
-        if (threadIdx.x == 0) prefetch(&target_of(args, target + 1));
+        if (lane == 0) prefetch(&target_of(args, target + 1));
     }
-    if (threadIdx.x == 0) {
+    if (lane == 0) {
         job.target = target_of(args, target);
-        job.tiles_per_row = (job.target.cols + kCols - 1) / kCols;
+        job.tiles_per_row = (job.target.cols + kCols - 1) / kCols, job.tiles_per_col = (job.target.rows + kRows - 1) / kRows;
         job.is_plain = is_plain, job.begin = begin, job.term_count = t.count;
+        job.slices = 0;
+        for (uint32_t i = 0; i < t.count; ++i) job.slices += (job.terms[i].rank + kSlice - 1) / kSlice;
     }
+    __syncwarp();
 }
 
-// What is done between two barriers: a panel of a tile's sum.
+// The producer's place: a tile of a job.
 struct Step {
     uint32_t job;  // which of the two
     uint32_t row, col;
-    uint32_t slice;  // the first one of its panels
-    bool is_plain;
+    bool is_plain, continues;  // the next tile lies below it
 };
 
-// Steps to the beginning of a tile, whose target is that of the step or one behind it. False: there is no such tile.
-template <class T> __device__ bool find(const LswSwitchArgs& args, Shared<T>& s, uint32_t tile, Step& step) {
+// Steps to a tile, whose target is that of the step or one behind it. False: there is no such tile.
+template <class T> __device__ bool find(const LswSwitchArgs& args, Shared<T>& s, Plan& plan, uint32_t tile, Step& step) {
     if (tile - s.jobs[step.job].begin >= s.jobs[step.job].target.tiles) {
-        while (tile >= s.prefix[kThreads]) {
-            const uint32_t first = s.first + kThreads;
-            if (first >= args.last) return false;
-            plan(args, s, first, s.prefix[kThreads]);
+        for (uint32_t total; total = plan.total(), tile >= total;) {
+            if (args.last - plan.first <= 32) return false;
+            plan = make_plan(args, s.route, plan.first + 32, total, s.any_changed);
         }
-        uint32_t i = 0;  // the last target whose tiles begin at or before this one
-        for (uint32_t half = kThreads / 2; half > 0; half /= 2) {
-            if (s.prefix[i + half] <= tile) i += half;
-        }
+        const uint32_t lane = __ffs(__ballot_sync(kFullWarp, plan.end > tile)) - 1;  // the first whose tiles end behind this one
+        const uint32_t end_before = __shfl_up_sync(kFullWarp, plan.end, 1);
+        const uint32_t begin = lane == 0 ? plan.before : __shfl_sync(kFullWarp, end_before, lane);
         step.job ^= 1;
-        if (threadIdx.x < 32) build<T>(args, s.route, s.first + i, s.prefix[i], s.jobs[step.job]);
-        __syncthreads();
+        build<T>(args, s.route, plan.first + lane, begin, s.jobs[step.job]);
     }
     const Job& job = s.jobs[step.job];
-    const uint32_t index = tile - job.begin, per_row = job.tiles_per_row;
-    const uint32_t row = index / per_row * kRows, col = index % per_row * kCols;
+    // Strips of `run` rows of tiles, through which the tiles go column by column.
+    const uint32_t index = tile - job.begin, in_strips = args.run * job.tiles_per_row;
+    const uint32_t above = index / in_strips * args.run, in_strip = index % in_strips;
+    const uint32_t height = min(args.run, job.tiles_per_col - above), down = in_strip % height;
+    const uint32_t row = (above + down) * kRows, col = in_strip / height * kCols;
     const bool is_whole = row + kRows <= job.target.rows && col + kCols <= job.target.cols;
-    step = {step.job, row, col, 0, job.is_plain && is_whole};
+    step = {step.job, row, col, job.is_plain && is_whole, down + 1 < height};
     return true;
 }
 
-// Behind the last slice; the slice after one.
-__device__ __forceinline__ uint32_t slice_end(const Job& job) { return job.term_count * kTermSlices; }
-__device__ __forceinline__ uint32_t next_slice(const Job& job, uint32_t slice) {
-    const uint32_t term = slice / kTermSlices, next = slice % kTermSlices + 1;
-    return next * kSlice < job.terms[term].rank ? slice + 1 : (term + 1) * kTermSlices;
+// Tells the consumers of a tile, or that there is none.
+template <class T> __device__ __forceinline__ void announce(Shared<T>& s, uint32_t n, const Step& step, bool exists, bool keeps) {
+    const uint32_t at = place<kTiles>(n);
+    s.tile_free[at].wait(parity<kTiles>(n) ^ 1);
+    if (threadIdx.x % 32 == 0) {
+        Tile& tile = s.tiles[at];
+        const Job& job = s.jobs[step.job];
+        const LswTarget& target = job.target;
+        tile.weight = target.weight + (step.row * target.weight_stride + step.col) * sizeof(T);
+        tile.base = target.base + (step.row * target.base_stride + step.col) * sizeof(T);
+        tile.weight_stride = target.weight_stride, tile.base_stride = target.base_stride;
+        tile.rows = exists ? target.rows - step.row : 0, tile.cols = target.cols - step.col;
+        tile.slices = job.slices, tile.keeps = keeps;
+        tile.is_plain = step.is_plain, tile.is_aligned = target.flags & LSW_WEIGHT_ALIGNED;
+        s.tile_full[at].arrive();
+    }
 }
 
-// One pack from global to shared memory, of which `valid` elements exist; the rest becomes zero. In a plain tile all or none do.
-template <bool kPlain, class T> __device__ __forceinline__ void load_chunk(void* shared, const T* global, int valid, bool aligned) {
-    if (kPlain ? valid > 0 : aligned && valid >= kPack<T>) return copy16_async(shared, global);
+// One pack from global to shared memory, of which `valid` elements exist; the rest becomes zero. In a plain tile all or none do, and in
+// a whole slice all.
+template <bool kPlain, bool kWhole, class T>
+__device__ __forceinline__ void load_chunk(void* shared, const T* global, int valid, bool aligned) {
+    if (kPlain && kWhole) return copy16_async(shared, global);
+    if (kPlain) return copy16_partly(shared_address(shared), global, valid > 0 ? 16 : 0);
+    if (aligned && valid >= kPack<T>) return copy16_async(shared, global);
     Pack<T> pack;
-    if (!kPlain) {
 #pragma unroll
-        for (int i = 0; i < kPack<T>; ++i) {
-            if (i < valid) pack.lane[i] = global[i];
-        }
+    for (int i = 0; i < kPack<T>; ++i) {
+        if (i < valid) pack.lane[i] = global[i];
     }
     store16(static_cast<T*>(shared), pack);
 }
@@ -199,6 +244,97 @@ template <class T> __device__ __forceinline__ void store_chunk(T* global, const 
     if (aligned && valid >= kPack<T>) return store16(global, load16(shared));
     for (int i = 0; i < kPack<T>; ++i) {
         if (i < valid) global[i] = shared[i];
+    }
+}
+
+// Slices of a term, from k on, by one warp. Round by round it goes on by whole rows, or by parts of one.
+template <bool kPlain, bool kWhole, class T>
+__device__ __forceinline__ void load_a(SliceA<T>& slice, const Term& t, uint32_t k, uint32_t col, int cols) {
+    constexpr int kChunks = kCols / kPack<T>, kRounds = kSlice * kChunks / 32;
+    static_assert(32 % kChunks == 0, "a round is whole rows");
+    const int lane = threadIdx.x % 32, kk = lane / kChunks, n = lane % kChunks * kPack<T>;
+    const uint64_t stride = t.a_stride;
+    const T* a = static_cast<const T*>(t.a) + (k + kk) * stride + col + n;
+#pragma unroll(kPlain ? kRounds : 1)
+    for (int down = 0; down < kSlice; down += 32 / kChunks) {
+        const int left = t.rank - k - kk - down;
+        const int valid = kPlain ? left : left > 0 ? cols - n : 0;
+        load_chunk<kPlain, kWhole>(&slice.at[kk + down][n], a + down * stride, valid, t.flags & LSW_A_ALIGNED);
+    }
+}
+template <bool kPlain, bool kWhole, class T>
+__device__ __forceinline__ void load_b(SliceB<T>& slice, const Term& t, uint32_t k, uint32_t row, int rows) {
+    constexpr int kChunks = kSlice / kPack<T>, kRounds = kRows * kChunks / 32;
+    const int lane = threadIdx.x % 32, m = lane / kChunks, kk = lane % kChunks * kPack<T>;
+    const uint64_t stride = t.b_stride;
+    const T* b = static_cast<const T*>(t.b) + (row + m) * stride + k + kk;
+#pragma unroll(kPlain ? kRounds : 1)
+    for (int down = 0; down < kRows; down += 32 / kChunks) {
+        const int valid = kPlain || m + down < rows ? t.rank - k - kk : 0;
+        load_chunk<kPlain, kWhole>(&slice.rows[m + down][SliceB<T>::place_of(m, kk)], b + down * stride, valid, t.flags & LSW_B_ALIGNED);
+    }
+}
+
+// The sum's slices: of B all, of A those that are not there already.
+template <class T>
+__device__ __forceinline__ void load_slices(Shared<T>& s, uint32_t a, uint32_t b, const Step& step, bool needs_a) {
+    const Job& job = s.jobs[step.job];
+    const int rows = job.target.rows - step.row, cols = job.target.cols - step.col;
+    for (uint32_t term = 0; term < job.term_count; ++term) {
+        const Term t = job.terms[term];
+        for (uint32_t k = 0; k < t.rank; k += kSlice, ++a, ++b) {
+            const bool is_whole = t.rank - k >= kSlice;
+            if (needs_a) {
+                const uint32_t at = place<kSlicesA<T>>(a);
+                s.a_free[at].wait(parity<kSlicesA<T>>(a) ^ 1);
+                if (!step.is_plain) {
+                    load_a<false, false>(s.a[at], t, k, step.col, cols);
+                } else if (is_whole) {
+                    load_a<true, true>(s.a[at], t, k, step.col, cols);
+                } else {
+                    load_a<true, false>(s.a[at], t, k, step.col, cols);
+                }
+            }
+            const uint32_t at = place<kSlicesB<T>>(b);
+            s.b_free[at].wait(parity<kSlicesB<T>>(b) ^ 1);
+            if (!step.is_plain) {
+                load_b<false, false>(s.b[at], t, k, step.row, rows);
+            } else if (is_whole) {
+                load_b<true, true>(s.b[at], t, k, step.row, rows);
+            } else {
+                load_b<true, false>(s.b[at], t, k, step.row, rows);
+            }
+            s.b_full[at].arrive_after_copies();  // of A, too
+            if (threadIdx.x % 32 == 0) s.coefficients[at] = t.coefficient;
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) s.b_full[at].arrive();
+        }
+    }
+}
+
+template <class T> __device__ void produce(const LswSwitchArgs& args, Shared<T>& s) {
+    const bool leads = threadIdx.x % 32 == 0;
+    Plan plan = make_plan(args, s.route, args.first, 0, s.any_changed);
+    uint32_t taken = 0, tile = blockIdx.x * args.run, a = 0, b = 0, n = 0;
+    bool needs_a = true, keeps = false;
+    Step next{};
+    const auto step_to = [&] {
+        const bool exists = find(args, s, plan, tile, next);
+        if (tile % args.run == 0 && exists && leads) taken = gridDim.x + atomicAdd(&state(args)->next_tile, 1);
+        tile = ++tile % args.run ? tile : __shfl_sync(kFullWarp, taken, 0) * args.run;
+        keeps = next.continues && tile % args.run && s.jobs[next.job].slices <= kSlicesA<T>;
+        announce(s, n++, next, exists, keeps);
+        return exists;
+    };
+    for (bool exists = step_to(); exists;) {
+        const Step now = next;
+        const bool now_keeps = keeps;
+        const uint32_t slices = s.jobs[now.job].slices;
+        exists = step_to();
+        load_slices(s, a, b, now, needs_a);
+        if (!now_keeps) a += slices;
+        b += slices;
+        needs_a = !now_keeps;
     }
 }
 
@@ -225,53 +361,17 @@ __device__ __forceinline__ int valid_at(uint32_t rows, uint32_t cols, uint32_t r
     return row < rows ? static_cast<int>(cols - col) : 0;
 }
 
-template <bool kPlain, class T>
-__device__ __forceinline__ void load_weight(Shared<T>& s, const LswTarget& target, const Step& step) {
+template <bool kPlain, class T> __device__ __forceinline__ void load_weight(uint4 (&own_packs)[kOwnPacks<T>][kConsumers], const Tile& tile) {
     const Own own;
-    const uint32_t rows = target.rows - step.row, cols = target.cols - step.col;
-    const uint64_t stride = target.base_stride;
-    const bool aligned = target.flags & LSW_WEIGHT_ALIGNED;
-    const T* base = reinterpret_cast<const T*>(target.base) + step.row * stride + step.col;
+    const uint64_t stride = tile.base_stride;
+    const uint32_t rows = tile.rows, cols = tile.cols;
+    const bool aligned = tile.is_aligned;
+    const T* base = reinterpret_cast<const T*>(tile.base);
 #pragma unroll(kPlain ? kOwnPacks<T> : 1)
     for (int pack = 0; pack < kOwnPacks<T>; ++pack) {
         const int m = row_of<T>(own, pack), n = col_of<T>(own, pack);
         const int valid = kPlain ? kPack<T> : valid_at(rows, cols, m, n);
-        load_chunk<kPlain>(&s.weight[pack][threadIdx.x], base + m * stride + n, valid, aligned);
-    }
-}
-
-// Calls f(i) for i < kCount, dealt out to the threads.
-template <int kCount, bool kUnrolled, class F> __device__ __forceinline__ void deal(F f) {
-#pragma unroll(kUnrolled ? kCount : 1)
-    for (int n = 0; n < kCount; n += kThreads) {
-        const int i = n + threadIdx.x;
-        if (n + kThreads <= kCount || i < kCount) f(i);
-    }
-}
-
-template <bool kPlain, class T> __device__ void load_panels(Panels<T>& panels, const Job& job, const Step& step) {
-    const int rows = job.target.rows - step.row, cols = job.target.cols - step.col;
-    const uint32_t end = slice_end(job);
-    uint32_t slice = step.slice;
-#pragma unroll 1
-    for (int depth = 0; depth < kDepth && slice < end; depth += kSlice) {
-        const Term t = job.terms[slice / kTermSlices];
-        const uint32_t k = slice % kTermSlices * kSlice;
-        const int rank = t.rank - k;
-        constexpr int kChunksA = kCols / kPack<T>, kChunksB = kSlice / kPack<T>;
-        const T* a = static_cast<const T*>(t.a) + static_cast<uint64_t>(k) * t.a_stride + step.col;
-        deal<kSlice * kChunksA, kPlain>([&](int i) {
-            const int kk = i / kChunksA, n = i % kChunksA * kPack<T>;
-            const int valid = kPlain ? rank - kk : kk < rank ? cols - n : 0;
-            load_chunk<kPlain>(&panels.a[depth + kk][n], a + static_cast<uint64_t>(kk) * t.a_stride + n, valid, t.flags & LSW_A_ALIGNED);
-        });
-        const T* b = static_cast<const T*>(t.b) + static_cast<uint64_t>(step.row) * t.b_stride + k;
-        deal<kRows * kChunksB, kPlain>([&](int i) {
-            const int m = i / kChunksB, kk = i % kChunksB * kPack<T>;
-            const int valid = kPlain || m < rows ? rank - kk : 0;
-            load_chunk<kPlain>(&panels.b[m][depth + kk], b + static_cast<uint64_t>(m) * t.b_stride + kk, valid, t.flags & LSW_B_ALIGNED);
-        });
-        slice = next_slice(job, slice);
+        load_chunk<kPlain, true>(&own_packs[pack][threadIdx.x], base + m * stride + n, valid, aligned);
     }
 }
 
@@ -281,25 +381,26 @@ template <bool kPlain, class T> __device__ void load_panels(Panels<T>& panels, c
 using Sum = float[2][8][4];
 template <class T> constexpr int kBlocks = kPack<T> / 2;
 
-// Adds four mmas of a row block.
-__device__ __forceinline__ void add_product(float (*sum)[4], const float (&product)[4][4], float coefficient) {
+// Adds mmas of a row block.
+template <int kCount>
+__device__ __forceinline__ void add_product(float (*sum)[4], const float (&product)[kCount][4], float coefficient) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) sum[i / 4][i % 4] = fmaf(coefficient, product[i / 4][i % 4], sum[i / 4][i % 4]);
+    for (int i = 0; i < 4 * kCount; ++i) sum[i / 4][i % 4] = fmaf(coefficient, product[i / 4][i % 4], sum[i / 4][i % 4]);
 }
 
 // One slice: sum += coefficient * b a.
-template <class T> __device__ __forceinline__ void multiply(Sum& sum, float coefficient, const Panels<T>& s, int k) {
+template <class T> __device__ __forceinline__ void multiply(Sum& sum, float coefficient, const SliceA<T>& slice_a, const SliceB<T>& slice_b) {
     const Own own;
     const int lane = threadIdx.x % 32;
     uint32_t b[2][4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) ldmatrix4(b[i], &s.b[own.row + 16 * i + lane % 16][k + lane / 16 * 8]);
+    for (int i = 0; i < 2; ++i) ldmatrix4(b[i], &slice_b.rows[own.row + 16 * i + lane % 16][SliceB<T>::place_of(lane % 16, lane / 16 * 8)]);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         uint32_t a[4][2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const T* p = &s.a[k + 8 * half + 2 * own.in_group][own.col + kWarpCols / 2 * h + 4 * own.group];
+            const T* p = &slice_a.at[8 * half + 2 * own.in_group][own.col + kWarpCols / 2 * h + 4 * own.group];
             const uint2 even = *reinterpret_cast<const uint2*>(p), odd = *reinterpret_cast<const uint2*>(p + kCols + kPack<T>);
             a[0][half] = __byte_perm(even.x, odd.x, 0x5410), a[1][half] = __byte_perm(even.x, odd.x, 0x7632);
             a[2][half] = __byte_perm(even.y, odd.y, 0x5410), a[3][half] = __byte_perm(even.y, odd.y, 0x7632);
@@ -329,41 +430,41 @@ __device__ __forceinline__ Parts split(float x, float y) {
     return parts;
 }
 
-template <> __device__ __forceinline__ void multiply(Sum& sum, float coefficient, const Panels<float>& s, int k) {
+template <> __device__ __forceinline__ void multiply(Sum& sum, float coefficient, const SliceA<float>& slice_a, const SliceB<float>& slice_b) {
     const Own own;
     Parts b[2][4];
 #pragma unroll
     for (int q = 0; q < 8; ++q) {
-        const int m = own.row + 16 * (q / 4) + 8 * (q % 2) + own.group, kk = k + 8 * (q / 2 % 2) + 2 * own.in_group;
-        const float2 pair = *reinterpret_cast<const float2*>(&s.b[m][kk]);
+        const int m = own.row + 16 * (q / 4) + 8 * (q % 2) + own.group;
+        const int kk = 8 * (q / 2 % 2) + 2 * own.in_group;
+        const float2 pair = *reinterpret_cast<const float2*>(&slice_b.rows[m][kk]);
         b[q / 4][q % 4] = split(pair.x, pair.y);
     }
+    constexpr int kOrder[6][2] = {{2, 0}, {0, 2}, {1, 1}, {1, 0}, {0, 1}, {0, 0}};
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        Parts a[4][2];
+    for (int pair = 0; pair < 4; ++pair) {  // of blocks of columns
+        if (pair > 0) __syncwarp();  // or the compiler would begin too many at a time, and spill
+        Parts a[2][2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-#pragma unroll
-            for (int j = 0; j < 4; j += 2) {
-                const float* p = &s.a[k + 8 * half + 2 * own.in_group][own.col + kWarpCols / 2 * h + 8 * j + 2 * own.group];
-                const float2 even = *reinterpret_cast<const float2*>(p);
-                const float2 odd = *reinterpret_cast<const float2*>(p + kCols + kPack<float>);
-                a[j][half] = split(even.x, odd.x), a[j + 1][half] = split(even.y, odd.y);
-            }
+            const float* p = &slice_a.at[8 * half + 2 * own.in_group][own.col + 16 * pair + 2 * own.group];
+            const float2 even = *reinterpret_cast<const float2*>(p);
+            const float2 odd = *reinterpret_cast<const float2*>(p + kCols + kPack<float>);
+            a[0][half] = split(even.x, odd.x), a[1][half] = split(even.y, odd.y);
         }
-        constexpr int kOrder[6][2] = {{2, 0}, {0, 2}, {1, 1}, {1, 0}, {0, 1}, {0, 0}};
+        float product[2][2][4] = {};
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            float product[4][4] = {};
+        for (int o = 0; o < 6; ++o) {
+            const int p = kOrder[o][0], q = kOrder[o][1];
 #pragma unroll
-            for (int o = 0; o < 6; ++o) {
-                const int p = kOrder[o][0], q = kOrder[o][1];
+            for (int i = 0; i < 2; ++i) {
                 const uint32_t part[4] = {b[i][0].of[p], b[i][1].of[p], b[i][2].of[p], b[i][3].of[p]};
 #pragma unroll
-                for (int j = 0; j < 4; ++j) mma16816(product[j], part, a[j][0].of[q], a[j][1].of[q], __nv_bfloat16{});
+                for (int j = 0; j < 2; ++j) mma16816(product[i][j], part, a[j][0].of[q], a[j][1].of[q], __nv_bfloat16{});
             }
-            add_product(&sum[i][4 * h], product, coefficient);
         }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) add_product(&sum[i][2 * pair], product[i], coefficient);
     }
 }
 
@@ -383,91 +484,83 @@ template <class T> __device__ __forceinline__ void add(Pack<T>& w, const float (
 
 // An empty sum copies bits.
 template <bool kPlain, class T>
-__device__ __forceinline__ void store_weight(Shared<T>& s, const Job& job, const Step& step, const Sum& sum) {
+__device__ __forceinline__ void store_weight(uint4 (&own_packs)[kOwnPacks<T>][kConsumers], const Tile& tile, const Sum& sum) {
     const Own own;
-    const uint32_t rows = job.target.rows - step.row, cols = job.target.cols - step.col;
-    const uint64_t stride = job.target.weight_stride;
-    const bool aligned = job.target.flags & LSW_WEIGHT_ALIGNED, is_sum = job.term_count > 0;
-    T* weight = reinterpret_cast<T*>(job.target.weight) + step.row * stride + step.col;
+    const uint64_t stride = tile.weight_stride;
+    const uint32_t rows = tile.rows, cols = tile.cols;
+    const bool aligned = tile.is_aligned, is_sum = tile.slices > 0;
+    T* weight = reinterpret_cast<T*>(tile.weight);
+    constexpr int kTogether = sizeof(T) == 2 ? 2 : 4;
 #pragma unroll
-    for (int pack = 0; pack < kOwnPacks<T>; ++pack) {
-        Pack<T> w;
-        w.bits = s.weight[pack][threadIdx.x];
-        const int i = pack / (2 * kHalfPacks<T>), j = pack % (2 * kHalfPacks<T>) * kBlocks<T>;
-        float x[kPack<T>];
+    for (int first = 0; first < kOwnPacks<T>; first += kTogether) {
+        Pack<T> w[kTogether];
 #pragma unroll
-        for (int e = 0; e < kPack<T>; ++e) x[e] = sum[i / 2][j + e % kBlocks<T>][i % 2 * 2 + e / kBlocks<T>];
-        if (is_sum) add(w, x);
-        if (kPlain) {
-            store16(weight + row_of<T>(own, pack) * stride + col_of<T>(own, pack), w);
-        } else {
-            s.weight[pack][threadIdx.x] = w.bits;
+        for (int p = 0; p < kTogether; ++p) w[p].bits = own_packs[first + p][threadIdx.x];
+        if (is_sum) {
+#pragma unroll
+            for (int p = 0; p < kTogether; ++p) {
+                const int pack = first + p;
+                const int i = pack / (2 * kHalfPacks<T>), j = pack % (2 * kHalfPacks<T>) * kBlocks<T>;
+                float x[kPack<T>];
+#pragma unroll
+                for (int e = 0; e < kPack<T>; ++e) x[e] = sum[i / 2][j + e % kBlocks<T>][i % 2 * 2 + e / kBlocks<T>];
+                add(w[p], x);
+            }
+        }
+#pragma unroll
+        for (int p = 0; p < kTogether; ++p) {
+            const int pack = first + p;
+            if (kPlain) {
+                store16(weight + row_of<T>(own, pack) * stride + col_of<T>(own, pack), w[p]);
+            } else {
+                own_packs[pack][threadIdx.x] = w[p].bits;
+            }
         }
     }
 #pragma unroll 1
     for (int pack = kPlain ? kOwnPacks<T> : 0; pack < kOwnPacks<T>; ++pack) {
         const int m = row_of<T>(own, pack), n = col_of<T>(own, pack);
-        const T* from = reinterpret_cast<const T*>(&s.weight[pack][threadIdx.x]);
+        const T* from = reinterpret_cast<const T*>(&own_packs[pack][threadIdx.x]);
         store_chunk(weight + m * stride + n, from, valid_at(rows, cols, m, n), aligned);
     }
 }
 
-template <class T> __device__ void load_weight(Shared<T>& s, const Step& step) {
-    const LswTarget& target = s.jobs[step.job].target;
-    step.is_plain ? load_weight<true>(s, target, step) : load_weight<false>(s, target, step);
-}
-template <class T> __device__ void load_panels(Shared<T>& s, int stage, const Step& step) {
-    const Job& job = s.jobs[step.job];
-    step.is_plain ? load_panels<true>(s.panels[stage], job, step) : load_panels<false>(s.panels[stage], job, step);
-}
-template <class T> __device__ void store_weight(Shared<T>& s, const Step& step, const Sum& sum) {
-    const Job& job = s.jobs[step.job];
-    step.is_plain ? store_weight<true>(s, job, step, sum) : store_weight<false>(s, job, step, sum);
+// A place is free when each warp is through with it.
+__device__ __forceinline__ void release(Barrier& free) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) free.arrive();
 }
 
-template <class T> __device__ void switch_tiles(const LswSwitchArgs& args, Shared<T>& s) {
-    plan(args, s, args.first, 0);
-    uint32_t taken = 0;
-    Step next{};
-    bool has_next = find(args, s, blockIdx.x, next);
-    if (has_next) {
-        if (threadIdx.x == 0) taken = gridDim.x + atomicAdd(&state(args)->next_tile, 1);
-        load_panels(s, 0, next);
-        copy_commit();
-        load_weight(s, next);
-        copy_commit();
-    }
-    Sum sum = {};
-    for (int stage = 0; has_next; stage ^= 1) {
-        Step now = next;
-        if (threadIdx.x == 0) s.next_tile[stage] = taken;
-        copy_wait<1>();  // all but W
-        __syncthreads();
+// Once the producer has told of the n-th tile: W's packs of it.
+template <class T> __device__ __forceinline__ void fetch(Shared<T>& s, uint32_t n) {
+    const uint32_t at = place<kTiles>(n);
+    s.tile_full[at].wait(parity<kTiles>(n));
+    const Tile& tile = s.tiles[at];
+    if (tile.rows > 0) tile.is_plain ? load_weight<true, T>(s.weight, tile) : load_weight<false, T>(s.weight, tile);
+    copy_commit();
+}
 
-        const Job& job = s.jobs[now.job];
-        const uint32_t end = slice_end(job);
-        for (int i = 0; i < kDepth / kSlice && next.slice < end; ++i) next.slice = next_slice(job, next.slice);
-        const bool is_last = next.slice >= end;
-        if (is_last) {
-            has_next = find(args, s, s.next_tile[stage], next);
-            if (has_next && threadIdx.x == 0) taken = gridDim.x + atomicAdd(&state(args)->next_tile, 1);
-        }
-        if (has_next) load_panels(s, stage ^ 1, next);
-        copy_commit();
-
+template <class T> __device__ void consume(Shared<T>& s) {
+    fetch(s, 0);
+    uint32_t a = 0, b = 0;
+    for (uint32_t n = 0; s.tiles[place<kTiles>(n)].rows > 0; ++n) {
+        const Tile& tile = s.tiles[place<kTiles>(n)];
+        Sum sum = {};
+        const bool keeps = tile.keeps;
+        const uint32_t first = a;
 #pragma unroll 1
-        for (int depth = 0; depth < kDepth && now.slice < end; depth += kSlice) {
-            multiply(sum, job.terms[now.slice / kTermSlices].coefficient, s.panels[stage], depth);
-            now.slice = next_slice(job, now.slice);
+        for (const uint32_t end = b + tile.slices; b < end; ++a, ++b) {
+            const uint32_t at = place<kSlicesB<T>>(b), at_a = place<kSlicesA<T>>(a);
+            s.b_full[at].wait(parity<kSlicesB<T>>(b));
+            multiply(sum, s.coefficients[at], s.a[at_a], s.b[at]);
+            release(s.b_free[at]);
+            if (!keeps) release(s.a_free[at_a]);
         }
-        if (is_last) {
-            copy_wait<1>();  // all but the next panels
-            store_weight(s, now, sum);
-#pragma unroll
-            for (int i = 0; i < 64; ++i) (&sum[0][0][0])[i] = 0.0f;
-            if (has_next) load_weight(s, next);
-        }
-        copy_commit();
+        if (keeps) a = first;
+        copy_wait<0>();
+        tile.is_plain ? store_weight<true, T>(s.weight, tile, sum) : store_weight<false, T>(s.weight, tile, sum);
+        release(s.tile_free[place<kTiles>(n)]);
+        fetch(s, n + 1);
     }
 }
 
@@ -476,9 +569,15 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
     extern __shared__ __align__(16) unsigned char raw[];
     Shared<T>& s = *reinterpret_cast<Shared<T>*>(raw);
     if (threadIdx.x < 32) canonical_route(args, s.route);
-    if (threadIdx.x == 0) s.any_changed = 0, s.jobs[0].begin = 0, s.jobs[0].target.tiles = 0;  // no target yet
+    if (threadIdx.x == 32) {
+        s.any_changed = 0, s.jobs[0].begin = 0, s.jobs[0].target.tiles = 0;  // no target yet
+        s.jobs[0].slices = 0;
+        for (int i = 0; i < kSlicesA<T>; ++i) s.a_free[i].init(kConsumers / 32);
+        for (int i = 0; i < kSlicesB<T>; ++i) s.b_full[i].init(32 + 1), s.b_free[i].init(kConsumers / 32);
+        for (int i = 0; i < kTiles; ++i) s.tile_full[i].init(1), s.tile_free[i].init(kConsumers / 32);
+    }
     __syncthreads();
-    switch_tiles(args, s);
+    threadIdx.x < kConsumers ? consume(s) : produce(args, s);
     __syncthreads();
 
     // Nothing to do: every block finds the same, so there is no queue to reset and nothing to record.
@@ -490,7 +589,7 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
     __syncthreads();
     if (!s.is_last) return;
     __threadfence();
-    for (uint32_t target = args.first + threadIdx.x; target < args.last; target += kThreads) record(args, s.route, target);
+    for (uint32_t target = args.first + threadIdx.x; target < args.last; target += LSW_SWITCH_THREADS) record(args, s.route, target);
     if (threadIdx.x == 0) state(args)->next_tile = 0, state(args)->blocks_done = 0;
 }
 

@@ -641,6 +641,26 @@ fn runs_of_tiles(backend: &Backend) {
     }
 }
 
+/// So many tiles one below the other that a block of the portable kernel takes several, for which it keeps A (two slices) or cannot (nine
+/// of them, more than stay). The last strip of tiles is a lone one. A second route, since what is kept must not outlive it.
+fn runs_of_tiles_downwards(backend: &Backend) {
+    for ranks in [vec![4, 2], vec![1; 9]] {
+        let (rows, cols, k) = (64 * 6_400 + 17, 8, ranks.len());
+        let spec = Spec { shapes: vec![(rows, cols)], max_rank: 4, slots: k, k_max: k, ..small(DType::Bf16, Form::FromBase) };
+        let mut model = Model::new(backend, &spec);
+        for (slot, &rank) in ranks.iter().enumerate() {
+            let pair = model.pair(rows, cols, rank, 0.5, 0.3);
+            model.set_slot(slot, vec![Some(pair)]);
+        }
+        let ids: Vec<i32> = (0..k as i32).collect();
+        for scale in [1.0, -0.75] {
+            let gates: Vec<f32> = (0..k).map(|e| scale * (0.25 + e as f32)).collect();
+            model.to(&ids, &gates);
+            model.assert_holds(&ids, &gates, &format!("ranks {ranks:?}"));
+        }
+    }
+}
+
 /// More targets than the Hopper kernel plans in one launch (32,768): the portable one serves them all, which are the rows of one matrix.
 fn more_targets_than_a_launch_plans(backend: &Backend) {
     let (count, cols) = (32_769, 8);
@@ -845,6 +865,7 @@ on_paths!(
     a_range_of_targets,
     many_targets,
     runs_of_tiles,
+    runs_of_tiles_downwards,
     more_targets_than_a_launch_plans,
     largest_rank_and_k,
     one_rounding,

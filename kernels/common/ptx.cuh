@@ -27,8 +27,54 @@ __device__ __forceinline__ void dependency_release() {
 __device__ __forceinline__ void copy16_async(void* shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
+// The same; of the 16 bytes `bytes` exist, the rest becomes zero.
+__device__ __forceinline__ void copy16_partly(uint32_t shared, const void* global, uint32_t bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
+
+// A barrier in shared memory. `parity` is that of the phase to wait for: 0 for the first.
+struct Barrier {
+    uint64_t word;
+
+    __device__ __forceinline__ void init(uint32_t arrivals) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&word)), "r"(arrivals) : "memory");
+    }
+    __device__ __forceinline__ void arrive() {
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&word)) : "memory");
+    }
+    __device__ __forceinline__ void arrive_if(bool condition) {
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %1, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(shared_address(&word)),
+                     "r"(static_cast<uint32_t>(condition))
+                     : "memory");
+    }
+    // One arrival, once all copies of this thread so far are complete.
+    __device__ __forceinline__ void arrive_after_copies() {
+        asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&word)) : "memory");
+    }
+    // One arrival, and `bytes` of copies that the phase waits for as well.
+    __device__ __forceinline__ void arrive_expecting(uint32_t bytes) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&word)), "r"(bytes) : "memory");
+    }
+    __device__ __forceinline__ void wait(uint32_t parity) {
+        asm volatile(
+            "{\n"
+            ".reg .pred done;\n"
+            "again:\n"
+#if __CUDA_ARCH__ >= 900
+            "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+#else
+            "mbarrier.test_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+#endif
+            "@done bra.uni finished;\n"
+            "bra.uni again;\n"
+            "finished:\n"
+            "}\n" ::"r"(shared_address(&word)),
+            "r"(parity)
+            : "memory");
+    }
+};
 
 // Brings a line into L2.
 __device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }

@@ -7,40 +7,6 @@
 
 #include "ptx.cuh"
 
-// A barrier in shared memory. `parity` is that of the phase to wait for: 0 for the first.
-struct Barrier {
-    uint64_t word;
-
-    __device__ __forceinline__ void init(uint32_t arrivals) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&word)), "r"(arrivals) : "memory");
-    }
-    __device__ __forceinline__ void arrive() {
-        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&word)) : "memory");
-    }
-    __device__ __forceinline__ void arrive_if(bool condition) {
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %1, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(shared_address(&word)),
-                     "r"(static_cast<uint32_t>(condition))
-                     : "memory");
-    }
-    // One arrival, and `bytes` of copies that the phase waits for as well.
-    __device__ __forceinline__ void arrive_expecting(uint32_t bytes) {
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&word)), "r"(bytes) : "memory");
-    }
-    __device__ __forceinline__ void wait(uint32_t parity) {
-        asm volatile(
-            "{\n"
-            ".reg .pred done;\n"
-            "again:\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-            "@done bra.uni finished;\n"
-            "bra.uni again;\n"
-            "finished:\n"
-            "}\n" ::"r"(shared_address(&word)),
-            "r"(parity)
-            : "memory");
-    }
-};
-
 // A value that is known from here on: not worked out later, nor again.
 template <class Word> __device__ __forceinline__ void pin(Word& x) { asm volatile("" : "+r"(x)); }
 
@@ -83,11 +49,6 @@ __device__ __forceinline__ bool test_both(Barrier& a, uint32_t a_parity, Barrier
         : "r"(shared_address(&a.word)), "r"(a_parity), "r"(shared_address(&b.word)), "r"(b_parity)
         : "memory");
     return done;
-}
-
-// 16 bytes, global to shared, by this thread; of them `bytes` exist, the rest becomes zero.
-__device__ __forceinline__ void copy16_partly(uint32_t shared, const void* global, uint32_t bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
 // Makes initialised barriers visible to the copy engine.

@@ -17,11 +17,13 @@ pub const LSW_GATE_PROJECT_TOKENS: _bindgen_ty_1 = 32;
 pub const LSW_GATE_PROJECT_TOKENS_32BIT: _bindgen_ty_1 = 8;
 pub const LSW_BANK_THREADS: _bindgen_ty_1 = 64;
 pub const LSW_BANK_BATCH: _bindgen_ty_1 = 64;
-pub const LSW_SWITCH_THREADS: _bindgen_ty_1 = 128;
+pub const LSW_SWITCH_CONSUMERS: _bindgen_ty_1 = 128;
+pub const LSW_SWITCH_THREADS: _bindgen_ty_1 = 160;
 pub const LSW_SWITCH_TILE_ROWS: _bindgen_ty_1 = 64;
 pub const LSW_SWITCH_TILE_COLS: _bindgen_ty_1 = 128;
-pub const LSW_SWITCH_SHARED_16BIT: _bindgen_ty_1 = 51200;
-pub const LSW_SWITCH_SHARED_32BIT: _bindgen_ty_1 = 94208;
+pub const LSW_SWITCH_SHARED_16BIT: _bindgen_ty_1 = 75776;
+pub const LSW_SWITCH_SHARED_32BIT: _bindgen_ty_1 = 100352;
+pub const LSW_SWITCH_RUN: _bindgen_ty_1 = 4;
 pub const LSW_SWITCH90_THREADS: _bindgen_ty_1 = 512;
 pub const LSW_SWITCH90_TILE: _bindgen_ty_1 = 128;
 pub const LSW_SWITCH90_GROUPS: _bindgen_ty_1 = 1024;
@@ -357,7 +359,7 @@ pub struct LswSwitchArgs {
     pub factor_maps: u64,
     pub target_maps: u64,
     pub path: u32,
-    pub padding: u32,
+    pub run: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -379,7 +381,7 @@ const _: () = {
     ["Offset of field: LswSwitchArgs::factor_maps"][::core::mem::offset_of!(LswSwitchArgs, factor_maps) - 80usize];
     ["Offset of field: LswSwitchArgs::target_maps"][::core::mem::offset_of!(LswSwitchArgs, target_maps) - 88usize];
     ["Offset of field: LswSwitchArgs::path"][::core::mem::offset_of!(LswSwitchArgs, path) - 96usize];
-    ["Offset of field: LswSwitchArgs::padding"][::core::mem::offset_of!(LswSwitchArgs, padding) - 100usize];
+    ["Offset of field: LswSwitchArgs::run"][::core::mem::offset_of!(LswSwitchArgs, run) - 100usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]

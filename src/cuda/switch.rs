@@ -1,7 +1,7 @@
 //! The switch set's device tables and its launch.
 
 use super::args::{
-    LSW_MAX_K, LSW_PATH_ALL, LSW_PATH_BOXES, LSW_PATH_OTHERS, LSW_SWITCH_THREADS, LSW_SWITCH90_GROUPS, LSW_SWITCH90_SHARED,
+    LSW_MAX_K, LSW_PATH_ALL, LSW_PATH_BOXES, LSW_PATH_OTHERS, LSW_SWITCH_RUN, LSW_SWITCH_THREADS, LSW_SWITCH90_GROUPS, LSW_SWITCH90_SHARED,
     LSW_SWITCH90_THREADS, LSW_SWITCH90_TILE, LSW_UNKNOWN, LSW_WEIGHT_ALIGNED, LSW_WEIGHT_BLOCKS, LSW_WEIGHT_BOXES, LswCurrentArgs, LswMap,
     LswMerged, LswSwitchArgs, LswSwitchState, LswTarget,
 };
@@ -43,12 +43,17 @@ fn words(path: u32) -> u64 {
     u64::from(path == LSW_PATH_BOXES) * size_of::<LswSwitchState>() as u64
 }
 
+/// How many long runs each block of the portable kernel should have before there are any.
+const RUNS_A_BLOCK: u64 = 4;
+
 /// How the launches of a set divide its targets.
 #[derive(Debug, Clone, Copy)]
 struct Path {
     path: u32,
     function: Function,
     grid: Grid,
+    /// Tiles that a block of the portable kernel takes at a time.
+    run: u32,
 }
 
 // SAFETY: the function handles inside are the driver's, which is thread safe.
@@ -142,7 +147,7 @@ impl State {
             factor_maps: set.bank.device_table().maps(),
             target_maps: self.addr() + layout.maps,
             path: path.path,
-            padding: 0,
+            run: path.run,
         };
         for path in &self.paths {
             // SAFETY: a checked set and route: tables of the set and the bank, weights and bases that the set keeps alive (or its
@@ -179,14 +184,16 @@ fn paths(device: &Device, plan: &SetPlan) -> Vec<Path> {
         let tiles: u64 = boxes.iter().map(|t| t.tiles_of(LSW_SWITCH90_TILE, LSW_SWITCH90_TILE)).sum();
         let blocks = tiles.clamp(1, u64::from(hopper.processors)) as u32;
         let grid = Grid { blocks, threads: LSW_SWITCH90_THREADS, shared: LSW_SWITCH90_SHARED };
-        paths.push(Path { path: LSW_PATH_BOXES, function, grid });
+        paths.push(Path { path: LSW_PATH_BOXES, function, grid, run: 0 });
     }
     if !others.is_empty() {
         let tiles: u64 = others.iter().map(|t| t.tiles()).sum();
         let blocks = tiles.clamp(1, u64::from(device.switch_blocks[by_dtype(dtype)])) as u32;
         let grid = Grid { blocks, threads: LSW_SWITCH_THREADS, shared: SWITCH_SHARED[by_dtype(dtype)] };
         let path = if boxes.is_empty() { LSW_PATH_ALL } else { LSW_PATH_OTHERS };
-        paths.push(Path { path, function: device.kernels.switch[by_dtype(dtype)], grid });
+        // Long runs share more of A; short ones share out better what is little.
+        let run = if tiles >= RUNS_A_BLOCK * u64::from(blocks * LSW_SWITCH_RUN) { LSW_SWITCH_RUN } else { 1 };
+        paths.push(Path { path, function: device.kernels.switch[by_dtype(dtype)], grid, run });
     }
     paths
 }
