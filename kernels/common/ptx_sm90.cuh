@@ -7,9 +7,6 @@
 
 #include "ptx.cuh"
 
-// A value that is known from here on: not worked out later, nor again.
-template <class Word> __device__ __forceinline__ void pin(Word& x) { asm volatile("" : "+r"(x)); }
-
 // True in one lane of the warp; the compiler knows that it is one.
 __device__ __forceinline__ bool elect_one() {
     uint32_t elected;
