@@ -36,7 +36,7 @@ enum {
     LSW_SWITCH_TILE_COLS = 128,
     LSW_SWITCH_SHARED_16BIT = 74 * 1024, /* bytes a block; asserted by the kernel */
     LSW_SWITCH_SHARED_32BIT = 98 * 1024,
-    LSW_SWITCH_RUN = 4, /* tiles, one below the other, that a block takes at a time where there are many */
+    LSW_SWITCH_RUN = 8, /* tiles, one below the other, that a block takes at a time where there are many */
 
     /* The Hopper path. */
     LSW_SWITCH90_THREADS = 512, /* two warpgroups that move data, two that compute */

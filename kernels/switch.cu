@@ -26,7 +26,7 @@
 //
 // What L2 delivers is the limit beside memory: W crosses it twice, and each tile takes 16 (64 + 128) elements a slice. So a block takes
 // a run of tiles, one below the other, whose slices of A stay in their places (where the ring holds them all) while those of B change:
-// for a run of four that halves what the slices add.
+// in a run of eight a slice adds 16 (64 + 16) elements.
 //
 // Exactness: A and B enter the tensor cores as stored. Each slice has its own accumulators, which join the sum by one fma with the f32
 // coefficient; nothing is folded into a 16-bit operand. Additions: 15 a slice, one a slice to the sum, one to W; the bound is
@@ -38,7 +38,7 @@
 // up, the smallest first; m l, l m and l l are left out: at most 2 * 2^-8 * 2^-17 = u of the product. (Henry, Tang, Heinecke,
 // "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", ARITH 2019.) An infinity has no such
 // parts: in A or B it makes NaN. Plain fma is exact in the products, but at K = 64 it needs every issue slot for as long as memory needs
-// for W; two parts of TF32 cost as much as this and leave out 2^-21.
+// for W; two parts of TF32 take as many mmas, 8% less time at that depth, and leave out 2^-21.
 //
 // Floor: W is read and written once, 4 bytes an element in 16 bits.
 //
@@ -110,6 +110,7 @@ template <class T> struct Shared {
     SliceB<T> b[kSlicesB<T>];
     float coefficients[kSlicesB<T>];
     Tile tiles[kTiles];
+    // Full: 32 lanes' copies and the leading one's word. Free: a word of each warp that reads. What is full of B is so of its A.
     Barrier a_free[kSlicesA<T>], b_full[kSlicesB<T>], b_free[kSlicesB<T>], tile_full[kTiles], tile_free[kTiles];
     Job jobs[2];
     Route route;
@@ -247,7 +248,7 @@ template <class T> __device__ __forceinline__ void store_chunk(T* global, const 
     }
 }
 
-// Slices of a term, from k on, by one warp. Round by round it goes on by whole rows, or by parts of one.
+// Slices of a term, from k on, by one warp: whole rows at a time.
 template <bool kPlain, bool kWhole, class T>
 __device__ __forceinline__ void load_a(SliceA<T>& slice, const Term& t, uint32_t k, uint32_t col, int cols) {
     constexpr int kChunks = kCols / kPack<T>, kRounds = kSlice * kChunks / 32;
@@ -361,7 +362,8 @@ __device__ __forceinline__ int valid_at(uint32_t rows, uint32_t cols, uint32_t r
     return row < rows ? static_cast<int>(cols - col) : 0;
 }
 
-template <bool kPlain, class T> __device__ __forceinline__ void load_weight(uint4 (&own_packs)[kOwnPacks<T>][kConsumers], const Tile& tile) {
+template <bool kPlain, class T>
+__device__ __forceinline__ void load_weight(uint4 (&own_packs)[kOwnPacks<T>][kConsumers], const Tile& tile) {
     const Own own;
     const uint64_t stride = tile.base_stride;
     const uint32_t rows = tile.rows, cols = tile.cols;
@@ -389,12 +391,15 @@ __device__ __forceinline__ void add_product(float (*sum)[4], const float (&produ
 }
 
 // One slice: sum += coefficient * b a.
-template <class T> __device__ __forceinline__ void multiply(Sum& sum, float coefficient, const SliceA<T>& slice_a, const SliceB<T>& slice_b) {
+template <class T>
+__device__ __forceinline__ void multiply(Sum& sum, float coefficient, const SliceA<T>& slice_a, const SliceB<T>& slice_b) {
     const Own own;
     const int lane = threadIdx.x % 32;
     uint32_t b[2][4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) ldmatrix4(b[i], &slice_b.rows[own.row + 16 * i + lane % 16][SliceB<T>::place_of(lane % 16, lane / 16 * 8)]);
+    for (int i = 0; i < 2; ++i) {
+        ldmatrix4(b[i], &slice_b.rows[own.row + 16 * i + lane % 16][SliceB<T>::place_of(lane % 16, lane / 16 * 8)]);
+    }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         uint32_t a[4][2];
@@ -430,7 +435,8 @@ __device__ __forceinline__ Parts split(float x, float y) {
     return parts;
 }
 
-template <> __device__ __forceinline__ void multiply(Sum& sum, float coefficient, const SliceA<float>& slice_a, const SliceB<float>& slice_b) {
+template <>
+__device__ __forceinline__ void multiply(Sum& sum, float coefficient, const SliceA<float>& slice_a, const SliceB<float>& slice_b) {
     const Own own;
     Parts b[2][4];
 #pragma unroll

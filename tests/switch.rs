@@ -645,7 +645,7 @@ fn runs_of_tiles(backend: &Backend) {
 /// of them, more than stay). The last strip of tiles is a lone one. A second route, since what is kept must not outlive it.
 fn runs_of_tiles_downwards(backend: &Backend) {
     for ranks in [vec![4, 2], vec![1; 9]] {
-        let (rows, cols, k) = (64 * 6_400 + 17, 8, ranks.len());
+        let (rows, cols, k) = (64 * 12_800 + 17, 8, ranks.len());
         let spec = Spec { shapes: vec![(rows, cols)], max_rank: 4, slots: k, k_max: k, ..small(DType::Bf16, Form::FromBase) };
         let mut model = Model::new(backend, &spec);
         for (slot, &rank) in ranks.iter().enumerate() {
