@@ -72,10 +72,10 @@ pub fn gate(
 pub fn gate_workspace_bytes(stream: &Stream, tokens: u64, experts: u64, hidden: u64) -> Result<u64> {
     let tokens = narrow("tokens", tokens, MAX_COUNT)?;
     let experts = check_experts("experts", experts)?;
-    let hidden = narrow("hidden", hidden, MAX_COUNT)?;
+    narrow("hidden", hidden, MAX_COUNT)?;
     Ok(match &stream.0 {
         StreamKind::Cpu(_) => 0,
-        StreamKind::Cuda(_) => crate::cuda::gate::workspace_bytes(tokens, experts, hidden),
+        StreamKind::Cuda(_) => crate::cuda::gate::workspace_bytes(tokens, experts),
     })
 }
 

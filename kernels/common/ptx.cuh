@@ -40,6 +40,14 @@ __device__ __forceinline__ uint32_t count_acq_rel(uint32_t* counter, uint32_t li
     return before;
 }
 
+// Words that blocks hand to each other: each is whole when it is seen, and says nothing of others.
+__device__ __forceinline__ void store_relaxed(uint32_t* p, uint32_t x) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* p) {
+    uint32_t x;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+
 // 1 / x within one unit in the last place; of denormals inf, and below the normal numbers 0.
 __device__ __forceinline__ float reciprocal(float x) {
     float y;
