@@ -29,6 +29,10 @@ enum {
     LSW_GATE_SHARED_MANY = 64 * 1024,
     LSW_GATE_PROJECT_TOKENS = 32, /* that a warp multiplies beyond that */
     LSW_GATE_PROJECT_TOKENS_32BIT = 8,
+    LSW_GATE_TILE_EXPERTS = 64, /* of a block that does the same by tiles, where rows are aligned */
+    LSW_GATE_TILE_TOKENS = 128,
+    LSW_GATE_STAGES = 4,
+    LSW_GATE_SHARED_TILE = 4 * (64 + 128) * 64 * 2,
 
     LSW_BANK_THREADS = 64,
     LSW_BANK_BATCH = 64, /* factors that one launch writes: they travel as kernel arguments (19 KB) */
@@ -107,7 +111,6 @@ enum {
     LSW_ROUTE_SUM_TWO = 4,  /* a group's score is the sum of its two best, not its best */
     LSW_ROUTE_PADDED = 8,   /* there are valid or mask */
     LSW_ROUTE_COUNTED = 16, /* there are counts */
-    LSW_ROUTE_PLAIN = 64,   /* a softmax over the chosen and nothing else; for the gate, whose kernels serve all kinds */
     LSW_ROUTE_PACKED = 32   /* a lane's experts are all there or none is, and 16-byte loads serve them: rows and bias are aligned */
 };
 

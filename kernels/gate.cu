@@ -167,8 +167,9 @@ template <Kind kKind> __device__ __forceinline__ void choose_sized(const LswRout
     if (args.lane_experts <= LSW_ROUTE_NARROW) return choose<kKind, LSW_ROUTE_NARROW>(args, token, logits, scratch, counts);
     choose<kKind, 32>(args, token, logits, scratch, counts);
 }
+template <bool kIsPlain>
 __device__ __forceinline__ void choose_any(const LswRouteArgs& args, uint32_t token, const float* logits, ChoiceScratch& scratch, uint32_t* counts) {
-    if (args.flags & LSW_ROUTE_PLAIN) return choose_sized<Kind::kPlain>(args, token, logits, scratch, counts);
+    if constexpr (kIsPlain) return choose_sized<Kind::kPlain>(args, token, logits, scratch, counts);
     if (args.score == LSW_SCORE_SOFTMAX) return choose_sized<Kind::kSoftmax>(args, token, logits, scratch, counts);
     if (args.score == LSW_SCORE_SIGMOID) return choose_sized<Kind::kSigmoid>(args, token, logits, scratch, counts);
     choose_sized<Kind::kSqrtSoftplus>(args, token, logits, scratch, counts);
@@ -196,7 +197,7 @@ __device__ __forceinline__ void take_logits(const LswGateArgs& args, bool is_clu
     }
 }
 
-template <int kRows, int kCols, class T> __device__ __forceinline__ void gate(const LswGateArgs& args) {
+template <bool kIsPlain, int kRows, int kCols, class T> __device__ __forceinline__ void gate(const LswGateArgs& args) {
     using Shared = GateShared<kRows, kCols>;
     extern __shared__ uint4 dynamic[];
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
@@ -287,7 +288,7 @@ template <int kRows, int kCols, class T> __device__ __forceinline__ void gate(co
         take_logits<kIsClustered, Shared::kOwn, T>(args, is_clustered, words + static_cast<uint64_t>(own_first) * LSW_GATE_RANKS * args.parts_stride, own, shared);
     }
     __syncthreads();
-    if (warp < own && !is_padding(route, own_first + warp)) choose_any(route, own_first + warp, shared.logits[warp], shared.scratch[warp], shared.counts);
+    if (warp < own && !is_padding(route, own_first + warp)) choose_any<kIsPlain>(route, own_first + warp, shared.logits[warp], shared.scratch[warp], shared.counts);
     if (route.flags & LSW_ROUTE_COUNTED) publish_counts(route, shared.counts, (route.tokens + own_tokens - 1) / own_tokens);
 }
 
@@ -323,19 +324,117 @@ template <class T> __device__ __forceinline__ void project(const LswGateArgs& ar
     }
 }
 
+// The same for aligned operands of 16 bits: 64 experts by 128 tokens a block, 32 by 32 a warp. Stages of kChain elements pass through
+// shared memory, kStages - 1 of them on their way. A thread reads packs of a row as `multiply_rows` does; eight lanes read two rows, whose
+// packs the swizzle puts in different banks.
+template <class T> struct ProjectShared {
+    Pack<T> experts[LSW_GATE_STAGES][LSW_GATE_TILE_EXPERTS][kChain / kPack<T>], tokens[LSW_GATE_STAGES][LSW_GATE_TILE_TOKENS][kChain / kPack<T>];
+};
+__device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t pack) { return pack ^ (row % 2 * 4); }
+
+template <class T> __device__ __forceinline__ void load_stage(const LswGateArgs& args, ProjectShared<T>& shared, uint32_t first_expert, uint32_t first_token, uint32_t stage) {
+    constexpr uint32_t kPacks = kChain / kPack<T>;
+    const uint32_t pack = threadIdx.x % kPacks, slot = stage % LSW_GATE_STAGES;
+    const uint64_t at = static_cast<uint64_t>(stage) * kChain + pack * kPack<T>;
+    const uint32_t bytes = at < args.hidden ? static_cast<uint32_t>(min(args.hidden - at, static_cast<uint64_t>(kPack<T>))) * sizeof(T) : 0;
+    const uint64_t from = bytes ? at : 0;  // an address is one even if nothing is read there
+#pragma unroll
+    for (uint32_t row = threadIdx.x / kPacks; row < LSW_GATE_TILE_EXPERTS; row += LSW_GATE_THREADS / kPacks) {
+        copy16_partly(shared_address(&shared.experts[slot][row][swizzled(row, pack)]), expert_row<T>(args, first_expert + row) + from, bytes);
+    }
+#pragma unroll
+    for (uint32_t row = threadIdx.x / kPacks; row < LSW_GATE_TILE_TOKENS; row += LSW_GATE_THREADS / kPacks) {
+        copy16_partly(shared_address(&shared.tokens[slot][row][swizzled(row, pack)]), token_row<T>(args, first_token + row) + from, bytes);
+    }
+}
+
+template <class T> __device__ __forceinline__ void project_tile(const LswGateArgs& args) {
+    constexpr int kM = 2, kN = 4, kSteps = 2;
+    extern __shared__ uint4 dynamic[];
+    ProjectShared<T>& shared = *reinterpret_cast<ProjectShared<T>*>(dynamic);
+    dependency_release();
+    dependency_wait();
+    if (args.route.tokens == 0) return;
+    const uint32_t first_expert = blockIdx.x % args.tiles * LSW_GATE_TILE_EXPERTS, first_token = blockIdx.x / args.tiles * LSW_GATE_TILE_TOKENS;
+    const uint32_t warp = warp_index(), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const uint32_t warp_expert = warp % 2 * 32, warp_token = warp / 2 * 32;
+    const uint32_t stages = static_cast<uint32_t>((args.hidden + kChain - 1) / kChain);
+    float part[kM][kN][4] = {}, sum[kM][kN][4] = {}, total[kM][kN][4] = {};
+    uint32_t chains = 0, parts = 0;
+#pragma unroll
+    for (uint32_t stage = 0; stage < LSW_GATE_STAGES - 1; ++stage) {
+        if (stage < stages) load_stage(args, shared, first_expert, first_token, stage);
+        copy_commit();
+    }
+#pragma unroll 1
+    for (uint32_t stage = 0; stage < stages; ++stage) {
+        copy_wait<LSW_GATE_STAGES - 2>();
+        __syncthreads();  // the stage is there, and the one before it read by all
+        if (stage + LSW_GATE_STAGES - 1 < stages) load_stage(args, shared, first_expert, first_token, stage + LSW_GATE_STAGES - 1);
+        copy_commit();
+        const uint32_t slot = stage % LSW_GATE_STAGES;
+        uint4 a[kSteps][kM][2], b[kSteps][kN];
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) {
+            const uint32_t pack = swizzled(g, s * 4 + t);  // rows differ by multiples of 8
+#pragma unroll
+            for (int m = 0; m < kM * 2; ++m) a[s][m / 2][m % 2] = shared.experts[slot][warp_expert + m * 8 + g][pack].bits;
+#pragma unroll
+            for (int n = 0; n < kN; ++n) b[s][n] = shared.tokens[slot][warp_token + n * 8 + g][pack].bits;
+        }
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+#pragma unroll
+            for (int n = 0; n < kN; ++n) {
+                float half[2][4] = {};
+#pragma unroll
+                for (int s = 0; s < kSteps; ++s) {
+                    const uint4 low = a[s][m][0], high = a[s][m][1], column = b[s][n];
+                    mma16816(half[0], {low.x, high.x, low.y, high.y}, column.x, column.y, T());
+                    mma16816(half[1], {low.z, high.z, low.w, high.w}, column.z, column.w, T());
+                }
+#pragma unroll
+                for (int i = 0; i < 4; ++i) part[m][n][i] += half[0][i] + half[1][i];
+            }
+        }
+        const bool is_last = stage + 1 == stages;
+        if (++chains < args.chains && !is_last) continue;
+        chains = 0;
+        const bool is_slice = ++parts == kWarps || is_last;
+#pragma unroll
+        for (int i = 0; i < kM * kN * 4; ++i) {
+            float &p = part[i / (kN * 4)][i / 4 % kN][i % 4], &s = sum[i / (kN * 4)][i / 4 % kN][i % 4];
+            s += p, p = 0.0f;
+            if (is_slice) total[i / (kN * 4)][i / 4 % kN][i % 4] += s, s = 0.0f;
+        }
+        if (is_slice) parts = 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kM * kN * 4; ++i) {
+        const uint32_t expert = first_expert + warp_expert + i / (kN * 4) * 16 + sum_expert(i % 4);
+        const uint32_t token = first_token + warp_token + i / 4 % kN * 8 + sum_token(i % 4);
+        if (expert >= args.route.experts || token >= args.route.tokens) continue;
+        reinterpret_cast<float*>(args.parts)[token * args.parts_stride + expert] = total[i / (kN * 4)][i / 4 % kN][i % 4] + bias_of<T>(args, expert);
+    }
+}
+
 }  // namespace
 
-#define LSW_GATE(name, T, rows, cols)                                                                                        \
+#define LSW_GATE(name, is_plain, T, rows, cols)                                                                              \
     extern "C" __global__ void __launch_bounds__(LSW_GATE_THREADS, 1) lsw_##name(const __grid_constant__ LswGateArgs args) { \
-        gate<rows, cols, T>(args);                                                                                           \
+        gate<is_plain, rows, cols, T>(args);                                                                                 \
     }
-LSW_GATE(gate_f32, float, LSW_GATE_EXPERTS, LSW_GATE_TOKENS)
-LSW_GATE(gate_f16, __half, LSW_GATE_EXPERTS, LSW_GATE_TOKENS)
-LSW_GATE(gate_bf16, __nv_bfloat16, LSW_GATE_EXPERTS, LSW_GATE_TOKENS)
-LSW_GATE(gate_many_f16, __half, LSW_GATE_MANY, LSW_GATE_MANY)
-LSW_GATE(gate_many_bf16, __nv_bfloat16, LSW_GATE_MANY, LSW_GATE_MANY)
+#define LSW_GATES(kind, is_plain)                                                                \
+    LSW_GATE(gate_##kind##_f32, is_plain, float, LSW_GATE_EXPERTS, LSW_GATE_TOKENS)          \
+    LSW_GATE(gate_##kind##_f16, is_plain, __half, LSW_GATE_EXPERTS, LSW_GATE_TOKENS)         \
+    LSW_GATE(gate_##kind##_bf16, is_plain, __nv_bfloat16, LSW_GATE_EXPERTS, LSW_GATE_TOKENS) \
+    LSW_GATE(gate_many_##kind##_f16, is_plain, __half, LSW_GATE_MANY, LSW_GATE_MANY)         \
+    LSW_GATE(gate_many_##kind##_bf16, is_plain, __nv_bfloat16, LSW_GATE_MANY, LSW_GATE_MANY)
+LSW_GATES(plain, true)
+LSW_GATES(scored, false)
 static_assert(sizeof(GateShared<LSW_GATE_EXPERTS, LSW_GATE_TOKENS>) <= LSW_GATE_SHARED && sizeof(GateShared<LSW_GATE_MANY, LSW_GATE_MANY>) <= LSW_GATE_SHARED_MANY,
               "asked for by the host");
+static_assert(sizeof(ProjectShared<__half>) == LSW_GATE_SHARED_TILE, "asked for by the host");
 
 #define LSW_PROJECT(suffix, T)                                                                                                          \
     extern "C" __global__ void __launch_bounds__(LSW_GATE_THREADS, 1) lsw_gate_project_##suffix(const __grid_constant__ LswGateArgs args) { \
@@ -344,3 +443,10 @@ static_assert(sizeof(GateShared<LSW_GATE_EXPERTS, LSW_GATE_TOKENS>) <= LSW_GATE_
 LSW_PROJECT(f32, float)
 LSW_PROJECT(f16, __half)
 LSW_PROJECT(bf16, __nv_bfloat16)
+
+#define LSW_PROJECT_TILE(suffix, T)                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(LSW_GATE_THREADS, 1) lsw_gate_project_tile_##suffix(const __grid_constant__ LswGateArgs args) { \
+        project_tile<T>(args);                                                                                                               \
+    }
+LSW_PROJECT_TILE(f16, __half)
+LSW_PROJECT_TILE(bf16, __nv_bfloat16)

@@ -15,18 +15,18 @@ template <Kind kKind, int kItems, class T> __device__ __forceinline__ void route
     __shared__ uint32_t counts[32 * kItems];
     dependency_release();
     const bool is_counted = args.flags & LSW_ROUTE_COUNTED;
-    if (is_counted) {
+    if (is_counted) [[unlikely]] {
 #pragma unroll 1
         for (uint32_t e = threadIdx.x; e < args.experts; e += LSW_ROUTE_THREADS) counts[e] = 0;
         __syncthreads();
     }
-    dependency_wait();
     const uint32_t warp = warp_index();
+    dependency_wait();
     for (uint32_t token = blockIdx.x * kWarps + warp; token < args.tokens; token += gridDim.x * kWarps) {
         if (is_padding(args, token)) continue;
         choose<kKind, kItems>(args, token, reinterpret_cast<const T*>(args.logits) + token * args.logits_stride, scratch[warp], counts);
     }
-    if (is_counted) publish_counts(args, counts, gridDim.x);
+    if (is_counted) [[unlikely]] publish_counts(args, counts, gridDim.x);
 }
 
 }  // namespace

@@ -116,9 +116,13 @@ fn matches_oracle(backend: &Backend) {
 /// A token's bits are the same whatever the number of tokens: alone, beside others in one launch, and where two launches serve; and
 /// the same with and without clusters.
 fn bits_do_not_depend_on_tokens(backend: &Backend) {
-    for (dtype, experts, hidden, extra) in
-        [(DType::Bf16, 64, 4096, 0), (DType::F16, 100, 1001, 3), (DType::F32, 8, 2000, 0), (DType::Bf16, 320, 600, 0), (DType::F16, 20, 8300, 4)]
-    {
+    for (dtype, experts, hidden, extra) in [
+        (DType::Bf16, 64, 4096, 0),
+        (DType::F16, 100, 1001, 3),
+        (DType::F32, 8, 2000, 0),
+        (DType::Bf16, 320, 600, 0),
+        (DType::F16, 20, 8300, 4),
+    ] {
         let k = 4;
         let values = |n: usize| Rng(n as u64).bits(dtype, n, 1.0);
         let router = Router::new(backend, &Routing { renormalize: false, ..Routing::plain(k) });

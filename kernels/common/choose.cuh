@@ -41,6 +41,7 @@ __device__ __forceinline__ uint32_t order_key(float x) {
     const uint32_t bits = __float_as_uint(x + 0.0f);
     return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
 }
+constexpr uint32_t kNothing = 0x007fffff;  // the key of -inf: those of numbers are larger
 __device__ __forceinline__ float key_value(uint32_t key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
 
 __device__ __forceinline__ float warp_sum(float x) {
@@ -128,16 +129,20 @@ template <int kItems> __device__ __forceinline__ bool is_best_group(const LswRou
 #pragma unroll 4
     for (uint32_t group = 0; group < args.groups; ++group) {
         const float other = __shfl_sync(kFullWarp, best, group << args.group_lanes_log2);
-        rank += other > best || (other == best && group < own.group);
+        rank += (other > best) | ((other == best) & (group < own.group));
     }
     return rank < args.top_groups;
 }
 
-template <int kItems> __device__ __forceinline__ uint32_t count_reaching(const uint32_t (&keys)[kItems], uint32_t bound) {
+// How many experts of the warp reach `bound`; which lanes' i-th do.
+template <int kItems> __device__ __forceinline__ uint32_t count_reaching(const uint32_t (&keys)[kItems], uint32_t bound, uint32_t (&reach)[kItems]) {
     uint32_t count = 0;
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) count += keys[i] >= bound;
-    return __reduce_add_sync(kFullWarp, count);
+    for (int i = 0; i < kItems; ++i) {
+        reach[i] = __ballot_sync(kFullWarp, keys[i] >= bound);
+        count += __popc(reach[i]);
+    }
+    return count;
 }
 
 // Where more than 32 experts reach `bound`: raises it, and drops of those that then tie for the last places the higher ids, until at
@@ -146,7 +151,11 @@ template <int kItems>
 __device__ __forceinline__ void raise_bound(const LaneExperts& own, uint32_t k, uint32_t highest, uint32_t& bound, uint32_t (&keys)[kItems]) {
     uint32_t low = bound, high = highest + 1, count = 33;  // at least k reach `low`, fewer reach `high`
     while (count > 32 && high - low > 1) {
-        const uint32_t middle = low + (high - low) / 2, reach = count_reaching(keys, middle);
+        const uint32_t middle = low + (high - low) / 2;
+        uint32_t reach = 0;
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) reach += keys[i] >= middle;
+        reach = __reduce_add_sync(kFullWarp, reach);
         if (reach >= k) {
             low = middle, count = reach;
         } else {
@@ -188,7 +197,7 @@ __device__ __forceinline__ Candidate rank_lanes(const LswRouteArgs& args, const 
 #pragma unroll
         for (uint32_t c = first; c < first + 8; ++c) {
             const uint32_t other = __shfl_sync(kFullWarp, key, c);
-            place += other > key || (other == key && c < lane);
+            place += (other > key) | ((other == key) & (c < lane));
         }
     }
     return {key, own.first, place};
@@ -209,22 +218,29 @@ __device__ __forceinline__ Candidate rank_runs(const LswRouteArgs& args, const L
             bound = __reduce_max_sync(kFullWarp, most);
         }
     }
-    bound = max(bound, 1u);
-    uint32_t count;
-    for (;;) {
-        scratch.candidates[lane] = 0;
-        __syncwarp();
-        count = 0;
+    if (bound <= kNothing) [[unlikely]] {  // what is no expert must not be taken for one at -inf
+        bound = max(bound, 1u);
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
-            const uint32_t reach = __ballot_sync(kFullWarp, keys[i] >= bound), at = count + __popc(reach & ((1u << lane) - 1));
-            if (keys[i] >= bound && at < 32) scratch.candidates[at] = static_cast<uint64_t>(keys[i]) << 32 | (LSW_MAX_EXPERTS - 1 - own.at(i));
-            count += __popc(reach);
+            if (!own.has(i)) keys[i] = 0;
         }
-        __syncwarp();
-        if (count <= 32) break;
-        raise_bound(own, args.k, highest, bound, keys);
     }
+    uint32_t reach[kItems], count = count_reaching(keys, bound, reach);
+    if (count > 32) [[unlikely]] {
+        raise_bound(own, args.k, highest, bound, keys);
+        count = count_reaching(keys, bound, reach);
+    }
+    scratch.candidates[lane] = 0;
+    __syncwarp();
+    uint32_t before = 0;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+        uint64_t* slot = &scratch.candidates[before + __popc(reach[i] & ((1u << lane) - 1))];
+        const uint64_t candidate = static_cast<uint64_t>(keys[i]) << 32 | (LSW_MAX_EXPERTS - 1 - own.at(i));
+        if (keys[i] >= bound) *slot = candidate;
+        before += __popc(reach[i]);
+    }
+    __syncwarp();
     const uint64_t mine = scratch.candidates[lane];
     uint32_t place = 0;
 #pragma unroll 1
@@ -244,17 +260,28 @@ __device__ __forceinline__ void choose(const LswRouteArgs& args, uint32_t token,
     const LaneExperts own(args, !kIsPlain);
     const bool renormalize = kIsPlain || args.flags & LSW_ROUTE_RENORMALIZE, by_score = !kIsPlain && args.flags & LSW_ROUTE_BY_SCORE;
     const bool is_packed = args.flags & LSW_ROUTE_PACKED && args.lane_experts == kItems;
-    float choice[kItems], bias[kItems] = {};
+    float choice[kItems], bias[kItems];
     load_run(own, is_packed, logits, -kInfinity, choice);
-    // Loaded beside the logits, so that their latencies are one.
-    if (!kIsPlain && args.bias) load_run(own, is_packed, reinterpret_cast<const float*>(args.bias), 0.0f, bias);
+    // Loaded beside the logits, so that their latencies are one. What is no expert stays at -inf.
+    if (!kIsPlain && args.bias) {
+        load_run(own, is_packed, reinterpret_cast<const float*>(args.bias), -kInfinity, bias);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) bias[i] = own.has(i) ? 0.0f : -kInfinity;
+    }
     bool is_odd = false;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) is_odd |= !(choice[i] <= kLargest);
     is_odd = __any_sync(kFullWarp, is_odd);
-    if (is_odd || (!kIsPlain && args.softcap != 0.0f)) {
+    if (is_odd || (!kIsPlain && args.softcap != 0.0f)) [[unlikely]] {
+        // One after the other, by turning the row: what is rare must not stand in the way of what is not, and code does.
+#pragma unroll 1
+        for (int turn = 0; turn < kItems; ++turn) {
+            const float x = usable_logit<kKind>(args, choice[0]);
 #pragma unroll
-        for (int i = 0; i < kItems; ++i) choice[i] = usable_logit<kKind>(args, choice[i]);
+            for (int i = 0; i + 1 < kItems; ++i) choice[i] = choice[i + 1];
+            choice[kItems - 1] = x;
+        }
     }
 
     // Before anything is left out: a softmax over all N, and the scores where they decide.
@@ -273,15 +300,13 @@ __device__ __forceinline__ void choose(const LswRouteArgs& args, uint32_t token,
     if (by_score) {
         const float share = !kIsSoftmax ? 1.0f : sum > 0.0f ? 1.0f / sum : 0.0f;
 #pragma unroll
-        for (int i = 0; i < kItems; ++i) {
-            choice[i] = own.has(i) ? fmaxf(score<kKind>(choice[i], top) * share + bias[i], -kInfinity) : -kInfinity;
-        }
+        for (int i = 0; i < kItems; ++i) choice[i] = fmaxf(score<kKind>(choice[i], top) * share + bias[i], -kInfinity);
     }
     const bool is_best = kIsPlain || args.groups == 1 || is_best_group(args, own, choice);
     uint32_t keys[kItems], most = 0;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-        keys[i] = is_best && own.has(i) ? order_key(choice[i]) : 0;
+        keys[i] = is_best && (kItems > 1 || own.has(0)) ? order_key(choice[i]) : 0;
         most = max(most, keys[i]);
     }
     const uint32_t highest = __reduce_max_sync(kFullWarp, most);
@@ -291,7 +316,7 @@ __device__ __forceinline__ void choose(const LswRouteArgs& args, uint32_t token,
     float x = -kInfinity;
     if (is_chosen) {
         x = by_score ? usable_logit<kKind>(args, to_float(logits[candidate.expert])) : key_value(candidate.key);
-        if (args.flags & LSW_ROUTE_COUNTED) atomicAdd(&counts[candidate.expert], 1u);
+        if (args.flags & LSW_ROUTE_COUNTED) [[unlikely]] atomicAdd(&counts[candidate.expert], 1u);
     }
     if (kIsSoftmax && renormalize) top = by_score ? warp_max(x) : key_value(highest);
     float gate = is_chosen ? score<kKind>(x, top) : 0.0f;
@@ -302,13 +327,13 @@ __device__ __forceinline__ void choose(const LswRouteArgs& args, uint32_t token,
         reinterpret_cast<int32_t*>(args.ids)[token * args.ids_stride + candidate.place] = static_cast<int32_t>(candidate.expert);
         reinterpret_cast<float*>(args.gates)[token * args.gates_stride + candidate.place] = gate;
     }
-    if ((is_odd || __all_sync(kFullWarp, x == -kInfinity)) && lane == 0) atomicOr(reinterpret_cast<uint32_t*>(args.status), LSW_ODD_LOGITS);
+    if ((is_odd || __all_sync(kFullWarp, x == -kInfinity)) && lane == 0) [[unlikely]] atomicOr(reinterpret_cast<uint32_t*>(args.status), LSW_ODD_LOGITS);
     __syncwarp();  // the scratch is free again
 }
 
 // Whether a token is none, behind the valid ones or masked out. Then its outputs say so.
 __device__ __forceinline__ bool is_padding(const LswRouteArgs& args, uint32_t token) {
-    if (!(args.flags & LSW_ROUTE_PADDED)) return false;
+    if (!(args.flags & LSW_ROUTE_PADDED)) [[likely]] return false;
     const bool is_behind = args.valid && static_cast<int64_t>(token) >= *reinterpret_cast<const int32_t*>(args.valid);
     if (!__any_sync(kFullWarp, is_behind || (args.mask && reinterpret_cast<const uint8_t*>(args.mask)[token] == 0))) return false;
     const uint32_t lane = threadIdx.x % 32;

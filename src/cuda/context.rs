@@ -1,7 +1,8 @@
 //! The driver, probed; a device with its kernels; its streams.
 
 use super::args::{
-    LSW_GATE_SHARED_MANY, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS, LSW_SWITCH90_SHARED, LswTakeArgs,
+    LSW_GATE_SHARED_MANY, LSW_GATE_SHARED_TILE, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS, LSW_SWITCH90_SHARED,
+    LswTakeArgs,
 };
 use super::images::{BUILT_WITH, IMAGES};
 use super::launch::{Grid, launch};
@@ -48,10 +49,13 @@ pub(super) type Function = sys::CUfunction;
 /// Every kernel, looked up once.
 pub(super) struct Kernels {
     pub route: Routers,
-    pub gate: [Function; 3],
-    /// f16, bf16; in clusters.
-    pub gate_many: [Function; 2],
+    /// For a plain softmax, and for all else.
+    pub gate: [[Function; 3]; 2],
+    /// The same for many tokens, in clusters: f16, bf16.
+    pub gate_many: [[Function; 2]; 2],
     pub gate_project: [Function; 3],
+    /// f16, bf16, of aligned rows.
+    pub gate_project_tile: [Function; 2],
     pub status_take: Function,
     pub bank_set: Function,
     pub switch: [Function; 3],
@@ -185,10 +189,11 @@ impl Modules {
         Ok(found)
     }
 
-    fn gate_many(&self) -> Result<[Function; 2]> {
-        let functions = self.functions("gate", "gate_many", ["f16", "bf16"])?;
+    /// Kernels for the two types of 16 bits that ask for this much shared memory.
+    fn halves(&self, file: &str, stem: &str, shared: u32) -> Result<[Function; 2]> {
+        let functions = self.functions(file, stem, ["f16", "bf16"])?;
         for function in functions {
-            allow_shared(function, LSW_GATE_SHARED_MANY)?;
+            allow_shared(function, shared)?;
         }
         Ok(functions)
     }
@@ -204,9 +209,13 @@ impl Modules {
                     self.routers("sqrt_softplus", SCORED_ITEMS)?,
                 ],
             },
-            gate: self.functions("gate", "gate", floats)?,
-            gate_many: self.gate_many()?,
+            gate: [self.functions("gate", "gate_plain", floats)?, self.functions("gate", "gate_scored", floats)?],
+            gate_many: [
+                self.halves("gate", "gate_many_plain", LSW_GATE_SHARED_MANY)?,
+                self.halves("gate", "gate_many_scored", LSW_GATE_SHARED_MANY)?,
+            ],
             gate_project: self.functions("gate", "gate_project", floats)?,
+            gate_project_tile: self.halves("gate", "gate_project_tile", LSW_GATE_SHARED_TILE)?,
             status_take: self.function("status", "status_take")?,
             bank_set: self.function("bank", "bank_set")?,
             switch: self.functions("switch", "switch", floats)?,

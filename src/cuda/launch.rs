@@ -93,14 +93,12 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
         for function in k.route.plain.into_iter().chain(k.route.scored.into_iter().flatten()).flatten() {
             launch_dependent(stream, function, one(LSW_ROUTE_THREADS, 0), &LswRouteArgs::default())?;
         }
-        for function in k.gate {
-            launch_dependent(stream, function, one(LSW_GATE_THREADS, LSW_GATE_SHARED), &LswGateArgs::default())?;
-        }
-        for function in k.gate_many {
-            launch_dependent(stream, function, one(LSW_GATE_THREADS, LSW_GATE_SHARED_MANY), &LswGateArgs::default())?;
-        }
-        for function in k.gate_project {
-            launch_dependent(stream, function, one(LSW_GATE_THREADS, 0), &LswGateArgs::default())?;
+        let gates = [(k.gate.as_flattened(), LSW_GATE_SHARED), (k.gate_many.as_flattened(), LSW_GATE_SHARED_MANY)];
+        let projections = [(&k.gate_project[..], 0), (&k.gate_project_tile, LSW_GATE_SHARED_TILE)];
+        for (functions, shared) in gates.into_iter().chain(projections) {
+            for function in functions {
+                launch_dependent(stream, *function, one(LSW_GATE_THREADS, shared), &LswGateArgs::default())?;
+            }
         }
         for (function, shared) in k.switch.iter().zip(SWITCH_SHARED) {
             launch(stream, *function, one(LSW_SWITCH_THREADS, shared), &LswSwitchArgs::default())?;
