@@ -1,20 +1,31 @@
 // The gate: hidden states x [T, H] and weight [N, H] -> logits = x weight^T + bias -> ids [T, k], gates [T, k].
 //
-// Up to 64 tokens it is one launch. A block multiplies 16 experts by 8 tokens over a slice of 512 elements of H; so N = 256, H = 4096
-// keep 128 blocks busy for a single token, each with 16 KB of weight, all of whose loads are in flight at once. Each of its 8 warps takes
-// 64 elements, and their parts are added in shared memory. A block leaves its slice's part in the workspace; the last one to arrive
-// for a group of tokens adds the slices and routes, a warp a token (common/choose.cuh). No block waits for another.
+// Up to 64 tokens it is one launch. H is cut into 8 slices, a block each, a slice into 8 parts, a warp each, and a part into chains of 64
+// elements. A block multiplies 16 experts by 8 tokens: N = 256, H = 4096 keep 128 blocks busy for a single token, each with 16 KB of
+// weight, all of whose loads are in flight at once. The parts of its warps are added in shared memory. What is left is to bring the
+// slices, and the logits of all experts, to one block, which routes, a warp a token (common/choose.cuh). Two ways:
 //
-// Beyond that, one kernel writes all logits, a warp 16 experts by 32 tokens (f32: 8) over the whole of H, and the router's kernel does the rest.
+//   parts     blocks leave their slice's part in the workspace, and the one that routes adds them up: one hand-over. For one token or two,
+//             and where there are no clusters.
+//   clusters  the 8 slices are a cluster, whose blocks add up a token, or four, each: st.async brings the parts to their shared memory
+//             and counts the bytes on a barrier there. With one tile of experts that is all; else logits are handed over as parts were.
+//             Beyond 8 tokens a block multiplies 32 experts by 32 tokens (16-bit types), which reads a quarter of the bytes.
 //
-// Every logit is the same sum in the same order in both, ((64 elements, 8 of them) a slice, the slices), and no column of a product
+// A hand-over through global memory is the word itself: an order-preserving key that is never 0, and 0 where none is yet. So nobody waits
+// for a fence, a counter and a load after another; the reader polls and puts the zeros back. Who reads is decided by tickets that blocks
+// draw as they begin: the last to draw knows that all others run, and these wait for nothing but their own cluster, which runs as one.
+// So it cannot starve them, whatever order blocks start in.
+//
+// Beyond 64 tokens one kernel writes all logits, and the router's kernel does the rest.
+//
+// Every logit is the same sum in the same order on each path (chains in the tensor cores, parts, slices), and no column of a product
 // depends on another: a token's bits depend neither on its neighbours nor on T.
 //
 // The product: 16-bit types by mma.sync with the experts as rows, f32 by fma. Operands go straight from global memory to registers. A
 // product does not care how H is numbered as long as both operands agree: thread t of a row's four takes the 8 neighbours from 8 t on as
 // its part of two steps of 16, so that one 16-byte load serves both, and the four read 64 bytes of a row in one go.
 //
-// Floor: one read of weight and x. For few tokens the kernel is latency-bound: load, add up, hand over (a fence and a counter), choose.
+// Floor: one read of weight and x. For few tokens the kernel is latency-bound: load, add up, hand over, choose.
 #include "args.h"
 #include "common/choose.cuh"
 #include "common/pack.cuh"
@@ -46,43 +57,62 @@ template <class T> __device__ __forceinline__ const T* token_row(const LswGateAr
     return reinterpret_cast<const T*>(args.x) + min(token, args.route.tokens - 1) * args.x_stride;
 }
 
-// sums[n] += 16 experts by 8 tokens over kChain elements from `at` on, as mma lays them out: thread (g, t) = (lane / 4, lane % 4) holds
+// sums[m][n] += a[m] b[n]^T over the packs of a chain. Two chains of products: for few tokens their latency counts.
+template <int kM, int kN, int kSteps, class T>
+__device__ __forceinline__ void multiply_packs(const Pack<T> (&a)[kM][kSteps][2], const Pack<T> (&b)[kN][kSteps], float (&sums)[kM][kN][4]) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+            float half[2][4];
+#pragma unroll
+            for (int s = 0; s < kSteps; ++s) {
+                const uint4 low = a[m][s][0].bits, high = a[m][s][1].bits, column = b[n][s].bits;
+                const uint32_t near[4] = {low.x, high.x, low.y, high.y}, far[4] = {low.z, high.z, low.w, high.w};
+                if (s == 0) {
+                    mma16816_first(half[0], near, column.x, column.y, T());
+                    mma16816_first(half[1], far, column.z, column.w, T());
+                } else {
+                    mma16816(half[0], near, column.x, column.y, T());
+                    mma16816(half[1], far, column.z, column.w, T());
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[m][n][i] += half[0][i] + half[1][i];
+        }
+    }
+}
+
+// sums[m][n] += 16 experts by 8 tokens over kChain elements from `at` on, as mma lays them out: thread (g, t) = (lane / 4, lane % 4) holds
 // expert g by tokens 2t, 2t + 1, then expert g + 8 by the same.
-template <bool kWhole, int kTiles, class T>
-__device__ __forceinline__ void multiply_rows(const LswGateArgs& args, uint32_t first_expert, uint32_t first_token, uint64_t at, float (&sums)[kTiles][4]) {
+template <bool kWhole, int kM, int kN, class T>
+__device__ __forceinline__ void multiply_rows(const LswGateArgs& args, uint32_t first_expert, uint32_t first_token, uint64_t at, float (&sums)[kM][kN][4]) {
     const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     constexpr int kStep = 4 * kPack<T>, kSteps = kChain / kStep;
-    const T *low = expert_row<T>(args, first_expert + g), *high = expert_row<T>(args, first_expert + g + 8);
     at += t * kPack<T>;
-    Pack<T> a[kSteps][2];
+    Pack<T> a[kM][kSteps][2];
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-        a[s][0] = load_row<kWhole>(args, low, at + s * kStep);
-        a[s][1] = load_row<kWhole>(args, high, at + s * kStep);
+    for (int m = 0; m < kM; ++m) {
+        const T *low = expert_row<T>(args, first_expert + m * 16 + g), *high = expert_row<T>(args, first_expert + m * 16 + g + 8);
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) {
+            a[m][s][0] = load_row<kWhole>(args, low, at + s * kStep);
+            a[m][s][1] = load_row<kWhole>(args, high, at + s * kStep);
+        }
     }
     if constexpr (sizeof(T) == 2) {
-        Pack<T> b[kTiles][kSteps];
+        Pack<T> b[kN][kSteps];
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
+        for (int n = 0; n < kN; ++n) {
             const T* column = token_row<T>(args, first_token + n * 8 + g);
 #pragma unroll
             for (int s = 0; s < kSteps; ++s) b[n][s] = load_row<kWhole>(args, column, at + s * kStep);
         }
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-            float half[2][4] = {};  // two chains of products: for few tokens their latency counts
-#pragma unroll
-            for (int s = 0; s < kSteps; ++s) {
-                const uint4 low_part = a[s][0].bits, high_part = a[s][1].bits, column_part = b[n][s].bits;
-                mma16816(half[0], {low_part.x, high_part.x, low_part.y, high_part.y}, column_part.x, column_part.y, T());
-                mma16816(half[1], {low_part.z, high_part.z, low_part.w, high_part.w}, column_part.z, column_part.w, T());
-            }
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sums[n][i] += half[0][i] + half[1][i];
-        }
+        multiply_packs(a, b, sums);
     } else {
+        static_assert(kM == 1, "the registers of f32");
 #pragma unroll
-        for (int c = 0; c < kTiles * 8; ++c) {
+        for (int c = 0; c < kN * 8; ++c) {
             const T* column = token_row<T>(args, first_token + c);
             float sum[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -90,15 +120,15 @@ __device__ __forceinline__ void multiply_rows(const LswGateArgs& args, uint32_t 
                 const Pack<T> b = load_row<kWhole>(args, column, at + s * kStep);
 #pragma unroll
                 for (int i = 0; i < kPack<T>; ++i) {
-                    sum[0] = fmaf(a[s][0].lane[i], b.lane[i], sum[0]);
-                    sum[1] = fmaf(a[s][1].lane[i], b.lane[i], sum[1]);
+                    sum[0] = fmaf(a[0][s][0].lane[i], b.lane[i], sum[0]);
+                    sum[1] = fmaf(a[0][s][1].lane[i], b.lane[i], sum[1]);
                 }
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 sum[half] += __shfl_xor_sync(kFullWarp, sum[half], 1);
                 sum[half] += __shfl_xor_sync(kFullWarp, sum[half], 2);
-                if (c % 8 / 2 == t) sums[c / 8][half * 2 + c % 2] += sum[half];
+                if (c % 8 / 2 == t) sums[0][c / 8][half * 2 + c % 2] += sum[half];
             }
             __syncwarp();  // no column's loads before this: all at once would not fit the registers
         }
@@ -106,17 +136,17 @@ __device__ __forceinline__ void multiply_rows(const LswGateArgs& args, uint32_t 
 }
 
 // Over the chains of warp `warp` in the slice of block `rank`. Branches once and not at each load, which would then wait for one another.
-template <int kTiles, class T>
-__device__ __forceinline__ void multiply(const LswGateArgs& args, uint32_t first_expert, uint32_t first_token, uint32_t rank, uint32_t warp, float (&sums)[kTiles][4]) {
+template <int kM, int kN, class T>
+__device__ __forceinline__ void multiply(const LswGateArgs& args, uint32_t first_expert, uint32_t first_token, uint32_t rank, uint32_t warp, float (&sums)[kM][kN][4]) {
 #pragma unroll
-    for (int i = 0; i < kTiles * 4; ++i) sums[i / 4][i % 4] = 0.0f;
+    for (int i = 0; i < kM * kN * 4; ++i) sums[i / (kN * 4)][i / 4 % kN][i % 4] = 0.0f;
     uint64_t at = static_cast<uint64_t>(rank * kWarps + warp) * args.chains * kChain;
 #pragma unroll 1
     for (uint32_t c = 0; c < args.chains; ++c, at += kChain) {
         if (args.aligned && at + kChain <= args.hidden) {
-            multiply_rows<true, kTiles, T>(args, first_expert, first_token, at, sums);
+            multiply_rows<true, kM, kN, T>(args, first_expert, first_token, at, sums);
         } else if (at < args.hidden) {
-            multiply_rows<false, kTiles, T>(args, first_expert, first_token, at, sums);
+            multiply_rows<false, kM, kN, T>(args, first_expert, first_token, at, sums);
         }
     }
 }
@@ -233,8 +263,7 @@ template <bool kIsPlain, int kRows, int kCols, class T> __device__ __forceinline
     if (threadIdx.x == LSW_GATE_THREADS - 1 && own > 0 && blocks > 1) shared.ticket = atomicInc(&workspace.tickets[adder], blocks - 1);
 
     float sums[kRows / 16][kCols / 8][4];
-#pragma unroll
-    for (int m = 0; m < kRows / 16; ++m) multiply<kCols / 8, T>(args, tile * kRows + m * 16, first_token, rank, warp, sums[m]);
+    multiply<kRows / 16, kCols / 8, T>(args, tile * kRows, first_token, rank, warp, sums);
 #pragma unroll
     for (int i = 0; i < kRows * kCols / 32; ++i) {
         constexpr int kTile = kCols / 2;  // sums of 16 experts
@@ -307,10 +336,10 @@ template <class T> __device__ __forceinline__ void project(const LswGateArgs& ar
     for (uint32_t rank = 0; rank < LSW_GATE_RANKS; ++rank) {
         float sum[kTiles][4] = {};
         for (uint32_t w = 0; w < kWarps; ++w) {
-            float part[kTiles][4];
-            multiply<kTiles, T>(args, first_expert, first_token, rank, w, part);
+            float part[1][kTiles][4];
+            multiply<1, kTiles, T>(args, first_expert, first_token, rank, w, part);
 #pragma unroll
-            for (int i = 0; i < kTiles * 4; ++i) sum[i / 4][i % 4] += part[i / 4][i % 4];
+            for (int i = 0; i < kTiles * 4; ++i) sum[i / 4][i % 4] += part[0][i / 4][i % 4];
         }
 #pragma unroll
         for (int i = 0; i < kTiles * 4; ++i) total[i / 4][i % 4] += sum[i / 4][i % 4];
@@ -332,21 +361,34 @@ template <class T> struct ProjectShared {
 };
 __device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t pack) { return pack ^ (row % 2 * 4); }
 
-template <class T> __device__ __forceinline__ void load_stage(const LswGateArgs& args, ProjectShared<T>& shared, uint32_t first_expert, uint32_t first_token, uint32_t stage) {
-    constexpr uint32_t kPacks = kChain / kPack<T>;
-    const uint32_t pack = threadIdx.x % kPacks, slot = stage % LSW_GATE_STAGES;
-    const uint64_t at = static_cast<uint64_t>(stage) * kChain + pack * kPack<T>;
-    const uint32_t bytes = at < args.hidden ? static_cast<uint32_t>(min(args.hidden - at, static_cast<uint64_t>(kPack<T>))) * sizeof(T) : 0;
-    const uint64_t from = bytes ? at : 0;  // an address is one even if nothing is read there
+// What a thread copies of each stage: a pack of each of these rows.
+template <class T> struct ProjectCopies {
+    static constexpr uint32_t kPacks = kChain / kPack<T>, kRows = LSW_GATE_THREADS / kPacks;
+    static constexpr uint32_t kExperts = LSW_GATE_TILE_EXPERTS / kRows, kTokens = LSW_GATE_TILE_TOKENS / kRows;
+    const T* from[kExperts + kTokens];
+
+    __device__ __forceinline__ ProjectCopies(const LswGateArgs& args, uint32_t first_expert, uint32_t first_token) {
+        const uint32_t row = threadIdx.x / kPacks;
 #pragma unroll
-    for (uint32_t row = threadIdx.x / kPacks; row < LSW_GATE_TILE_EXPERTS; row += LSW_GATE_THREADS / kPacks) {
-        copy16_partly(shared_address(&shared.experts[slot][row][swizzled(row, pack)]), expert_row<T>(args, first_expert + row) + from, bytes);
-    }
+        for (uint32_t i = 0; i < kExperts; ++i) from[i] = expert_row<T>(args, first_expert + row + i * kRows);
 #pragma unroll
-    for (uint32_t row = threadIdx.x / kPacks; row < LSW_GATE_TILE_TOKENS; row += LSW_GATE_THREADS / kPacks) {
-        copy16_partly(shared_address(&shared.tokens[slot][row][swizzled(row, pack)]), token_row<T>(args, first_token + row) + from, bytes);
+        for (uint32_t i = 0; i < kTokens; ++i) from[kExperts + i] = token_row<T>(args, first_token + row + i * kRows);
     }
-}
+    __device__ __forceinline__ void start(const LswGateArgs& args, ProjectShared<T>& shared, uint32_t stage) const {
+        const uint32_t row = threadIdx.x / kPacks, pack = threadIdx.x % kPacks, slot = stage % LSW_GATE_STAGES;
+        const uint64_t at = static_cast<uint64_t>(stage) * kChain + pack * kPack<T>;
+        const uint32_t bytes = at < args.hidden ? static_cast<uint32_t>(min(args.hidden - at, static_cast<uint64_t>(kPack<T>))) * sizeof(T) : 0;
+        const uint64_t offset = bytes ? at : 0;  // an address is one even if nothing is read there
+#pragma unroll
+        for (uint32_t i = 0; i < kExperts; ++i) {
+            copy16_partly(shared_address(&shared.experts[slot][row + i * kRows][swizzled(row, pack)]), from[i] + offset, bytes);
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < kTokens; ++i) {
+            copy16_partly(shared_address(&shared.tokens[slot][row + i * kRows][swizzled(row, pack)]), from[kExperts + i] + offset, bytes);
+        }
+    }
+};
 
 template <class T> __device__ __forceinline__ void project_tile(const LswGateArgs& args) {
     constexpr int kM = 2, kN = 4, kSteps = 2;
@@ -359,55 +401,46 @@ template <class T> __device__ __forceinline__ void project_tile(const LswGateArg
     const uint32_t warp = warp_index(), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const uint32_t warp_expert = warp % 2 * 32, warp_token = warp / 2 * 32;
     const uint32_t stages = static_cast<uint32_t>((args.hidden + kChain - 1) / kChain);
-    float part[kM][kN][4] = {}, sum[kM][kN][4] = {}, total[kM][kN][4] = {};
+    const ProjectCopies<T> copies(args, first_expert, first_token);
+    float part[kM][kN][4] = {}, slice[kM][kN][4] = {}, total[kM][kN][4] = {};
     uint32_t chains = 0, parts = 0;
 #pragma unroll
     for (uint32_t stage = 0; stage < LSW_GATE_STAGES - 1; ++stage) {
-        if (stage < stages) load_stage(args, shared, first_expert, first_token, stage);
+        if (stage < stages) copies.start(args, shared, stage);
         copy_commit();
     }
 #pragma unroll 1
     for (uint32_t stage = 0; stage < stages; ++stage) {
         copy_wait<LSW_GATE_STAGES - 2>();
         __syncthreads();  // the stage is there, and the one before it read by all
-        if (stage + LSW_GATE_STAGES - 1 < stages) load_stage(args, shared, first_expert, first_token, stage + LSW_GATE_STAGES - 1);
+        if (stage + LSW_GATE_STAGES - 1 < stages) copies.start(args, shared, stage + LSW_GATE_STAGES - 1);
         copy_commit();
         const uint32_t slot = stage % LSW_GATE_STAGES;
-        uint4 a[kSteps][kM][2], b[kSteps][kN];
+        Pack<T> a[kM][kSteps][2], b[kN][kSteps];
 #pragma unroll
         for (int s = 0; s < kSteps; ++s) {
             const uint32_t pack = swizzled(g, s * 4 + t);  // rows differ by multiples of 8
 #pragma unroll
-            for (int m = 0; m < kM * 2; ++m) a[s][m / 2][m % 2] = shared.experts[slot][warp_expert + m * 8 + g][pack].bits;
+            for (int m = 0; m < kM * 2; ++m) a[m / 2][s][m % 2] = shared.experts[slot][warp_expert + m * 8 + g][pack];
 #pragma unroll
-            for (int n = 0; n < kN; ++n) b[s][n] = shared.tokens[slot][warp_token + n * 8 + g][pack].bits;
+            for (int n = 0; n < kN; ++n) b[n][s] = shared.tokens[slot][warp_token + n * 8 + g][pack];
         }
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-#pragma unroll
-            for (int n = 0; n < kN; ++n) {
-                float half[2][4] = {};
-#pragma unroll
-                for (int s = 0; s < kSteps; ++s) {
-                    const uint4 low = a[s][m][0], high = a[s][m][1], column = b[s][n];
-                    mma16816(half[0], {low.x, high.x, low.y, high.y}, column.x, column.y, T());
-                    mma16816(half[1], {low.z, high.z, low.w, high.w}, column.z, column.w, T());
-                }
-#pragma unroll
-                for (int i = 0; i < 4; ++i) part[m][n][i] += half[0][i] + half[1][i];
-            }
-        }
+        multiply_packs(a, b, part);
         const bool is_last = stage + 1 == stages;
         if (++chains < args.chains && !is_last) continue;
         chains = 0;
-        const bool is_slice = ++parts == kWarps || is_last;
 #pragma unroll
         for (int i = 0; i < kM * kN * 4; ++i) {
-            float &p = part[i / (kN * 4)][i / 4 % kN][i % 4], &s = sum[i / (kN * 4)][i / 4 % kN][i % 4];
-            s += p, p = 0.0f;
-            if (is_slice) total[i / (kN * 4)][i / 4 % kN][i % 4] += s, s = 0.0f;
+            float& x = part[i / (kN * 4)][i / 4 % kN][i % 4];
+            slice[i / (kN * 4)][i / 4 % kN][i % 4] += x, x = 0.0f;
         }
-        if (is_slice) parts = 0;
+        if (++parts < kWarps && !is_last) continue;
+        parts = 0;
+#pragma unroll
+        for (int i = 0; i < kM * kN * 4; ++i) {
+            float& x = slice[i / (kN * 4)][i / 4 % kN][i % 4];
+            total[i / (kN * 4)][i / 4 % kN][i % 4] += x, x = 0.0f;
+        }
     }
 #pragma unroll
     for (int i = 0; i < kM * kN * 4; ++i) {

@@ -3,6 +3,8 @@
 // One warp a token (common/choose.cuh says how it chooses). A block's warps go on to further tokens only where counts are asked for:
 // then a few blocks a multiprocessor count in shared memory, so that little is left to add up in global memory.
 //
+// The launch is dependent: it starts while the work before it ends, which hides a third of a short one.
+//
 // Floor: one read of T N logits. For few tokens the kernel is latency-bound.
 #include "args.h"
 #include "common/choose.cuh"

@@ -4,19 +4,22 @@
 //   ids    = the k largest choices, descending, ties to the lower id
 //   gates  = scale * score(x), over their sum if renormalised
 //
-// The lanes hold the experts in registers: a group of experts belongs to the same `group_lanes` lanes, among which its experts take
-// turns (one group: lane l holds l, l + 32, ...). Three steps choose:
+// The lanes hold the experts in registers: a group of experts belongs to the same `group_lanes` lanes, each of which has a run of
+// neighbours (one group: lane l of 256 experts has 8 l to 8 l + 7), so that loads are wide. A choice becomes an unsigned key in the
+// order of floats. Then:
 //
-//   bound    the k-th largest of the 32 lanes' maxima: k experts at least reach it, so that nothing below it is chosen. k warp-wide
-//            maxima (redux.sync) find it.
-//   collect  what reaches the bound moves to one candidate a lane: about k + 1 of 256 random logits. Where ties or a large k leave more
-//            than 32, a bisection of the order raises the bound first.
-//   rank     each lane counts the candidates before its own; the count is the place in the result. No chain of k dependent steps, and
-//            the sums below run in the order of places, whatever the lanes' layout was.
+//   bound    the k-th largest of the 32 lanes' largest keys: k experts at least reach it, so that nothing below it is chosen. k
+//            warp-wide maxima (redux.sync) find it.
+//   collect  what reaches the bound moves to one candidate a lane, its place by ballots: about k + 1 of 256 random logits. Where ties or
+//            a large k leave more than 32, a bisection of the keys raises the bound first.
+//   rank     each lane counts the candidates before its own; the count is the place in the result. No chain of k dependent steps.
 //
-// Ranks are unique, since a candidate's key holds its value and, below it, its id. As floats, candidates are never NaN: NaN in `choice`
-// marks what is no expert, and every comparison drops it. NaN logits count as -inf and +inf as the largest float, which keeps every
-// score finite: no branch below speaks of either.
+// Up to 32 experts each lane ranks its own among all, by shuffles. Ranks are unique, since a candidate's key has the complement of its id
+// below it. NaN logits count as -inf and +inf as the largest float, which keeps every score finite: no branch below speaks of either.
+// What is no expert is -inf too; only a bound as low as that has to tell them apart.
+//
+// A launch finds the instruction cache cold: a case costs what is fetched, not what is executed. So each kind and size is a kernel of its
+// own (in the gate, plain or not), selects take the place of short branches, and what is rare is a loop.
 #pragma once
 
 #include "../args.h"

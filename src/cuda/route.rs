@@ -65,7 +65,6 @@ pub(super) fn choice_args(stream: &DeviceStream, choice: &Choice, logits: RawMat
         mask: addr(choice.mask),
         counts: addr(choice.counts),
         workspace: choice.workspace,
-        ..LswRouteArgs::default()
     }
 }
 
