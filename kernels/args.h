@@ -18,14 +18,21 @@ enum {
     LSW_ROUTE_NARROW = 8,    /* experts a lane that the kernel with few registers serves; the wide one serves 32 */
 
     LSW_GATE_THREADS = 256,
-    LSW_GATE_EXPERTS = 16, /* a block computes logits of 16 experts ... */
-    LSW_GATE_TOKENS = 8,   /* ... for 8 tokens ... */
-    LSW_GATE_SLICE = 512,  /* ... over 512 elements of the hidden state */
-    LSW_GATE_FUSED = 64,   /* tokens up to which one launch does everything */
-    LSW_GATE_SHARED = 32 * 1024, /* bytes a block; asserted by the kernel */
-    LSW_GATE_SHARED_WIDE = 76 * 1024,
+    LSW_GATE_RANKS = 8,     /* blocks that share a sum over the hidden state: a cluster, where the card has them */
+    LSW_GATE_CHAIN = 64,    /* elements of it that a warp multiplies at a time */
+    LSW_GATE_EXPERTS = 16,  /* a block computes logits of 16 experts for 8 tokens, ... */
+    LSW_GATE_TOKENS = 8,
+    LSW_GATE_MANY = 32,     /* ... or of 32 for 32: 16-bit types in clusters, beyond 8 tokens */
+    LSW_GATE_FUSED = 64,    /* tokens up to which one launch does everything */
+    LSW_GATE_WORDS = 4 * 64 * 8 * 1024, /* bytes of words in its workspace, at most */
+    LSW_GATE_SHARED = 44 * 1024, /* bytes a block; asserted by the kernel */
+    LSW_GATE_SHARED_MANY = 64 * 1024,
     LSW_GATE_PROJECT_TOKENS = 32, /* that a warp multiplies beyond that */
     LSW_GATE_PROJECT_TOKENS_32BIT = 8,
+    LSW_GATE_TILE_EXPERTS = 64, /* of a block that does the same by tiles, where rows are aligned */
+    LSW_GATE_TILE_TOKENS = 128,
+    LSW_GATE_STAGES = 4,
+    LSW_GATE_SHARED_TILE = 4 * (64 + 128) * 64 * 2,
 
     LSW_BANK_THREADS = 64,
     LSW_BANK_BATCH = 64, /* factors that one launch writes: they travel as kernel arguments (19 KB) */
@@ -96,7 +103,7 @@ enum { LSW_SCORE_SOFTMAX = 0, LSW_SCORE_SIGMOID = 1, LSW_SCORE_SQRT_SOFTPLUS = 2
 typedef struct LswRouteWorkspace {
     uint32_t counts[LSW_MAX_EXPERTS];
     uint32_t counted;     /* blocks that have added their counts */
-    uint32_t arrived[31]; /* by group of a gate's tokens: blocks that have computed their part */
+    uint32_t tickets[71]; /* of a gate: blocks that have begun, by who adds up */
 } LswRouteWorkspace;
 
 /* Flags of a route. */
@@ -106,7 +113,7 @@ enum {
     LSW_ROUTE_SUM_TWO = 4,  /* a group's score is the sum of its two best, not its best */
     LSW_ROUTE_PADDED = 8,   /* there are valid or mask */
     LSW_ROUTE_COUNTED = 16, /* there are counts */
-    LSW_ROUTE_PLAIN = 32    /* a softmax over the chosen and nothing else: of what follows `status`, only valid, mask and counts matter */
+    LSW_ROUTE_PACKED = 32   /* a lane's experts are all there or none is, and 16-byte loads serve them: rows and bias are aligned */
 };
 
 /* What every launch needs comes first: a kernel's arguments are read through a cache that is cold. */
@@ -130,11 +137,12 @@ typedef struct LswRouteArgs {
 typedef struct LswGateArgs {
     LswRouteArgs route;
     uint64_t x, weight, weight_bias; /* weight_bias [experts], of weight's type, or 0 */
-    uint64_t parts;                  /* fused: float [tokens, slices, parts_stride]; else the logits, float [tokens, parts_stride] */
+    uint64_t parts;                  /* fused: words [tokens, ranks, parts_stride], 0 before and after; else the logits, float [tokens, parts_stride] */
     uint64_t x_stride, weight_stride, hidden, parts_stride;
-    uint32_t slices, tiles;          /* of the hidden state, of the experts */
+    uint32_t chains; /* of LSW_GATE_CHAIN elements, that a warp adds up in a row: LSW_GATE_RANKS blocks of its 8 make the hidden state */
+    uint32_t tiles;  /* of the experts */
     uint32_t aligned;                /* x and weight: addresses and rows are multiples of 16 bytes */
-    uint32_t padding;
+    uint32_t clustered;              /* the blocks of a sum are a cluster */
 } LswGateArgs;
 
 enum { LSW_A_ALIGNED = 1, LSW_B_ALIGNED = 2 }; /* address and row bytes are multiples of 16 */

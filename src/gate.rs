@@ -32,9 +32,9 @@ pub(crate) struct Plan {
 /// - `ids`, `gates`, the options and odd values: as for [`route`](crate::route); the logits are those of f32, never rounded. Padding
 ///   tokens do not influence others.
 /// - `counts [1, N]` i32, if given: as for [`route_counted`](crate::route_counted).
-/// - `workspace` u8, at least [`gate_workspace_bytes`], a multiple of 16 in address. Zeros before the first call; its first
-///   [`route_workspace_bytes`](crate::route_workspace_bytes) are zero again after each, and what follows does not matter. So it serves
-///   calls of any shape in turn, if it is large enough.
+/// - `workspace` u8, at least [`gate_workspace_bytes`], a multiple of 16 in address. Zeros before the first call; every call leaves it
+///   ready for the next, of whatever shape, if it is large enough for that: nobody else writes to it. As for `route_counted`, calls
+///   that share one are in flight on one stream at a time, and after a failed launch it must be zeroed again.
 ///
 /// Products and sums are in f32 in an order that H alone decides: a token's bits depend neither on T nor on the other tokens. On CUDA
 /// one launch up to 64 tokens, two beyond.
@@ -72,10 +72,10 @@ pub fn gate(
 pub fn gate_workspace_bytes(stream: &Stream, tokens: u64, experts: u64, hidden: u64) -> Result<u64> {
     let tokens = narrow("tokens", tokens, MAX_COUNT)?;
     let experts = check_experts("experts", experts)?;
-    let hidden = narrow("hidden", hidden, MAX_COUNT)?;
+    narrow("hidden", hidden, MAX_COUNT)?;
     Ok(match &stream.0 {
         StreamKind::Cpu(_) => 0,
-        StreamKind::Cuda(_) => crate::cuda::gate::workspace_bytes(tokens, experts, hidden),
+        StreamKind::Cuda(_) => crate::cuda::gate::workspace_bytes(tokens, experts),
     })
 }
 

@@ -183,6 +183,15 @@ impl Stream {
         })
     }
 
+    /// The same stream without what only some cards have, for operations that have another way: for tests.
+    #[doc(hidden)]
+    pub fn portable(mut self) -> Self {
+        if let StreamKind::Cuda(stream) = &mut self.0 {
+            stream.portable = true;
+        }
+        self
+    }
+
     /// Reads and clears what `route`, `permute` and `apply` found odd on this context. Synchronises the stream.
     ///
     /// # Errors

@@ -76,10 +76,19 @@ impl Layer {
     }
 }
 
+/// The backend, with or without what only some cards have.
+fn on_path(backend: &Backend, portable: bool) -> Backend {
+    match portable {
+        true => Backend { stream: backend.stream.clone().portable(), ..backend.clone() },
+        false => backend.clone(),
+    }
+}
+
 fn matches_oracle(backend: &Backend) {
     let shape =
         (prop_oneof![0usize..10, Just(64usize), Just(65), Just(100)], 1usize..300, prop_oneof![1usize..100, 500usize..600, Just(1088)]);
-    proptest!(cases(40), |((tokens, experts, hidden) in shape, dtype in 0usize..3, has_bias: bool, extra in 0usize..9, shift in 0usize..3, seed: u64)| {
+    proptest!(cases(40), |((tokens, experts, hidden) in shape, dtype in 0usize..3, has_bias: bool, extra in 0usize..9, shift in 0usize..3, portable: bool, seed: u64)| {
+        let backend = &on_path(backend, portable);
         let mut rng = Rng(seed);
         // Sums of small integers are exact in f32: so are the logits, and the ids have to be the oracle's.
         let is_exact = rng.below(2) == 0;
@@ -104,19 +113,25 @@ fn matches_oracle(backend: &Backend) {
     });
 }
 
-/// A token's bits are the same whatever the number of tokens: alone, beside others in one launch, and where two launches serve.
+/// A token's bits are the same whatever the number of tokens: alone, beside others in one launch, and where two launches serve; and
+/// the same with and without clusters.
 fn bits_do_not_depend_on_tokens(backend: &Backend) {
-    for (dtype, experts, hidden, extra) in
-        [(DType::Bf16, 64, 4096, 0), (DType::F16, 100, 1001, 3), (DType::F32, 8, 2000, 0), (DType::Bf16, 320, 600, 0)]
-    {
+    for (dtype, experts, hidden, extra) in [
+        (DType::Bf16, 64, 4096, 0),
+        (DType::F16, 100, 1001, 3),
+        (DType::F32, 8, 2000, 0),
+        (DType::Bf16, 320, 600, 0),
+        (DType::F16, 20, 8300, 4),
+    ] {
         let k = 4;
         let values = |n: usize| Rng(n as u64).bits(dtype, n, 1.0);
         let router = Router::new(backend, &Routing { renormalize: false, ..Routing::plain(k) });
         let mut layer = Layer::new(backend, dtype, (130, experts, hidden), router, values, true, extra, 0);
         let (ids, gates, _) = layer.run(backend, 130);
-        for tokens in [1, 2, 8, 9, 33, 64, 65] {
-            let (some_ids, some_gates, _) = layer.run(backend, tokens);
-            assert_eq!((&some_ids[..], &some_gates[..]), (&ids[..tokens * k], &gates[..tokens * k]), "{tokens} tokens, {dtype}");
+        for (tokens, portable) in [1, 2, 8, 9, 33, 64, 65].into_iter().flat_map(|tokens| [(tokens, false), (tokens, true)]) {
+            let (some_ids, some_gates, _) = layer.run(&on_path(backend, portable), tokens);
+            let name = format!("{tokens} tokens, {dtype}, portable: {portable}");
+            assert_eq!((&some_ids[..], &some_gates[..]), (&ids[..tokens * k], &gates[..tokens * k]), "{name}");
         }
     }
 }

@@ -99,20 +99,20 @@ pub fn route(logits: &[f64], routing: &Routing, blur: f64) -> Routed {
     let groups: Vec<(f64, f64)> = bests.iter().map(group).collect();
     let order = best_of(&groups.iter().map(|g| g.0).collect::<Vec<_>>(), (0..r.groups).collect(), r.groups);
     if r.top_groups < r.groups {
-        let (a, b) = (order[r.top_groups - 1], order[r.top_groups]);
+        let a = order[r.top_groups - 1];
         let counts = if r.group_score == GroupScore::SumOfTwo { 2 } else { 1 };
-        is_decided &=
-            bests[a].iter().zip(&bests[b]).take(counts).all(|(a, b)| same(*a, *b)) || groups[a].0 - groups[b].0 > groups[a].1 + groups[b].1;
+        is_decided &= order[r.top_groups..].iter().all(|&b| {
+            bests[a].iter().zip(&bests[b]).take(counts).all(|(a, b)| same(*a, *b)) || groups[a].0 - groups[b].0 > groups[a].1 + groups[b].1
+        });
     }
     let eligible: Vec<usize> = (0..n).filter(|e| order[..r.top_groups].contains(&(e / size))).collect();
-    let best = best_of(&choices, eligible, r.k + 1);
-    for pair in best.windows(2) {
-        let (a, b) = (pair[0], pair[1]);
-        is_decided &= same(a, b) || choices[a] - choices[b] > errors[a] + errors[b];
-    }
+    let best = best_of(&choices, eligible.clone(), r.k);
+    let differ = |a: usize, b: usize| same(a, b) || choices[a] - choices[b] > errors[a] + errors[b];
+    is_decided &= best.windows(2).all(|pair| differ(pair[0], pair[1]));
+    // Not only the next one: behind those that equal the last may come some that f32 cannot tell from it.
+    is_decided &= eligible.iter().filter(|e| !best.contains(e)).all(|&e| differ(best[r.k - 1], e));
 
-    let ids = &best[..r.k];
-    let chosen: Vec<f64> = ids.iter().map(|&e| x[e]).collect();
+    let chosen: Vec<f64> = best.iter().map(|&e| x[e]).collect();
     let top = if r.renormalize { chosen.iter().copied().fold(f64::NEG_INFINITY, f64::max) } else { top };
     let weights = scores(r.score, &chosen, top);
     let sum = if r.renormalize { weights.iter().sum() } else { total };
@@ -121,7 +121,7 @@ pub fn route(logits: &[f64], routing: &Routing, blur: f64) -> Routed {
     // What underflows is lost from a weight and from the sum.
     let lost = r.scale.abs() * underflow * (1.0 + (1.0 + r.k as f64) / sum.max(1e-300)).min(1e38);
     let bounds = gates.iter().zip(&chosen).map(|(gate, &x)| gate.abs() * 2.0 * relative(spread(x)) + lost).collect();
-    Routed { ids: ids.iter().map(|&e| e as i32).collect(), gates, bounds, is_decided }
+    Routed { ids: best.iter().map(|&e| e as i32).collect(), gates, bounds, is_decided }
 }
 
 /// The largest few of some candidates, descending, ties in the order given.

@@ -28,6 +28,24 @@ class Mat(ctypes.Structure):
                 ("dtype", ctypes.c_int32), ("reserved", ctypes.c_int32)]
 
 
+SIGMOID, SUM_OF_TWO = 1, 1  # LSW_SIGMOID, LSW_GROUP_SUM_OF_TWO
+
+
+class RouteOptions(ctypes.Structure):
+    """lsw_route_options; zeros mean none of it."""
+
+    _fields_ = [("struct_size", ctypes.c_uint64), ("renormalize", ctypes.c_int32), ("reserved", ctypes.c_int32),
+                ("score", ctypes.c_int32), ("group_score", ctypes.c_int32), ("scale", ctypes.c_float), ("softcap", ctypes.c_float),
+                ("groups", ctypes.c_uint64), ("top_groups", ctypes.c_uint64)] + [
+                    (name, ctypes.POINTER(Mat)) for name in ("bias", "valid", "mask")]
+
+    @classmethod
+    def deepseek_v3(cls, bias):
+        """Sigmoids; of 8 groups the 4 with the largest sums of two; `bias`, a Mat, for the choice only."""
+        return cls(struct_size=ctypes.sizeof(cls), renormalize=1, score=SIGMOID, group_score=SUM_OF_TWO, groups=8, top_groups=4,
+                   bias=ctypes.pointer(bias))
+
+
 class PermuteOptions(ctypes.Structure):
     """lsw_permute_options."""
 
@@ -86,15 +104,16 @@ class Context:
         """torch's current stream; 0 is CUDA's default stream, as it is for the library."""
         return ctypes.c_void_p(self.torch.cuda.current_stream().cuda_stream if self.torch else None)
 
-    def mat(self, x):
-        if x is None:
-            return None
+    def described(self, x):
         if isinstance(x, Matrix):
-            return ctypes.byref(Mat(x.array.buffer_info()[0], x.rows, x.cols, x.cols, x.dtype, 0))
+            return Mat(x.array.buffer_info()[0], x.rows, x.cols, x.cols, x.dtype, 0)
         t = self.torch
         dtypes = {t.float32: F32, t.float16: F16, t.bfloat16: BF16, t.int32: I32, t.uint8: U8}
         assert x.dim() == 2 and (x.shape[1] < 2 or x.stride(1) == 1)
-        return ctypes.byref(Mat(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), dtypes[x.dtype], 0))
+        return Mat(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), dtypes[x.dtype], 0)
+
+    def mat(self, x):
+        return None if x is None else ctypes.byref(self.described(x))
 
     def empty(self, dtype, rows, cols):
         if self.torch is None:
@@ -102,8 +121,19 @@ class Context:
         t = self.torch
         return t.empty(rows, cols, device="cuda", dtype={F32: t.float32, F16: t.float16, BF16: t.bfloat16, I32: t.int32, U8: t.uint8}[dtype])
 
-    def route(self, logits, ids, gates):
-        self.call("lsw_route", self.handle, self.stream(), None, self.mat(logits), self.mat(ids), self.mat(gates))
+    def route(self, logits, ids, gates, options=None):
+        options = None if options is None else ctypes.byref(options)
+        self.call("lsw_route", self.handle, self.stream(), options, self.mat(logits), self.mat(ids), self.mat(gates))
+
+    def gate_workspace(self, tokens, experts, hidden):
+        """Zeros, once: every call leaves it ready for the next."""
+        size = ctypes.c_uint64()
+        self.call("lsw_gate_workspace_bytes", self.handle, *map(ctypes.c_uint64, (tokens, experts, hidden)), ctypes.byref(size))
+        return self.empty(U8, 1, size.value).zero_()
+
+    def gate(self, x, weight, ids, gates, workspace):
+        self.call("lsw_gate", self.handle, self.stream(), None, self.mat(x), self.mat(weight), None, self.mat(ids), self.mat(gates), None,
+                  ctypes.c_void_p(workspace.data_ptr()), ctypes.c_uint64(workspace.numel()))
 
     def gather(self, x, inverse, rows):
         self.call("lsw_gather", self.handle, self.stream(), self.mat(x), self.mat(inverse), self.mat(rows))
@@ -294,20 +324,30 @@ class Bench:
             w = s.gather(1, chosen)
             return w / w.sum(-1, keepdim=True)
 
-        works = {"torch": peer}
+        gates, ids = self.context.empty(F32, tokens, k), self.context.empty(I32, tokens, k)
+        options = RouteOptions.deepseek_v3(self.context.described(bias.unsqueeze(0)))
+        works = {"ours": lambda: self.context.route(scores, ids, gates, options), "torch": peer}
         if self.vllm:
             works["vllm grouped_topk"] = lambda: self.vllm.grouped_topk(scores, 8, 4, k, True, 1.0, bias, 1)
-        self.case(f"route/T{tokens}/N{experts}/k{k}/grouped", 64, works)
+        self.case(f"route/T{tokens}/N{experts}/k{k}/grouped", 64, works, lambda: ((gates - peer()).abs() < 1e-5).float().mean() > 0.999)
 
     def gate(self, tokens, width, experts, k):
         torch = self.torch
         x, w = torch.randn(tokens, width, device="cuda").bfloat16(), torch.randn(experts, width, device="cuda").bfloat16()
         gates, ids = self.context.empty(F32, tokens, k), self.context.empty(I32, tokens, k)
         scratch, linear = torch.empty_like(ids), torch.nn.functional.linear
-        works = {"torch linear, softmax, topk": lambda: linear(x, w).float().softmax(-1).topk(k)}
+        workspace = self.context.gate_workspace(tokens, experts, width)
+        works = {"ours": lambda: self.context.gate(x, w, ids, gates, workspace),
+                 "torch linear, softmax, topk": lambda: linear(x, w).float().softmax(-1).topk(k)}
         if self.vllm:
-            works["torch linear, vllm topk_softmax"] = lambda: self.vllm.topk_softmax(gates, ids, scratch, linear(x, w), True, None)
-        self.case(f"gate/T{tokens}/H{width}/N{experts}/k{k}/bf16", 64, works)
+            peer_gates, peer_ids = torch.empty_like(gates), torch.empty_like(ids)
+            works["torch linear, vllm topk_softmax"] = lambda: self.vllm.topk_softmax(peer_gates, peer_ids, scratch, linear(x, w), True, None)
+        logits = x.double() @ w.double().T
+
+        def near():  # of logits in float64: sums in f32 may swap what is closer than this
+            return (logits.gather(1, ids.long()) >= logits.topk(k).values[:, -1:] - 1e-2).all()
+
+        self.case(f"gate/T{tokens}/H{width}/N{experts}/k{k}/bf16", 64, works, near)
 
     def maps(self, tokens, experts, k, block):
         torch, (_, _, ids, _) = self.torch, batch(self.context, tokens, k, experts, 8)
@@ -369,7 +409,7 @@ class Bench:
             self.route(tokens, experts, k)
         for tokens in (1, 16384):
             self.grouped(tokens, 256, 8)
-        for tokens, experts, k in [(1, 8, 2), (1, 256, 8), (64, 256, 8)]:
+        for tokens, experts, k in [(1, 8, 2), (1, 256, 8), (64, 256, 8), (4096, 256, 8)]:
             self.gate(tokens, 4096, experts, k)
         for tokens, experts in [(64, 64), (4096, 64), (16384, 256)]:
             self.maps(tokens, experts, 8, 64)

@@ -7,6 +7,24 @@
 
 #include "ptx.cuh"
 
+// Clusters. Whoever touches another block's shared memory waits first until that block has arrived; the arrival orders no memory.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
+// Where another block of the cluster has what this one has at `p`.
+__device__ __forceinline__ uint32_t address_in(uint32_t rank, const void* p) {
+    uint32_t address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+    return address;
+}
+
+// 16 bytes into a block's shared memory; counted by a barrier there, whose waiters see them.
+__device__ __forceinline__ void store16_counted(uint32_t address, float4 x, uint32_t barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address), "f"(x.x), "f"(x.y),
+                 "f"(x.z), "f"(x.w), "r"(barrier)
+                 : "memory");
+}
+
 // True in one lane of the warp; the compiler knows that it is one.
 __device__ __forceinline__ bool elect_one() {
     uint32_t elected;

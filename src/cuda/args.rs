@@ -7,14 +7,21 @@ pub const LSW_MAX_GROUPS: _bindgen_ty_1 = 32;
 pub const LSW_ROUTE_THREADS: _bindgen_ty_1 = 128;
 pub const LSW_ROUTE_NARROW: _bindgen_ty_1 = 8;
 pub const LSW_GATE_THREADS: _bindgen_ty_1 = 256;
+pub const LSW_GATE_RANKS: _bindgen_ty_1 = 8;
+pub const LSW_GATE_CHAIN: _bindgen_ty_1 = 64;
 pub const LSW_GATE_EXPERTS: _bindgen_ty_1 = 16;
 pub const LSW_GATE_TOKENS: _bindgen_ty_1 = 8;
-pub const LSW_GATE_SLICE: _bindgen_ty_1 = 512;
+pub const LSW_GATE_MANY: _bindgen_ty_1 = 32;
 pub const LSW_GATE_FUSED: _bindgen_ty_1 = 64;
-pub const LSW_GATE_SHARED: _bindgen_ty_1 = 32768;
-pub const LSW_GATE_SHARED_WIDE: _bindgen_ty_1 = 77824;
+pub const LSW_GATE_WORDS: _bindgen_ty_1 = 2097152;
+pub const LSW_GATE_SHARED: _bindgen_ty_1 = 45056;
+pub const LSW_GATE_SHARED_MANY: _bindgen_ty_1 = 65536;
 pub const LSW_GATE_PROJECT_TOKENS: _bindgen_ty_1 = 32;
 pub const LSW_GATE_PROJECT_TOKENS_32BIT: _bindgen_ty_1 = 8;
+pub const LSW_GATE_TILE_EXPERTS: _bindgen_ty_1 = 64;
+pub const LSW_GATE_TILE_TOKENS: _bindgen_ty_1 = 128;
+pub const LSW_GATE_STAGES: _bindgen_ty_1 = 4;
+pub const LSW_GATE_SHARED_TILE: _bindgen_ty_1 = 98304;
 pub const LSW_BANK_THREADS: _bindgen_ty_1 = 64;
 pub const LSW_BANK_BATCH: _bindgen_ty_1 = 64;
 pub const LSW_SWITCH_CONSUMERS: _bindgen_ty_1 = 128;
@@ -82,15 +89,15 @@ pub type _bindgen_ty_3 = ::core::ffi::c_uint;
 pub struct LswRouteWorkspace {
     pub counts: [u32; 1024usize],
     pub counted: u32,
-    pub arrived: [u32; 31usize],
+    pub tickets: [u32; 71usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of LswRouteWorkspace"][::core::mem::size_of::<LswRouteWorkspace>() - 4224usize];
+    ["Size of LswRouteWorkspace"][::core::mem::size_of::<LswRouteWorkspace>() - 4384usize];
     ["Alignment of LswRouteWorkspace"][::core::mem::align_of::<LswRouteWorkspace>() - 4usize];
     ["Offset of field: LswRouteWorkspace::counts"][::core::mem::offset_of!(LswRouteWorkspace, counts) - 0usize];
     ["Offset of field: LswRouteWorkspace::counted"][::core::mem::offset_of!(LswRouteWorkspace, counted) - 4096usize];
-    ["Offset of field: LswRouteWorkspace::arrived"][::core::mem::offset_of!(LswRouteWorkspace, arrived) - 4100usize];
+    ["Offset of field: LswRouteWorkspace::tickets"][::core::mem::offset_of!(LswRouteWorkspace, tickets) - 4100usize];
 };
 impl Default for LswRouteWorkspace {
     fn default() -> Self {
@@ -106,7 +113,7 @@ pub const LSW_ROUTE_BY_SCORE: _bindgen_ty_4 = 2;
 pub const LSW_ROUTE_SUM_TWO: _bindgen_ty_4 = 4;
 pub const LSW_ROUTE_PADDED: _bindgen_ty_4 = 8;
 pub const LSW_ROUTE_COUNTED: _bindgen_ty_4 = 16;
-pub const LSW_ROUTE_PLAIN: _bindgen_ty_4 = 32;
+pub const LSW_ROUTE_PACKED: _bindgen_ty_4 = 32;
 pub type _bindgen_ty_4 = ::core::ffi::c_uint;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
@@ -177,10 +184,10 @@ pub struct LswGateArgs {
     pub weight_stride: u64,
     pub hidden: u64,
     pub parts_stride: u64,
-    pub slices: u32,
+    pub chains: u32,
     pub tiles: u32,
     pub aligned: u32,
-    pub padding: u32,
+    pub clustered: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -195,10 +202,10 @@ const _: () = {
     ["Offset of field: LswGateArgs::weight_stride"][::core::mem::offset_of!(LswGateArgs, weight_stride) - 184usize];
     ["Offset of field: LswGateArgs::hidden"][::core::mem::offset_of!(LswGateArgs, hidden) - 192usize];
     ["Offset of field: LswGateArgs::parts_stride"][::core::mem::offset_of!(LswGateArgs, parts_stride) - 200usize];
-    ["Offset of field: LswGateArgs::slices"][::core::mem::offset_of!(LswGateArgs, slices) - 208usize];
+    ["Offset of field: LswGateArgs::chains"][::core::mem::offset_of!(LswGateArgs, chains) - 208usize];
     ["Offset of field: LswGateArgs::tiles"][::core::mem::offset_of!(LswGateArgs, tiles) - 212usize];
     ["Offset of field: LswGateArgs::aligned"][::core::mem::offset_of!(LswGateArgs, aligned) - 216usize];
-    ["Offset of field: LswGateArgs::padding"][::core::mem::offset_of!(LswGateArgs, padding) - 220usize];
+    ["Offset of field: LswGateArgs::clustered"][::core::mem::offset_of!(LswGateArgs, clustered) - 220usize];
 };
 pub const LSW_A_ALIGNED: _bindgen_ty_5 = 1;
 pub const LSW_B_ALIGNED: _bindgen_ty_5 = 2;

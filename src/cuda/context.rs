@@ -1,7 +1,8 @@
 //! The driver, probed; a device with its kernels; its streams.
 
 use super::args::{
-    LSW_GATE_SHARED_WIDE, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS, LSW_SWITCH90_SHARED, LswTakeArgs,
+    LSW_GATE_SHARED_MANY, LSW_GATE_SHARED_TILE, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS, LSW_SWITCH90_SHARED,
+    LswTakeArgs,
 };
 use super::images::{BUILT_WITH, IMAGES};
 use super::launch::{Grid, launch};
@@ -47,12 +48,14 @@ pub(super) type Function = sys::CUfunction;
 
 /// Every kernel, looked up once.
 pub(super) struct Kernels {
-    pub route_plain: [Function; 3],
-    pub route_scored: [Function; 3],
-    pub route_wide: [Function; 3],
-    pub gate: [Function; 3],
-    pub gate_wide: [Function; 3],
+    pub route: Routers,
+    /// For a plain softmax, and for all else.
+    pub gate: [[Function; 3]; 2],
+    /// The same for many tokens, in clusters: f16, bf16.
+    pub gate_many: [[Function; 2]; 2],
     pub gate_project: [Function; 3],
+    /// f16, bf16, of aligned rows.
+    pub gate_project_tile: [Function; 2],
     pub status_take: Function,
     pub bank_set: Function,
     pub switch: [Function; 3],
@@ -73,6 +76,16 @@ pub(super) struct Kernels {
     pub measure_repeat: Function,
     pub measure_fold: Function,
 }
+
+/// Routers by experts a lane, as [`PLAIN_ITEMS`] and [`SCORED_ITEMS`] count them.
+pub(super) struct Routers {
+    pub plain: [[Function; 3]; 6],
+    /// By [`Score`](crate::route::Score).
+    pub scored: [[[Function; 3]; 3]; 3],
+}
+
+pub(super) const PLAIN_ITEMS: [u32; 6] = [1, 2, 4, 8, 16, 32];
+pub(super) const SCORED_ITEMS: [u32; 3] = [1, 8, 32];
 
 /// The halves of an unmerged product.
 #[derive(Clone, Copy)]
@@ -168,10 +181,19 @@ impl Modules {
         Ok(Apply { shrink: function("shrink")?, expand: function("expand")? })
     }
 
-    fn gate_wide(&self, floats: [&str; 3]) -> Result<[Function; 3]> {
-        let functions = self.functions("gate", "gate_wide", floats)?;
+    fn routers<const N: usize>(&self, kind: &str, items: [u32; N]) -> Result<[[Function; 3]; N]> {
+        let mut found = [[ptr::null_mut(); 3]; N];
+        for (found, items) in found.iter_mut().zip(items) {
+            *found = self.functions("route", &format!("route_{kind}_{items}"), ["f32", "f16", "bf16"])?;
+        }
+        Ok(found)
+    }
+
+    /// Kernels for the two types of 16 bits that ask for this much shared memory.
+    fn halves(&self, file: &str, stem: &str, shared: u32) -> Result<[Function; 2]> {
+        let functions = self.functions(file, stem, ["f16", "bf16"])?;
         for function in functions {
-            allow_shared(function, LSW_GATE_SHARED_WIDE)?;
+            allow_shared(function, shared)?;
         }
         Ok(functions)
     }
@@ -179,12 +201,21 @@ impl Modules {
     fn kernels(&self) -> Result<Kernels> {
         let floats = ["f32", "f16", "bf16"];
         Ok(Kernels {
-            route_plain: self.functions("route", "route_plain", floats)?,
-            route_scored: self.functions("route", "route_scored", floats)?,
-            route_wide: self.functions("route", "route_wide", floats)?,
-            gate: self.functions("gate", "gate", floats)?,
-            gate_wide: self.gate_wide(floats)?,
+            route: Routers {
+                plain: self.routers("plain", PLAIN_ITEMS)?,
+                scored: [
+                    self.routers("softmax", SCORED_ITEMS)?,
+                    self.routers("sigmoid", SCORED_ITEMS)?,
+                    self.routers("sqrt_softplus", SCORED_ITEMS)?,
+                ],
+            },
+            gate: [self.functions("gate", "gate_plain", floats)?, self.functions("gate", "gate_scored", floats)?],
+            gate_many: [
+                self.halves("gate", "gate_many_plain", LSW_GATE_SHARED_MANY)?,
+                self.halves("gate", "gate_many_scored", LSW_GATE_SHARED_MANY)?,
+            ],
             gate_project: self.functions("gate", "gate_project", floats)?,
+            gate_project_tile: self.halves("gate", "gate_project_tile", LSW_GATE_SHARED_TILE)?,
             status_take: self.function("status", "status_take")?,
             bank_set: self.function("bank", "bank_set")?,
             switch: self.functions("switch", "switch", floats)?,
@@ -215,7 +246,7 @@ pub(crate) struct Device {
     pub(super) switch_blocks: [u32; 3],
     /// Multiprocessors of the card.
     pub(super) processors: u32,
-    /// Whether a kernel may start before the one before it has ended: from 9.0 on.
+    /// Whether a kernel may start before the one before it has ended, and whether blocks may form clusters: from 9.0 on.
     pub(super) has_dependent_launch: bool,
     modules: Modules,
     /// The word that collects what `route` and `permute` find odd, and behind it what was taken from it last. None only while it is being
@@ -405,6 +436,8 @@ pub(crate) struct DeviceStream {
     device: Arc<Device>,
     raw: sys::CUstream,
     owner: Option<Arc<CudaStream>>,
+    /// Whether operations do without what only some cards have: for tests.
+    pub portable: bool,
 }
 
 // SAFETY: a handle of the driver, which is thread safe.
@@ -414,11 +447,11 @@ unsafe impl Sync for DeviceStream {}
 
 impl DeviceStream {
     pub fn tracked(device: Arc<Device>, owner: Arc<CudaStream>) -> Self {
-        Self { device, raw: owner.cu_stream(), owner: Some(owner) }
+        Self { device, raw: owner.cu_stream(), owner: Some(owner), portable: false }
     }
 
     pub fn raw(device: Arc<Device>, raw: sys::CUstream) -> Self {
-        Self { device, raw, owner: None }
+        Self { device, raw, owner: None, portable: false }
     }
 
     pub fn device(&self) -> &Arc<Device> {

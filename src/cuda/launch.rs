@@ -30,14 +30,31 @@ pub(super) unsafe fn launch<Args>(stream: &DeviceStream, function: Function, gri
 /// # Safety
 /// As for [`launch`], and the kernel calls `dependency_wait` on every path, before it touches what the work before it writes.
 pub(super) unsafe fn launch_dependent<Args>(stream: &DeviceStream, function: Function, grid: Grid, args: &Args) -> Result<()> {
-    let mut attribute = sys::CUlaunchAttribute {
+    let attributes: &mut [_] = if stream.device().has_dependent_launch { &mut [dependent()] } else { &mut [] };
+    // SAFETY: the caller's promise.
+    unsafe { launch_with(stream, function, grid, attributes, args) }
+}
+
+/// Like [`launch_dependent`], on a card that has clusters: `blocks` neighbours form one.
+///
+/// # Safety
+/// As for [`launch_dependent`].
+pub(super) unsafe fn launch_clustered<Args>(stream: &DeviceStream, function: Function, grid: Grid, blocks: u32, args: &Args) -> Result<()> {
+    let cluster = sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 } },
+    };
+    // SAFETY: the caller's promise.
+    unsafe { launch_with(stream, function, grid, &mut [cluster, dependent()], args) }
+}
+
+fn dependent() -> sys::CUlaunchAttribute {
+    sys::CUlaunchAttribute {
         id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
         pad: [0; 4],
         value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-    };
-    let attributes: &mut [_] = if stream.device().has_dependent_launch { std::slice::from_mut(&mut attribute) } else { &mut [] };
-    // SAFETY: the caller's promise.
-    unsafe { launch_with(stream, function, grid, attributes, args) }
+    }
 }
 
 /// # Safety
@@ -73,12 +90,15 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
     let one = |threads: u32, shared: u32| Grid { blocks: 1, threads, shared };
     // SAFETY: each struct is its kernel's, and a count of zero in it keeps the kernel from every address.
     unsafe {
-        for function in [k.route_plain, k.route_scored, k.route_wide].into_iter().flatten() {
-            launch(stream, function, one(LSW_ROUTE_THREADS, 0), &LswRouteArgs::default())?;
+        for function in k.route.plain.into_iter().chain(k.route.scored.into_iter().flatten()).flatten() {
+            launch_dependent(stream, function, one(LSW_ROUTE_THREADS, 0), &LswRouteArgs::default())?;
         }
-        let gates = [(k.gate, LSW_GATE_SHARED), (k.gate_wide, LSW_GATE_SHARED_WIDE), (k.gate_project, 0)];
-        for (function, shared) in gates.into_iter().flat_map(|(kernels, shared)| kernels.map(|kernel| (kernel, shared))) {
-            launch(stream, function, one(LSW_GATE_THREADS, shared), &LswGateArgs::default())?;
+        let gates = [(k.gate.as_flattened(), LSW_GATE_SHARED), (k.gate_many.as_flattened(), LSW_GATE_SHARED_MANY)];
+        let projections = [(&k.gate_project[..], 0), (&k.gate_project_tile, LSW_GATE_SHARED_TILE)];
+        for (functions, shared) in gates.into_iter().chain(projections) {
+            for function in functions {
+                launch_dependent(stream, *function, one(LSW_GATE_THREADS, shared), &LswGateArgs::default())?;
+            }
         }
         for (function, shared) in k.switch.iter().zip(SWITCH_SHARED) {
             launch(stream, *function, one(LSW_SWITCH_THREADS, shared), &LswSwitchArgs::default())?;

@@ -1,12 +1,12 @@
 //! The router's launch.
 
 use super::args::{
-    LSW_ROUTE_BY_SCORE, LSW_ROUTE_COUNTED, LSW_ROUTE_NARROW, LSW_ROUTE_PADDED, LSW_ROUTE_PLAIN, LSW_ROUTE_RENORMALIZE, LSW_ROUTE_SUM_TWO,
-    LSW_ROUTE_THREADS, LswRouteArgs, LswRouteWorkspace,
+    LSW_ROUTE_BY_SCORE, LSW_ROUTE_COUNTED, LSW_ROUTE_PACKED, LSW_ROUTE_PADDED, LSW_ROUTE_RENORMALIZE, LSW_ROUTE_SUM_TWO, LSW_ROUTE_THREADS,
+    LswRouteArgs, LswRouteWorkspace,
 };
-use super::context::{DeviceStream, by_dtype};
+use super::context::{DeviceStream, Function, PLAIN_ITEMS, SCORED_ITEMS, by_dtype};
 use super::flags;
-use super::launch::{Grid, launch as enqueue};
+use super::launch::{Grid, launch_dependent as enqueue};
 use crate::error::Result;
 use crate::route::{Choice, GroupScore, Plan, Score};
 use crate::view::RawMat;
@@ -17,16 +17,25 @@ const COUNTING_BLOCKS: u32 = 8; // a multiprocessor
 
 pub(crate) const WORKSPACE_BYTES: u64 = size_of::<LswRouteWorkspace>() as u64;
 
-/// All but the logits.
-pub(super) fn choice_args(stream: &DeviceStream, choice: &Choice) -> LswRouteArgs {
-    let addr = |mat: Option<RawMat>| mat.map_or(0, |mat| mat.addr);
-    let group_lanes = 32 / choice.groups.next_power_of_two();
-    let is_plain = choice.score == Score::Softmax
+/// Whether a choice is a softmax over the chosen and nothing else.
+pub(super) fn is_plain(choice: &Choice) -> bool {
+    choice.score == Score::Softmax
         && choice.renormalize
         && choice.bias.is_none()
         && choice.groups == 1
-        && (choice.scale, choice.softcap) == (1.0, 0.0);
+        && (choice.scale, choice.softcap) == (1.0, 0.0)
+}
+
+/// `logits`: where they are read from.
+pub(super) fn choice_args(stream: &DeviceStream, choice: &Choice, logits: RawMat) -> LswRouteArgs {
+    let addr = |mat: Option<RawMat>| mat.map_or(0, |mat| mat.addr);
+    let group_lanes = 32 / choice.groups.next_power_of_two();
+    let group_experts = choice.experts / choice.groups;
+    let lane_experts = group_experts.div_ceil(group_lanes);
+    let is_packed = group_experts.is_multiple_of(lane_experts) && logits.aligned16() && choice.bias.is_none_or(|bias| bias.aligned16());
     LswRouteArgs {
+        logits: logits.addr,
+        logits_stride: logits.stride,
         ids: choice.ids.addr,
         gates: choice.gates.addr,
         ids_stride: choice.ids.stride,
@@ -40,7 +49,7 @@ pub(super) fn choice_args(stream: &DeviceStream, choice: &Choice) -> LswRouteArg
             (choice.group_score == GroupScore::SumOfTwo, LSW_ROUTE_SUM_TWO),
             (choice.valid.is_some() || choice.mask.is_some(), LSW_ROUTE_PADDED),
             (choice.counts.is_some(), LSW_ROUTE_COUNTED),
-            (is_plain, LSW_ROUTE_PLAIN),
+            (is_packed, LSW_ROUTE_PACKED),
         ]),
         status: stream.device().odd_word(),
         scale: choice.scale,
@@ -48,40 +57,40 @@ pub(super) fn choice_args(stream: &DeviceStream, choice: &Choice) -> LswRouteArg
         score: choice.score as u32,
         groups: choice.groups,
         top_groups: choice.top_groups,
-        group_experts: choice.experts / choice.groups,
+        group_experts,
         group_lanes_log2: group_lanes.ilog2(),
-        lane_experts: (choice.experts / choice.groups).div_ceil(group_lanes),
+        lane_experts,
         bias: addr(choice.bias),
         valid: addr(choice.valid),
         mask: addr(choice.mask),
         counts: addr(choice.counts),
         workspace: choice.workspace,
-        ..LswRouteArgs::default()
     }
 }
 
-/// Whether the kernels with many registers have to serve.
-pub(super) fn is_wide(args: &LswRouteArgs) -> bool {
-    args.lane_experts > LSW_ROUTE_NARROW
-}
-
 pub(crate) fn launch(stream: &DeviceStream, plan: &Plan) -> Result<()> {
-    let args = LswRouteArgs { logits: plan.logits.addr, logits_stride: plan.logits.stride, ..choice_args(stream, &plan.choice) };
+    let args = choice_args(stream, &plan.choice, plan.logits);
     // SAFETY: a checked plan: device memory of the stated shapes, which the caller's views keep borrowed in stream order.
-    unsafe { launch_args(stream, by_dtype(plan.logits.dtype), &args) }
+    unsafe { launch_args(stream, by_dtype(plan.logits.dtype), &plan.choice, &args) }
 }
 
 /// # Safety
-/// Every address in `args` is device memory of the shape that the kernel's contract says, until the work has finished.
-pub(super) unsafe fn launch_args(stream: &DeviceStream, dtype: usize, args: &LswRouteArgs) -> Result<()> {
+/// Every address in `args` is device memory of the shape that the kernel's contract says, until the work has finished; `args` are of
+/// this choice.
+pub(super) unsafe fn launch_args(stream: &DeviceStream, dtype: usize, choice: &Choice, args: &LswRouteArgs) -> Result<()> {
     let device = stream.device();
     let blocks = args.tokens.div_ceil(WARPS).max(1);
     let most = if args.counts == 0 { u32::MAX } else { device.processors * COUNTING_BLOCKS };
-    let kernels = match args.flags & LSW_ROUTE_PLAIN {
-        _ if is_wide(args) => &device.kernels.route_wide,
-        0 => &device.kernels.route_scored,
-        _ => &device.kernels.route_plain,
+    let grid = Grid { blocks: blocks.min(most), threads: LSW_ROUTE_THREADS, shared: 0 };
+    let kernels = &device.kernels.route;
+    let function = match is_plain(choice) {
+        true => first_that_serves(args, PLAIN_ITEMS, kernels.plain)[dtype],
+        false => first_that_serves(args, SCORED_ITEMS, kernels.scored[choice.score as usize])[dtype],
     };
-    // SAFETY: the caller's promise.
-    unsafe { enqueue(stream, kernels[dtype], Grid { blocks: blocks.min(most), threads: LSW_ROUTE_THREADS, shared: 0 }, args) }
+    // SAFETY: the caller's promise; the kernel waits for the work before it.
+    unsafe { enqueue(stream, function, grid, args) }
+}
+
+fn first_that_serves<const N: usize>(args: &LswRouteArgs, items: [u32; N], kernels: [[Function; 3]; N]) -> [Function; 3] {
+    kernels[items.iter().position(|items| args.lane_experts <= *items).expect("the last serves all")]
 }

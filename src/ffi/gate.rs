@@ -37,9 +37,10 @@ pub unsafe extern "C" fn lsw_gate_workspace_bytes(
 ///   rounded. Padding tokens do not influence others.
 /// - counts [1, N] LSW_I32: as for lsw_route_counted; NULL: none.
 /// - workspace: at least lsw_gate_workspace_bytes, aligned to 16 bytes. Zeros before the first
-///   call; its first lsw_route_workspace_bytes are zero again after each, and what follows does not
-///   matter. So it serves calls of any shape in turn, if it is large enough. NULL where 0 bytes are
-///   needed.
+///   call; every call leaves it ready for the next, of whatever shape, if it is large enough for
+///   that: nobody else writes to it. As for lsw_route_counted, calls that share one are in flight
+///   on one stream at a time, and after a failed launch it must be zeroed again. NULL where 0
+///   bytes are needed.
 ///
 /// Products and sums are in f32 in an order that H alone decides: a token's bits depend neither on
 /// T nor on the other tokens. One launch up to 64 tokens, two beyond; enqueued, and may be
