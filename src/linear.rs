@@ -114,13 +114,7 @@ pub fn linear(
 }
 
 /// Large enough, and the rows few enough.
-fn check_workspace<'n>(
-    bank: &AdapterBank,
-    targets: Range<u64>,
-    x: RawMat,
-    routes: &Routes<'_>,
-    workspace: Named<'n>,
-) -> Result<Named<'n>> {
+fn check_workspace<'n>(bank: &AdapterBank, targets: Range<u64>, x: RawMat, routes: &Routes<'_>, workspace: Named<'n>) -> Result<Named<'n>> {
     narrow("x.rows", x.rows, MAX_ROWS)?;
     narrow("ids.cols", routes.ids.cols(), u64::from(LSW_MAX_K))?;
     let needed = linear_workspace_bytes(bank, targets, x.rows, routes.ids.cols())?;

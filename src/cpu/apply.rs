@@ -41,7 +41,13 @@ impl Plan<'_> {
     }
 
     /// What of a route concerns a target.
-    pub(super) fn terms<'t>(&self, report: impl Fn(Odd), table: &'t [Entry], target: &GroupTarget, route: &[(usize, f32)]) -> Vec<Term<'t>> {
+    pub(super) fn terms<'t>(
+        &self,
+        report: impl Fn(Odd),
+        table: &'t [Entry],
+        target: &GroupTarget,
+        route: &[(usize, f32)],
+    ) -> Vec<Term<'t>> {
         let entries = &table[target.index as usize * self.bank.slots() as usize..];
         let term = |(position, &(slot, gate)): (usize, &(usize, f32))| {
             let factor = entries[slot].factor.as_ref().filter(|f| f.a.rows() > 0)?;

@@ -34,14 +34,7 @@ fn products<T: Float>(pool: &Pool, plan: &Plan<'_>) {
 }
 
 /// Some elements of a row of a target's y.
-fn multiply<T: Float>(
-    plan: &Plan<'_>,
-    row: u64,
-    target: &GroupTarget,
-    weight: &RawMat,
-    terms: &[Term<'_>],
-    outs: std::ops::Range<u64>,
-) {
+fn multiply<T: Float>(plan: &Plan<'_>, row: u64, target: &GroupTarget, weight: &RawMat, terms: &[Term<'_>], outs: std::ops::Range<u64>) {
     // SAFETY: checked host memory, borrowed by the call.
     let x = unsafe { plan.apply.x.expect("a plan of both halves").row::<T>(row) };
     // SAFETY: as above.
