@@ -61,7 +61,7 @@ impl Fused<'_> {
         };
         let (ids, gates) = (entries(ids), entries(gates));
         let routes = Routes { ids: &ids, gates: &gates, row_map: None };
-        let (options, x) = (LinearOptions { only_x_is_new: true }, self.pass.mat(self.pass.x(group)));
+        let (options, x) = (LinearOptions { only_x_is_new: true, alone: false }, self.pass.mat(self.pass.x(group)));
         let (mut y, workspace) = (self.pass.outputs(group), &mut self.workspace.all_mut());
         Ok(linear(&lab.stream, options, model.bank(), first as u64, &weights, &x, &routes, &mut y, workspace)?)
     }

@@ -3,7 +3,8 @@
  * An engine makes a context (the backend), a bank (the adapters: a LoRA pair for every slot and target),
  * and a switch set (the adapted weights W). For each token, or whenever the route changes, lsw_route
  * turns router logits into a route, and lsw_switch_to brings every W to it in one launch.
- * lsw_apply leaves W alone and gives every row of a batch a route of its own.
+ * lsw_apply leaves W alone and gives every row of a batch a route of its own; lsw_linear does the same
+ * beside the product with W, for up to 8 rows.
  * lsw_permute, lsw_gather and lsw_combine group a batch's tokens by expert and add up the results.
  * lsw_measure_... say what the machine allows.
  * ffi-examples/ holds whole programs.
@@ -463,9 +464,10 @@ typedef struct lsw_linear_options {
      */
     int32_t only_x_is_new;
     /**
-     * 0.
+     * 0 or 1: blocks do not wait for each other's part of A x, but each computes all of it, as they
+     * do where others do not come to run: for tests. The bits are the same.
      */
-    int32_t reserved;
+    int32_t alone;
 } lsw_linear_options;
 
 /**
@@ -958,7 +960,7 @@ lsw_status lsw_linear_workspace_bytes(const struct lsw_bank *bank,
  * alone. Deterministic, and a row's bits depend neither on the other rows nor on their number.
  *
  * One launch on CUDA, as a dependent of the one before where the card knows that (9.0 and newer);
- * enqueued, and may be captured: one graph serves every route and every refill of a slot. The
+ * its blocks wait for each other, but none for longer than a millisecond. Enqueued, and may be captured: one graph serves every route and every refill of a slot. The
  * weights are read once for all rows, and the adapters once for each row. lsw_context_take_odd
  * tells of ids out of range (but -1) and of coefficients that are not finite.
  */

@@ -1,3 +1,34 @@
+// A product with its unmerged adapters, for up to eight tokens: a decode step's matrices.
+//
+//   y[t, o] = round(W[o] . x[t] + sum over p of c_p (B_p[o] . h[t, p])),   h[t, p] = A_p x[t]     for entry p of token t's route
+//
+// for all targets of a group that share x (q, k, v; gate, up), in one launch. Their rows count through as those of one matrix.
+//
+// Floor: W once, and the chosen adapters (Llama-2-7B in 16 bits, rank 16, two of them: 12.95 and 0.16 GB, over the time to read them). A
+// decode step has 128 such launches of 24 us, and what a launch loses at its begin and end it loses 128 times. Hence:
+//
+// - Eight warps of a block stream W: of a tile of 16 rows each takes every eighth line of 128 bytes, with the same line of x, through a ring
+//   of its own in shared memory (cp.async: no barrier but __syncwarp). They share no tile's sum: each keeps its own to the end of the
+//   launch, so that no warp ever waits for another and no ring runs dry between tiles.
+// - The products are the tensor cores': with one token seven of the eight columns are idle, but the sums are the same for any number of
+//   tokens, and a line of 16 rows costs 4 instructions. (32 bits: plain fma, one token at a time.)
+// - Four further warps, the adders, do the adapters' part meanwhile: route, factors, the block's share of the rows of all A; then they
+//   publish it, wait until all blocks have, and multiply by the block's rows of B. Their chain of latencies is as long as the shortest
+//   stream and hides behind it.
+// - The launch is a dependent one (griddepcontrol). Its blocks take the places of those of the launch before as they finish, and fill
+//   their rings with W, which is constant, before they wait for x. So the memory hardly idles between launches. The launch after is let
+//   loose at once: it gets on only where a block is done.
+// - x goes through the ring too. Loads of x to registers wait behind all copies of W that the multiprocessor has in flight, a memory
+//   latency for each line: 1.9 of the floor where this takes 1.09.
+//
+// Blocks wait for each other, but not for long: one that has waited for a millisecond (the others may have no place to run) computes all
+// of A x itself, to the same bits, which it may write beside the others. So nothing can starve, and the launch need not be cooperative:
+// that would keep its blocks from starting one by one (3,517 for 3,325 us). The last block that is done with h sets the counters to zero
+// for the launch after.
+//
+// Bits: a row's sum is that of its lines in order over each warp, then of the eight warps in order, then of what the adapters add. None
+// of it depends on the tile or the block that a row falls to, nor on the other tokens. Where something is not whole aligned packs, lines
+// are gathered element by element to the same places: the same bits again.
 #include "common/apply.cuh"
 #include "common/ptx.cuh"
 #include "common/route.cuh"
@@ -5,7 +36,8 @@
 namespace {
 
 constexpr uint32_t kStreamers = LSW_LINEAR_STREAMERS, kAdders = LSW_LINEAR_ADDERS, kTile = LSW_LINEAR_TILE;
-constexpr uint32_t kPacksOfLine = LSW_LINEAR_LINE / 16;
+constexpr uint32_t kTokens = LSW_LINEAR_TOKENS, kPacksOfLine = LSW_LINEAR_LINE / 16, kDepth = LSW_LINEAR_DEPTH;
+constexpr uint32_t kAddThreads = 32 * kAdders;
 constexpr int kAddBarrier = 1;
 
 // An adapter of a token at a target. Rank 0: it adds nothing.
@@ -24,29 +56,28 @@ struct Chosen {
 
 // A line of each of a tile's rows and of all tokens' x. Packs of even and odd rows lie apart, so that two rows are read without bank
 // conflicts.
-template <int kTokens> struct Place {
+struct Place {
     uint4 packs[kTile + kTokens][kPacksOfLine];
     __device__ __forceinline__ uint4& at(uint32_t row, uint32_t pack) { return packs[row][pack ^ (row % 2 * 4)]; }
 };
 
-template <int kTokens> struct Shared {
-    static constexpr uint32_t kDepth = kTokens == 1 ? LSW_LINEAR_DEPTH_ONE : LSW_LINEAR_DEPTH;
-    Place<kTokens> ring[kStreamers][kDepth];
+struct Shared {
+    Place ring[kStreamers][kDepth];
     Term terms[LSW_LINEAR_TERMS];
     Chosen routes[kTokens][LSW_MAX_K];
     float dots[2][kAdders];
+    bool is_ready;
     // Behind it, for each [token][round][row] of a block: W x over the lines of each streamer, and what adapters add.
     __device__ __forceinline__ float* product(uint32_t outputs, uint32_t streamer) {
         return reinterpret_cast<float*>(this + 1) + streamer * outputs;
     }
     __device__ __forceinline__ float* added(uint32_t outputs) { return product(outputs, kStreamers); }
 };
-static_assert(sizeof(Shared<1>) == LSW_LINEAR_SHARED_ONE && sizeof(Shared<LSW_LINEAR_TOKENS>) == LSW_LINEAR_SHARED_FEW,
-              "the host asks for this");
+static_assert(sizeof(Shared) == LSW_LINEAR_SHARED, "the host asks for this");
 static_assert(LSW_LINEAR_OUTPUT == 4 * (kStreamers + 1), "the host asks for product and added");
 
 __device__ __forceinline__ uint32_t tile_begin(const LswLinearArgs& args, uint32_t tile) {
-    return args.first_row + tile * args.tile_rows + min(tile, args.longer);
+    return tile * args.tile_rows + min(tile, args.longer);
 }
 
 // A row of all targets together: its target, and which of that target's it becomes.
@@ -54,6 +85,21 @@ __device__ __forceinline__ uint32_t target_of_row(const LswLinearArgs& args, uin
     uint32_t g = 0;
     for (; row >= args.apply.targets[g].out; ++g) row -= args.apply.targets[g].out;
     return g;
+}
+
+// What a block keeps of each kind: [token][round][row of the tile].
+__device__ __forceinline__ uint32_t outputs_of(const LswLinearArgs& args) { return args.apply.rows * args.rounds * kTile; }
+
+// f(index, token, target, row of the target) for those of a block's outputs that there are, from `first` on.
+template <class F> __device__ __forceinline__ void for_outputs(const LswLinearArgs& args, uint32_t first, uint32_t step, F f) {
+    const uint32_t slots = args.rounds * kTile;
+    for (uint32_t i = first; i < outputs_of(args); i += step) {
+        const uint32_t tile = i % slots / kTile * gridDim.x + blockIdx.x;
+        uint32_t row = tile_begin(args, tile) + i % kTile;
+        if (row >= tile_begin(args, tile + 1)) continue;
+        const uint32_t g = target_of_row(args, row);
+        f(i, i / slots, g, row);
+    }
 }
 
 // The first `left` elements of a pack; zeros for the others.
@@ -68,7 +114,7 @@ template <class T> __device__ __forceinline__ Pack<T> gather16(const T* p, uint3
 
 // What a warp streams: of each tile in turn, the lines warp, warp + kStreamers, ... of all rows and tokens. A lane has a pack of every
 // fourth row. kWhole: all are whole aligned packs. What is not there comes as zeros.
-template <bool kWhole, int kTokens, class T> struct Lines {
+template <bool kWhole, class T> struct Lines {
     static constexpr uint32_t kCols = LSW_LINEAR_LINE / sizeof(T), kLaneRows = 32 / kPacksOfLine;
     const LswLinearArgs& args;
     uint32_t first, count, left;                          // left: lines to go, of all tiles
@@ -95,13 +141,13 @@ template <bool kWhole, int kTokens, class T> struct Lines {
     }
     __device__ __forceinline__ uint32_t after(uint32_t line) const { return line + kStreamers < count ? line + kStreamers : first; }
 
-    __device__ __forceinline__ void load(Place<kTokens>& place, uint32_t row, const T* p, uint32_t line) const {
+    __device__ __forceinline__ void load(Place& place, uint32_t row, const T* p, uint32_t line) const {
         const uint32_t pack = threadIdx.x % kPacksOfLine, col = line * kCols + pack * kPack<T>;
         const uint32_t left = p != nullptr && col < args.apply.in ? args.apply.in - col : 0;
         if (kWhole) copy16_async_or_zeros(&place.at(row, pack), p + col, left > 0);
         else place.at(row, pack) = gather16(p + col, left).bits;
     }
-    __device__ __forceinline__ void load_weights(Place<kTokens>& place) {
+    __device__ __forceinline__ void load_weights(Place& place) {
 #pragma unroll(kWhole ? kTile / kLaneRows : 1)
         for (uint32_t i = 0; i < kTile / kLaneRows; ++i) {
             const uint32_t row = threadIdx.x % 32 / kPacksOfLine + i * kLaneRows;
@@ -110,24 +156,13 @@ template <bool kWhole, int kTokens, class T> struct Lines {
         line = after(line), --left;
         if (line == first) ++round, locate();
     }
-    __device__ __forceinline__ void load_x(Place<kTokens>& place) {
+    __device__ __forceinline__ void load_x(Place& place) {
 #pragma unroll(kWhole ? 2 : 1)
         for (uint32_t token = threadIdx.x % 32 / kPacksOfLine; token < kTokens; token += kLaneRows) {
             const T* x = reinterpret_cast<const T*>(args.apply.x) + token * args.apply.x_stride;
             if (token < args.apply.rows) load(place, kTile + token, x, x_line);
         }
         x_line = after(x_line);
-    }
-    // Into L2, further lines of the tile's rows.
-    __device__ __forceinline__ void prefetch_weights(uint32_t lines) const {
-        if constexpr (kWhole) {
-            for (uint32_t l = line; lines > 0 && l >= line && l < count; l += kStreamers, --lines) {
-#pragma unroll
-                for (uint32_t i = 0; i < kTile / kLaneRows; ++i) {
-                    if (threadIdx.x % kPacksOfLine == i && rows[i] != nullptr) prefetch(rows[i] + l * kCols);
-                }
-            }
-        }
     }
 };
 
@@ -136,14 +171,14 @@ template <bool kWhole, int kTokens, class T> struct Lines {
 // 16 bits, on tensor cores: 16 rows are a product's first operand, x of eight tokens its second. Which column of a line counts as which
 // of the product does not matter, if both operands say the same: so a lane's packs are its fragments as they lie in memory. Of tokens
 // that there are not, any values serve: a token is a column of its own.
-template <int kTokens, class T> struct Sums {
+template <class T> struct Sums {
     float d[kTile / 16][4] = {};
 
-    __device__ __forceinline__ void add(const LswLinearArgs&, Place<kTokens>& place) {
+    __device__ __forceinline__ void add(const LswLinearArgs&, Place& place) {
         const uint32_t row = threadIdx.x % 32 / 4;
 #pragma unroll
         for (uint32_t pack = threadIdx.x % 4; pack < kPacksOfLine; pack += 4) {
-            const uint4 x = place.at(kTile + row % kTokens, pack);
+            const uint4 x = place.at(kTile + row, pack);
 #pragma unroll
             for (uint32_t i = 0; i < kTile / 16; ++i) {
                 const uint4 top = place.at(16 * i + row, pack), low = place.at(16 * i + row + 8, pack);
@@ -164,10 +199,10 @@ template <int kTokens, class T> struct Sums {
 };
 
 // 32 bits, which tensor cores would round: a lane has every eighth row and a quarter of the columns.
-template <int kTokens> struct Sums<kTokens, float> {
+template <> struct Sums<float> {
     float d[kTile / 8][kTokens] = {};
 
-    __device__ __forceinline__ void add(const LswLinearArgs& args, Place<kTokens>& place) {
+    __device__ __forceinline__ void add(const LswLinearArgs& args, Place& place) {
 #pragma unroll
         for (uint32_t pack = threadIdx.x % 4; pack < kPacksOfLine; pack += 4) {
             Pack<float> w[kTile / 8];
@@ -198,17 +233,15 @@ template <int kTokens> struct Sums<kTokens, float> {
     }
 };
 
-template <bool kWhole, int kTokens, class T> __device__ __forceinline__ void stream(const LswLinearArgs& args, Shared<kTokens>& shared) {
-    constexpr uint32_t kDepth = Shared<kTokens>::kDepth;
+template <bool kWhole, class T> __device__ __forceinline__ void stream(const LswLinearArgs& args, Shared& shared) {
     const uint32_t warp = threadIdx.x / 32;
-    Place<kTokens>* ring = shared.ring[warp];
-    float* product = shared.product(args.apply.rows * args.rounds * kTile, warp);
+    Place* ring = shared.ring[warp];
+    float* product = shared.product(outputs_of(args), warp);
     if (!args.only_x_is_new) dependency_wait();
-    Lines<kWhole, kTokens, T> ahead(args, warp);
+    Lines<kWhole, T> ahead(args, warp);
     const uint32_t lines = ahead.left / args.rounds, early = min(kDepth - 1, ahead.left);
 #pragma unroll 1
     for (uint32_t i = 0; i < early; ++i) ahead.load_weights(ring[i]);
-    ahead.prefetch_weights(args.ahead);
     dependency_wait();
     dependency_release();
 #pragma unroll 1
@@ -216,7 +249,7 @@ template <bool kWhole, int kTokens, class T> __device__ __forceinline__ void str
         if (i < early) ahead.load_x(ring[i]);
         copy_commit();
     }
-    Sums<kTokens, T> sums;
+    Sums<T> sums;
     uint32_t place = 0;
 #pragma unroll 1
     for (uint32_t round = 0; round < args.rounds; ++round) {
@@ -225,7 +258,7 @@ template <bool kWhole, int kTokens, class T> __device__ __forceinline__ void str
             copy_wait<kDepth - 2>();
             __syncwarp();
             if (ahead.left > 0) {
-                Place<kTokens>& free = ring[place == 0 ? kDepth - 1 : place - 1];
+                Place& free = ring[place == 0 ? kDepth - 1 : place - 1];
                 ahead.load_weights(free), ahead.load_x(free);
             }
             copy_commit();
@@ -239,7 +272,7 @@ template <bool kWhole, int kTokens, class T> __device__ __forceinline__ void str
 }
 
 // The tokens' routes, one warp each. In canonical form; an entry's place is its position.
-template <int kTokens> __device__ __forceinline__ void find_routes(const LswApplyArgs& args, Shared<kTokens>& shared) {
+__device__ __forceinline__ void find_routes(const LswApplyArgs& args, Shared& shared) {
     const uint32_t lane = threadIdx.x % 32;
     for (uint32_t token = threadIdx.x / 32 - kStreamers; token < args.rows; token += kAdders) {
         shared.routes[token][lane] = {-1, 0.0f};
@@ -252,13 +285,12 @@ template <int kTokens> __device__ __forceinline__ void find_routes(const LswAppl
         const RouteEntry entry = canonical_entry(known_id(given, args.slots), gate, args.k);
         if (entry.slot >= 0) shared.routes[token][entry.position] = {entry.slot, entry.gate};
     }
-    sync_some<kAddBarrier, 32 * kAdders>();
 }
 
 // The terms of some of the pairs (token, target), k each.
-template <int kTokens>
-__device__ __forceinline__ void find_terms(const LswApplyArgs& args, Shared<kTokens>& shared, uint32_t first, uint32_t count) {
-    for (uint32_t i = threadIdx.x - 32 * kStreamers; i < count * args.k; i += 32 * kAdders) {
+__device__ __forceinline__ void find_terms(const LswApplyArgs& args, Shared& shared, uint32_t first, uint32_t count) {
+    sync_some<kAddBarrier, kAddThreads>();  // the former are no longer in use
+    for (uint32_t i = threadIdx.x - 32 * kStreamers; i < count * args.k; i += kAddThreads) {
         const uint32_t pair = first + i / args.k;
         const Chosen chosen = shared.routes[pair / args.count][i % args.k];
         Term term{};
@@ -270,23 +302,21 @@ __device__ __forceinline__ void find_terms(const LswApplyArgs& args, Shared<kTok
         }
         shared.terms[i] = term;
     }
-    sync_some<kAddBarrier, 32 * kAdders>();
+    sync_some<kAddBarrier, kAddThreads>();
 }
 
-// Rows of A that are this block's: f(term, row), of all rows of all terms each gridDim.x-th. `phase`: rows before, modulo the blocks.
-template <int kTokens, class F>
-__device__ __forceinline__ void for_rows_of_a(const Shared<kTokens>& shared, uint32_t terms, uint32_t& phase, uint32_t& rows, F f) {
+// f(term, row) for a block's rows of A: of all rows of all terms every blocks-th. `before`: of how many rows, over which it moves on.
+template <class F>
+__device__ __forceinline__ void for_rows_of_a(const Shared& shared, uint32_t terms, uint32_t block, uint32_t blocks, uint32_t& before, F f) {
     for (uint32_t p = 0; p < terms; ++p) {
-        const uint32_t rank = shared.terms[p].rank;
-        uint32_t i = blockIdx.x >= phase ? blockIdx.x - phase : blockIdx.x + gridDim.x - phase;
-        for (; i < rank; i += gridDim.x) f(p, i);
-        phase = (phase + rank) % gridDim.x;
-        rows += rank;
+        const uint32_t rank = shared.terms[p].rank, phase = before % blocks;
+        for (uint32_t i = block >= phase ? block - phase : block + blocks - phase; block < blocks && i < rank; i += blocks) f(p, i);
+        before += rank;
     }
 }
 
 template <bool kWhole, class T> __device__ __forceinline__ float dot_part(const T* x, const T* a, uint32_t in) {
-    constexpr uint32_t kThreads = 32 * kAdders, kStep = 8 * kThreads;
+    constexpr uint32_t kStep = 8 * kAddThreads;
     constexpr int kAhead = kWhole ? 4 : 1;
     float sum = 0.0f;
     for (uint32_t col0 = 8 * (threadIdx.x - 32 * kStreamers); col0 < in; col0 += kAhead * kStep) {
@@ -326,53 +356,23 @@ template <class T> __device__ __forceinline__ float times_b(const Term& term, ui
     return dot;
 }
 
-template <int kTokens, class T> __device__ __forceinline__ void add(const LswLinearArgs& linear, Shared<kTokens>& shared) {
+// What holds for all of a launch's pairs (token, target).
+struct Pairs {
+    uint32_t all, chunk;  // so many have their terms at hand at a time
+    __device__ __forceinline__ Pairs(const LswApplyArgs& args)
+        : all(args.rows * args.count), chunk(min(static_cast<uint32_t>(LSW_LINEAR_TERMS) / max(args.k, 1u), all)) {}
+};
+
+// A block's rows of A times x, into the products. Returns the rows of all blocks. The first chunk's terms are at hand, and again at the
+// end where there is but one.
+template <class T> __device__ __forceinline__ uint32_t multiply_a(const LswLinearArgs& linear, Shared& shared, Pairs pairs, uint32_t block) {
     const LswApplyArgs& args = linear.apply;
-    constexpr uint32_t kThreads = 32 * kAdders;
     const uint32_t thread = threadIdx.x - 32 * kStreamers;
-    const uint32_t pairs = args.rows * args.count, slots = linear.rounds * kTile, outputs = args.rows * slots;
-    const uint32_t chunk = min(LSW_LINEAR_TERMS / max(args.k, 1u), pairs);
-    LswLinearHandOver* hand_over = reinterpret_cast<LswLinearHandOver*>(linear.hand_over);
-    float* added = shared.added(outputs);
-    auto row_of = [&](uint32_t slot) {
-        const uint32_t tile = slot / kTile * gridDim.x + blockIdx.x, row = tile_begin(linear, tile) + slot % kTile;
-        return row < tile_begin(linear, tile + 1) ? row : ~0u;
-    };
-    for (uint32_t i = thread; i < outputs; i += kThreads) added[i] = 0.0f;
-    if (args.k == 0 || args.width == 0) return dependency_wait();
-
-    if (!linear.only_x_is_new) dependency_wait();
-    find_routes(args, shared);
-    find_terms(args, shared, 0, chunk);
-    if (linear.only_x_is_new) {
-        uint32_t phase = 0, rows = 0;
-        for_rows_of_a(shared, chunk * args.k, phase, rows, [&](uint32_t p, uint32_t i) {
-            const T* a = reinterpret_cast<const T*>(shared.terms[p].a) + i * static_cast<uint64_t>(shared.terms[p].a_stride);
-            for (uint32_t col = thread * (128 / sizeof(T)); col < args.in; col += kThreads * (128 / sizeof(T))) prefetch(a + col);
-        });
-        for (uint32_t i = thread; i < outputs; i += kThreads) {
-            uint32_t row = row_of(i % slots);
-            if (row == ~0u) continue;
-            const uint32_t pair = i / slots * args.count + target_of_row(linear, row);
-            if (pair >= chunk) continue;
-            for (uint32_t e = 0; e < args.k; ++e) {
-                const Term& term = shared.terms[pair * args.k + e];
-                const T* b = reinterpret_cast<const T*>(term.b) + row * static_cast<uint64_t>(term.b_stride);
-                for (uint32_t j = 0; j < term.rank; j += 128 / sizeof(T)) prefetch(b + j);
-            }
-        }
-    }
-    dependency_wait();
-
-    uint32_t phase = 0, rows = 0, parity = 0;
-    bool has_written = false;
-    for (uint32_t first = 0; first < pairs; first += chunk) {
-        const uint32_t count = min(chunk, pairs - first);
-        if (first > 0) {
-            sync_some<kAddBarrier, kThreads>();
-            find_terms(args, shared, first, count);
-        }
-        for_rows_of_a(shared, count * args.k, phase, rows, [&](uint32_t p, uint32_t i) {
+    uint32_t before = 0, parity = 0;
+    for (uint32_t first = 0; first < pairs.all; first += pairs.chunk) {
+        const uint32_t count = min(pairs.chunk, pairs.all - first);
+        if (pairs.chunk < pairs.all) find_terms(args, shared, first, count);
+        for_rows_of_a(shared, count * args.k, block, linear.blocks, before, [&](uint32_t p, uint32_t i) {
             const Term& term = shared.terms[p];
             const uint32_t pair = first + p / args.k, token = pair / args.count;
             const T* x = reinterpret_cast<const T*>(args.x) + token * args.x_stride;
@@ -381,74 +381,114 @@ template <int kTokens, class T> __device__ __forceinline__ void add(const LswLin
             float sum = whole ? dot_part<true>(x, a, args.in) : dot_part<false>(x, a, args.in);
             for (int lane = 16; lane > 0; lane /= 2) sum += __shfl_xor_sync(kFullWarp, sum, lane);
             if (thread % 32 == 0) shared.dots[parity][thread / 32] = sum;
-            sync_some<kAddBarrier, kThreads>();
+            sync_some<kAddBarrier, kAddThreads>();
             if (thread == 0) {
                 float total = 0.0f;
                 for (uint32_t w = 0; w < kAdders; ++w) total += shared.dots[parity][w];
                 products(args, token, p % args.k)[args.targets[pair % args.count].column + i] = total;
             }
-            parity ^= 1, has_written = true;
+            parity ^= 1;
         });
     }
-    if (rows == 0) return;  // nobody waits for anything
-    if (thread == 0) {
-        if (has_written) count_acq_rel(&hand_over->ready, ~0u);
-        while (load_acquire(&hand_over->ready) < min(rows, gridDim.x)) {}
-    }
-    sync_some<kAddBarrier, kThreads>();
+    return before;
+}
 
-    for (uint32_t first = 0; first < pairs; first += chunk) {
-        const uint32_t count = min(chunk, pairs - first);
-        if (chunk < pairs) {
-            sync_some<kAddBarrier, kThreads>();
-            find_terms(args, shared, first, count);
+// True when all blocks that have rows of A have published them; false when they take too long.
+__device__ __forceinline__ bool wait_for_products(const LswLinearArgs& linear, Shared& shared, uint32_t blocks) {
+    if (threadIdx.x == 32 * kStreamers) {
+        LswLinearHandOver* hand_over = reinterpret_cast<LswLinearHandOver*>(linear.hand_over);
+        if (blockIdx.x < blocks) count_acq_rel(&hand_over->ready, ~0u);
+        const int64_t begin = clock64();
+        do shared.is_ready = load_acquire(&hand_over->ready) == blocks;
+        while (!shared.is_ready && clock64() - begin < linear.patience);
+        if (linear.patience == 0) shared.is_ready = false;
+    }
+    sync_some<kAddBarrier, kAddThreads>();
+    return shared.is_ready;
+}
+
+// Into L2 what will be read once x is there.
+template <class T> __device__ __forceinline__ void prefetch_adapters(const LswLinearArgs& linear, Shared& shared, Pairs pairs) {
+    const LswApplyArgs& args = linear.apply;
+    constexpr uint32_t kLine = 128 / sizeof(T);
+    const uint32_t thread = threadIdx.x - 32 * kStreamers;
+    uint32_t before = 0;
+    for_rows_of_a(shared, pairs.chunk * args.k, blockIdx.x, linear.blocks, before, [&](uint32_t p, uint32_t i) {
+        const T* a = reinterpret_cast<const T*>(shared.terms[p].a) + i * static_cast<uint64_t>(shared.terms[p].a_stride);
+        for (uint32_t col = thread * kLine; col < args.in; col += kAddThreads * kLine) prefetch(a + col);
+    });
+    for_outputs(linear, thread, kAddThreads, [&](uint32_t, uint32_t token, uint32_t g, uint32_t row) {
+        const uint32_t pair = token * args.count + g;
+        for (uint32_t e = 0; pair < pairs.chunk && e < args.k; ++e) {
+            const Term& term = shared.terms[pair * args.k + e];
+            const T* b = reinterpret_cast<const T*>(term.b) + row * static_cast<uint64_t>(term.b_stride);
+            for (uint32_t j = 0; j < term.rank; j += kLine) prefetch(b + j);
         }
-        for (uint32_t i = thread; i < outputs; i += kThreads) {
-            uint32_t row = row_of(i % slots);
-            if (row == ~0u) continue;
-            const uint32_t token = i / slots, g = target_of_row(linear, row), pair = token * args.count + g;
-            if (pair < first || pair >= first + count) continue;
+    });
+}
+
+// The adders.
+template <class T> __device__ __forceinline__ void add(const LswLinearArgs& linear, Shared& shared) {
+    const LswApplyArgs& args = linear.apply;
+    const uint32_t thread = threadIdx.x - 32 * kStreamers, outputs = outputs_of(linear);
+    const Pairs pairs(args);
+    float* added = shared.added(outputs);
+    for (uint32_t i = thread; i < outputs; i += kAddThreads) added[i] = 0.0f;
+    if (args.k == 0 || args.width == 0) return dependency_wait();
+
+    if (!linear.only_x_is_new) dependency_wait();
+    find_routes(args, shared);
+    find_terms(args, shared, 0, pairs.chunk);
+    if (linear.only_x_is_new) prefetch_adapters<T>(linear, shared, pairs);
+    dependency_wait();
+    const uint32_t rows = multiply_a<T>(linear, shared, pairs, blockIdx.x);
+    if (rows == 0) return;  // nobody waits for anything
+    if (!wait_for_products(linear, shared, min(rows, linear.blocks))) {
+        for (uint32_t block = 0; block < linear.blocks; ++block) multiply_a<T>(linear, shared, pairs, block);
+        sync_some<kAddBarrier, kAddThreads>();
+    }
+    for (uint32_t first = 0; first < pairs.all; first += pairs.chunk) {
+        const uint32_t count = min(pairs.chunk, pairs.all - first);
+        if (pairs.chunk < pairs.all) find_terms(args, shared, first, count);
+        for_outputs(linear, thread, kAddThreads, [&](uint32_t i, uint32_t token, uint32_t g, uint32_t row) {
+            const uint32_t pair = token * args.count + g;
+            if (pair < first || pair >= first + count) return;
             float sum = 0.0f;
             for (uint32_t e = 0; e < args.k; ++e) {
                 const Term& term = shared.terms[(pair - first) * args.k + e];
                 if (term.rank > 0) sum = fmaf(term.c, times_b<T>(term, row, products(args, token, e) + args.targets[g].column), sum);
             }
             added[i] = sum;
-        }
+        });
     }
-    sync_some<kAddBarrier, kThreads>();
+    sync_some<kAddBarrier, kAddThreads>();
+    LswLinearHandOver* hand_over = reinterpret_cast<LswLinearHandOver*>(linear.hand_over);
     if (thread == 0 && count_acq_rel(&hand_over->done, gridDim.x - 1) == gridDim.x - 1) hand_over->ready = 0;
 }
 
-template <int kTokens, class T> __device__ __forceinline__ void linear(const LswLinearArgs& args) {
+template <class T> __device__ __forceinline__ void linear(const LswLinearArgs& args) {
     extern __shared__ __align__(128) unsigned char memory[];
-    Shared<kTokens>& shared = *reinterpret_cast<Shared<kTokens>*>(memory);
-    if (threadIdx.x >= 32 * kStreamers) add<kTokens, T>(args, shared);
-    else if (args.whole) stream<true, kTokens, T>(args, shared);
-    else stream<false, kTokens, T>(args, shared);
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    if (threadIdx.x >= 32 * kStreamers) add<T>(args, shared);
+    else if (args.whole) stream<true, T>(args, shared);
+    else stream<false, T>(args, shared);
     __syncthreads();
-    const uint32_t slots = args.rounds * kTile, outputs = args.apply.rows * slots;
-    for (uint32_t i = threadIdx.x; i < outputs; i += LSW_LINEAR_THREADS) {
-        const uint32_t tile = i % slots / kTile * gridDim.x + blockIdx.x;
-        uint32_t row = tile_begin(args, tile) + i % kTile;
-        if (row >= tile_begin(args, tile + 1)) continue;
-        const LswApplyTarget& target = args.apply.targets[target_of_row(args, row)];
+    const uint32_t outputs = outputs_of(args);
+    for_outputs(args, threadIdx.x, LSW_LINEAR_THREADS, [&](uint32_t i, uint32_t token, uint32_t g, uint32_t row) {
         float sum = 0.0f;
         for (uint32_t warp = 0; warp < kStreamers; ++warp) sum += shared.product(outputs, warp)[i];
-        store_y(args, target, i / slots * target.y_stride + row, sum + shared.added(outputs)[i]);
-    }
+        const LswApplyTarget& target = args.apply.targets[g];
+        store_y(args, target, token * target.y_stride + row, sum + shared.added(outputs)[i]);
+    });
 }
 
 }  // namespace
 
-#define LSW_LINEAR(name, tokens, T)                                                                     \
+#define LSW_LINEAR(suffix, T)                                                                                \
     extern "C" __global__ void __launch_bounds__(LSW_LINEAR_THREADS, sizeof(T) == 4 ? 1 : LSW_LINEAR_BLOCKS) \
-        lsw_linear_##name(const __grid_constant__ LswLinearArgs args) {                                 \
-        if (args.apply.rows > 0) linear<tokens, T>(args);                                               \
+        lsw_linear_##suffix(const __grid_constant__ LswLinearArgs args) {                                    \
+        if (args.apply.rows > 0) linear<T>(args);                                                            \
     }
-LSW_LINEAR(one_f32, 1, float)
-LSW_LINEAR(one_f16, 1, __half)
-LSW_LINEAR(one_bf16, 1, __nv_bfloat16)
-LSW_LINEAR(few_f32, LSW_LINEAR_TOKENS, float)
-LSW_LINEAR(few_f16, LSW_LINEAR_TOKENS, __half)
-LSW_LINEAR(few_bf16, LSW_LINEAR_TOKENS, __nv_bfloat16)
+LSW_LINEAR(f32, float)
+LSW_LINEAR(f16, __half)
+LSW_LINEAR(bf16, __nv_bfloat16)

@@ -18,6 +18,9 @@ pub struct LinearOptions {
     /// the start of the launch. Where that work is a kernel of others that itself starts early and lets its dependents start before it
     /// has waited, the same is asked of what comes before it. Default: false, and nothing but prefetches into the L2 cache comes early.
     pub only_x_is_new: bool,
+    /// Blocks do not wait for each other's part of A x, but each computes all of it, as they do where others do not come to run: for tests.
+    /// The bits are the same. Default: false.
+    pub alone: bool,
 }
 
 /// The most rows of one call.
@@ -35,7 +38,7 @@ pub(crate) struct Plan<'b> {
     pub weights: [Option<RawMat>; MAX_TARGETS],
     /// Where the workspace begins: counters, zero between launches.
     pub hand_over: u64,
-    pub only_x_is_new: bool,
+    pub options: LinearOptions,
 }
 
 /// Bytes of workspace that [`linear`] needs for these targets, which share their input, and for `rows` rows with routes of `k`.
@@ -67,8 +70,8 @@ pub fn linear_workspace_bytes(bank: &AdapterBank, targets: Range<u64>, rows: u64
 /// bits; W x and what the adapters add are each such a sum, and their sum is rounded once to y. A coefficient that is not finite
 /// propagates into its own row alone. Deterministic, and a row's bits depend neither on the other rows nor on their number.
 ///
-/// On CUDA one launch is enqueued, as a dependent of the one before where the card knows that (9.0 and newer). Captured in a graph, it
-/// serves every route and every refill of a slot. The weights are read once for all rows, and the adapters once for each row.
+/// On CUDA one launch is enqueued, as a dependent of the one before where the card knows that (9.0 and newer). Its blocks wait for each
+/// other, but none for longer than a millisecond. Captured in a graph, it serves every route and every refill of a slot. The weights are read once for all rows, and the adapters once for each row.
 /// [`take_odd`](Stream::take_odd) tells of ids out of range and of coefficients that are not finite.
 ///
 /// # Errors
@@ -91,12 +94,7 @@ pub fn linear(
     let behind_head = RawMat { addr: workspace.mat.addr + HEAD_BYTES, cols: workspace.mat.cols - HEAD_BYTES, ..workspace.mat };
     let apply = apply::check(stream, bank, targets_from(first, y), Some(x.raw), routes, y, behind_head)?;
     let head = RawMat { cols: HEAD_BYTES, ..workspace.mat }.expect("workspace");
-    let plan = Plan {
-        weights: check_weights(stream, &apply, weights, y, workspace)?,
-        apply,
-        hand_over: head.mat.addr,
-        only_x_is_new: options.only_x_is_new,
-    };
+    let plan = Plan { weights: check_weights(stream, &apply, weights, y, workspace)?, apply, hand_over: head.mat.addr, options };
     let inputs = [x.raw.expect("x"), routes.ids.raw.expect("ids"), routes.gates.raw.expect("gates")];
     head.on(stream)?.disjoint_from(&inputs)?;
     head.disjoint_from(routes.row_map.map(|map| map.raw.expect("row_map")).as_slice())?;

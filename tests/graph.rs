@@ -146,7 +146,7 @@ fn linear_replays() {
         let mut again = Batch::random(&model, &mut rng, rows, 2, DType::Bf16, Layout::dense);
         let mut workspace = linear::workspace(&model, rows, 2);
         let graph = capture(&backend, || {
-            let options = LinearOptions { only_x_is_new: true };
+            let options = LinearOptions { only_x_is_new: true, alone: false };
             linear::run_in(&mut batch, &model, LinearOptions::default(), &mut workspace).unwrap();
             std::mem::swap(&mut again.x, &mut batch.y[1]); // 160 wide, as the input is
             linear::run_in(&mut again, &model, options, &mut workspace).unwrap();

@@ -24,19 +24,20 @@ pub fn run_in(batch: &mut Batch, model: &Model, options: LinearOptions, workspac
     linear(&model.backend.stream, options, &model.bank, 0, &weights, &x, &routes, &mut y, &mut workspace.mat_mut())
 }
 
-/// With and without the early reads: the same bits, and the counters are zero again.
+/// With and without the early reads, and with blocks that do not wait: the same bits, and the counters are zero again.
 fn run(batch: &mut Batch, model: &Model) -> Vec<Vec<u32>> {
     let mut workspace = workspace(model, batch.x.rows, batch.ids.cols);
-    let bits = [false, true].map(|only_x_is_new| {
+    let bits = [(false, false), (true, false), (true, true)].map(|(only_x_is_new, alone)| {
         for y in &mut batch.y {
             y.set_bits(&vec![encode(y.dtype, f64::NAN); y.rows * y.cols]);
         }
-        run_in(batch, model, LinearOptions { only_x_is_new }, &mut workspace).unwrap();
+        run_in(batch, model, LinearOptions { only_x_is_new, alone }, &mut workspace).unwrap();
         assert!(workspace.bits()[..16].iter().all(|byte| *byte == 0), "the counters are zero again");
         batch.bits()
     });
     assert_eq!(bits[0], bits[1], "early reads change nothing");
-    let [bits, _] = bits;
+    assert_eq!(bits[0], bits[2], "who computes A x changes nothing");
+    let [bits, ..] = bits;
     bits
 }
 
@@ -105,8 +106,7 @@ fn matches_oracle(backend: &Backend) {
     });
 }
 
-/// Every number of rows; more outputs than one launch of the kernel keeps; more entries of routes than its blocks
-/// have at hand.
+/// Every number of rows; more outputs than the blocks that run at a time keep; more entries of routes than a block has at hand.
 fn any_number_of_rows(backend: &Backend) {
     for dtype in FLOATS {
         for rows in 1..=8 {

@@ -580,8 +580,8 @@ impl<'a> World<'a> {
             let (bank, first, bytes) = (w.bytes.pointer(handle), w.bytes.size(first), w.bytes.size(room).min(room));
             let (x, routes, weights) = (w.bytes.pointer(&x), w.bytes.pointer(&routes), w.bytes.pointer(weights.as_ptr()));
             let (y, count) = (w.bytes.pointer(y.as_ptr()), w.bytes.count(&y));
-            let (only_x_is_new, reserved) = (w.bytes.number(1), w.bytes.number(0));
-            let options = c::lsw_linear_options { only_x_is_new, reserved, ..Default::default() };
+            let (only_x_is_new, alone) = (w.bytes.number(1), w.bytes.number(0));
+            let options = c::lsw_linear_options { only_x_is_new, alone, ..Default::default() };
             w.with_options(options, |_, options| unsafe {
                 c::lsw_linear(bank, null_mut(), options, first, weights, x, routes, y, count, workspace, bytes)
             })

@@ -1,8 +1,8 @@
 //! The driver, probed; a device with its kernels; its streams.
 
 use super::args::{
-    LSW_GATE_SHARED_WIDE, LSW_LINEAR_SHARED_MAX, LSW_LINEAR_THREADS, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS, LSW_SWITCH90_SHARED,
-    LswTakeArgs,
+    LSW_GATE_SHARED_WIDE, LSW_LINEAR_SHARED_MAX, LSW_LINEAR_THREADS, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS,
+    LSW_SWITCH90_SHARED, LswTakeArgs,
 };
 use super::images::{BUILT_WITH, IMAGES};
 use super::launch::{Grid, launch};
@@ -68,8 +68,7 @@ pub(super) struct Kernels {
     /// Of many rows: f16, bf16.
     pub apply_many: [Apply; 2],
     pub apply_order: Function,
-    /// For one token, for more.
-    pub linear: [[Function; 3]; 2],
+    pub linear: [Function; 3],
     pub measure_scale: [Function; 3],
     pub measure_fill: [Function; 3],
     pub measure_read: Function,
@@ -200,10 +199,7 @@ impl Modules {
             apply: [self.apply("apply", "f32")?, self.apply("apply", "f16")?, self.apply("apply", "bf16")?],
             apply_many: [self.apply("apply_mma", "many_f16")?, self.apply("apply_mma", "many_bf16")?],
             apply_order: self.function("apply_mma", "apply_order")?,
-            linear: [
-                self.functions_with_shared("linear", "linear_one", floats, linear_shared()?)?,
-                self.functions_with_shared("linear", "linear_few", floats, linear_shared()?)?,
-            ],
+            linear: self.functions_with_shared("linear", "linear", floats, linear_shared()?)?,
             measure_scale: self.functions("measure", "measure_scale", floats)?,
             measure_fill: self.functions("measure", "measure_fill", floats)?,
             measure_read: self.function("measure", "measure_read")?,
@@ -220,8 +216,8 @@ pub(crate) struct Device {
     pub(super) hopper: Option<Hopper>,
     /// Blocks of the portable switch that fill the card, by dtype.
     pub(super) switch_blocks: [u32; 3],
-    /// Blocks of `linear` that run at a time, by the kernel's index.
-    pub(super) linear_blocks: [[u32; 3]; 2],
+    /// Blocks of `linear` that run at a time, by dtype.
+    pub(super) linear_blocks: [u32; 3],
     /// The most shared memory of each.
     pub(super) linear_shared: u32,
     /// Multiprocessors of the card.
@@ -310,8 +306,20 @@ impl Device {
         let (linear_blocks, linear_shared) = (linear_blocks(&kernels)?, linear_shared()?);
         let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
         let taking = Mutex::new(());
-        let mut device =
-            Self { raw, kernels, hopper, switch_blocks, linear_blocks, linear_shared, processors, has_dependent_launch, modules, odd: None, taking, _owner: owner };
+        let mut device = Self {
+            raw,
+            kernels,
+            hopper,
+            switch_blocks,
+            linear_blocks,
+            linear_shared,
+            processors,
+            has_dependent_launch,
+            modules,
+            odd: None,
+            taking,
+            _owner: owner,
+        };
         let odd = DeviceMemory::new(&device, 16, &StateMemory::allocate())?;
         zero(&odd, 4)?;
         device.odd = Some(odd);
@@ -413,10 +421,10 @@ fn linear_shared() -> Result<u32> {
     Ok(LSW_LINEAR_SHARED_MAX.min(most as u32))
 }
 
-fn linear_blocks(kernels: &Kernels) -> Result<[[u32; 3]; 2]> {
+fn linear_blocks(kernels: &Kernels) -> Result<[u32; 3]> {
     let shared = linear_shared()?;
-    let mut blocks = [[0; 3]; 2];
-    for (function, blocks) in kernels.linear.iter().flatten().zip(blocks.iter_mut().flatten()) {
+    let mut blocks = [0; 3];
+    for (function, blocks) in kernels.linear.iter().zip(&mut blocks) {
         *blocks = resident_blocks(*function, LSW_LINEAR_THREADS, shared)?;
     }
     Ok(blocks)

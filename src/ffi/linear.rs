@@ -2,7 +2,7 @@
 
 use super::apply::{RouteViews, lsw_routes, matrices, outputs};
 use super::bank::lsw_bank;
-use super::{Options, Out, check_reserved, flag, guard, handle, lsw_mat, lsw_mat_mut, lsw_status, mat, options};
+use super::{Options, Out, flag, guard, handle, lsw_mat, lsw_mat_mut, lsw_status, mat, options};
 use crate::dtype::DType;
 use crate::linear::{LinearOptions, linear, linear_workspace_bytes};
 use crate::view::MatMut;
@@ -41,12 +41,13 @@ pub struct lsw_linear_options {
     /// its dependents start before it has waited, the same is asked of what comes before it. With
     /// 0, nothing but prefetches into the L2 cache comes early.
     pub only_x_is_new: i32,
-    /// 0.
-    pub reserved: i32,
+    /// 0 or 1: blocks do not wait for each other's part of A x, but each computes all of it, as they
+    /// do where others do not come to run: for tests. The bits are the same.
+    pub alone: i32,
 }
 
 impl Options for lsw_linear_options {
-    const DEFAULT: Self = Self { struct_size: size_of::<Self>() as u64, only_x_is_new: 0, reserved: 0 };
+    const DEFAULT: Self = Self { struct_size: size_of::<Self>() as u64, only_x_is_new: 0, alone: 0 };
 }
 
 /// The product of 1 to 8 rows with the weights of a group of targets that share their input (q, k,
@@ -75,7 +76,7 @@ impl Options for lsw_linear_options {
 /// alone. Deterministic, and a row's bits depend neither on the other rows nor on their number.
 ///
 /// One launch on CUDA, as a dependent of the one before where the card knows that (9.0 and newer);
-/// enqueued, and may be captured: one graph serves every route and every refill of a slot. The
+/// its blocks wait for each other, but none for longer than a millisecond. Enqueued, and may be captured: one graph serves every route and every refill of a slot. The
 /// weights are read once for all rows, and the adapters once for each row. lsw_context_take_odd
 /// tells of ids out of range (but -1) and of coefficients that are not finite.
 #[unsafe(no_mangle)]
@@ -95,8 +96,8 @@ pub unsafe extern "C" fn lsw_linear(
     guard(|| {
         // SAFETY: the conventions.
         let given = unsafe { self::options(options) }?;
-        check_reserved(given.reserved).map_err(|e| e.within("options"))?;
-        let options = LinearOptions { only_x_is_new: flag(given.only_x_is_new, "options.only_x_is_new")? };
+        let (only_x_is_new, alone) = (flag(given.only_x_is_new, "options.only_x_is_new")?, flag(given.alone, "options.alone")?);
+        let options = LinearOptions { only_x_is_new, alone };
         // SAFETY: the conventions.
         let (bank, context) = unsafe { handle(bank, "bank") }?.get();
         // SAFETY: the conventions.
