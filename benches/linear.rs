@@ -103,7 +103,8 @@ impl Fused<'_> {
                     for (i, o) in columns.iter().enumerate() {
                         let got = crate::values::decode(DType::Bf16, bits[(row * stride + start + o) as usize]);
                         let bound = bounds[i] + dots[i].1;
-                        if !((got - want[i]).abs() <= bound + oracle::half_ulp(DType::Bf16, want[i].abs() + bound)) {
+                        let off = (got - want[i]).abs();
+                        if off.is_nan() || off > bound + oracle::half_ulp(DType::Bf16, want[i].abs() + bound) {
                             println!("target {target}, row {row}, column {o}: {got}, exactly {}", want[i]);
                             good = false;
                         }
