@@ -8,6 +8,7 @@ mod apply;
 mod check;
 mod floor;
 mod lab;
+mod linear;
 mod model;
 mod peer;
 mod permute;
@@ -63,7 +64,7 @@ pub(crate) struct Outcome {
 }
 
 fn all_cases() -> Vec<Case> {
-    let cases = [floor::cases(), route::cases(), permute::cases(), switch::cases(), apply::cases()];
+    let cases = [floor::cases(), route::cases(), permute::cases(), switch::cases(), apply::cases(), linear::cases()];
     cases.into_iter().flatten().collect()
 }
 

@@ -3,7 +3,8 @@
  * An engine makes a context (the backend), a bank (the adapters: a LoRA pair for every slot and target),
  * and a switch set (the adapted weights W). For each token, or whenever the route changes, lsw_route
  * turns router logits into a route, and lsw_switch_to brings every W to it in one launch.
- * lsw_apply leaves W alone and gives every row of a batch a route of its own.
+ * lsw_apply leaves W alone and gives every row of a batch a route of its own; lsw_linear does the same
+ * beside the product with W, for up to 8 rows.
  * lsw_permute, lsw_gather and lsw_combine group a batch's tokens by expert and add up the results.
  * lsw_measure_... say what the machine allows.
  * ffi-examples/ holds whole programs.
@@ -443,6 +444,31 @@ typedef struct lsw_routes {
      */
     struct lsw_mat row_map;
 } lsw_routes;
+
+/**
+ * How an lsw_linear is ordered after what comes before it. NULL, or what a smaller struct_size
+ * leaves out: 0.
+ */
+typedef struct lsw_linear_options {
+    /**
+     * sizeof(lsw_linear_options).
+     */
+    uint64_t struct_size;
+    /**
+     * 0 or 1: of all that the call reads, the work directly before it on the stream (its last
+     * kernel launch, say) writes x alone; weights, adapters, the bank's slots, ids, gates and
+     * row_map are older. Then, on CUDA, they are read while that work still runs, which hides the
+     * start of the launch. Where that work is a kernel of others that itself starts early and lets
+     * its dependents start before it has waited, the same is asked of what comes before it. With
+     * 0, nothing but prefetches into the L2 cache comes early.
+     */
+    int32_t only_x_is_new;
+    /**
+     * 0 or 1: blocks do not wait for each other's part of A x, but each computes all of it, as they
+     * do where others do not come to run: for tests. The bits are the same.
+     */
+    int32_t alone;
+} lsw_linear_options;
 
 /**
  * How experts are chosen, and how scores become gates. NULL: renormalize 1. Every other member's
@@ -895,6 +921,60 @@ lsw_status lsw_apply_expand(const struct lsw_bank *bank,
                             uint64_t count,
                             const void *workspace,
                             uint64_t workspace_bytes);
+
+/**
+ * Bytes of workspace that lsw_linear needs for the bank's targets first <= i < first + count,
+ * which share their input, and for this many rows with routes of k.
+ */
+lsw_status lsw_linear_workspace_bytes(const struct lsw_bank *bank,
+                                      uint64_t first,
+                                      uint64_t count,
+                                      uint64_t rows,
+                                      uint64_t k,
+                                      uint64_t *bytes);
+
+/**
+ * The product of 1 to 8 rows with the weights of a group of targets that share their input (q, k,
+ * v; gate, up), and what lsw_apply would add: y[i][r] = W[i] x[r] + sum over the entries (id, gate)
+ * of row r's route of gate * scale * B (A x[r]), with A, B and scale of slot id and target first +
+ * i of the bank. One launch streams the weights, and does the adapters' work beside that.
+ *
+ * - weights, count matrices [out_features, in_features], 1 to 8, for the bank's targets from first
+ *   on, whose in_features are equal; the bank's dtype. A set's merged weights serve as well as its
+ *   base: then the adapters come on top.
+ * - x [rows, in_features]: the bank's dtype; 0 to 8 rows.
+ * - routes: as for lsw_apply; k = 0 for the product alone. A row of no item has no adapters.
+ * - y, count matrices [rows, out_features]: LSW_F32, LSW_F16 or LSW_BF16, all of one dtype.
+ *   Written only.
+ * - workspace, at least lsw_linear_workspace_bytes, aligned to 16 bytes: its first 16 bytes are
+ *   zeros before the first call. Every call leaves zeros there, so nobody clears them between
+ *   calls or replays. Calls that share a workspace are ordered one after the other.
+ *
+ * Row strides are free everywhere; full speed needs addresses and rows (stride included) of
+ * weights and x that are multiples of 16 bytes. The y share no memory with each other nor with
+ * anything else of the call.
+ *
+ * Numbers: all operands enter as stored. The products and the sum over the route are in f32, in a
+ * fixed order, on tensor cores for 16 bits; W x and what the adapters add are each such a sum, and
+ * their sum is rounded once to y. A coefficient that is not finite propagates into its own row
+ * alone. Deterministic, and a row's bits depend neither on the other rows nor on their number.
+ *
+ * One launch on CUDA, as a dependent of the one before where the card knows that (9.0 and newer);
+ * its blocks wait for each other, but none for longer than a millisecond. Enqueued, and may be captured: one graph serves every route and every refill of a slot. The
+ * weights are read once for all rows, and the adapters once for each row. lsw_context_take_odd
+ * tells of ids out of range (but -1) and of coefficients that are not finite.
+ */
+lsw_status lsw_linear(const struct lsw_bank *bank,
+                      void *stream,
+                      const struct lsw_linear_options *options,
+                      uint64_t first,
+                      const struct lsw_mat *weights,
+                      const struct lsw_mat *x,
+                      const struct lsw_routes *routes,
+                      const struct lsw_mat_mut *y,
+                      uint64_t count,
+                      void *workspace,
+                      uint64_t workspace_bytes);
 
 /**
  * Routes each token to its k best experts (LoRA-Switch, arXiv 2405.17741, section 4.1, and the

@@ -1,8 +1,8 @@
 //! The driver, probed; a device with its kernels; its streams.
 
 use super::args::{
-    LSW_GATE_SHARED_MANY, LSW_GATE_SHARED_TILE, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS, LSW_SWITCH90_SHARED,
-    LswTakeArgs,
+    LSW_GATE_SHARED_MANY, LSW_GATE_SHARED_TILE, LSW_LINEAR_SHARED_MAX, LSW_LINEAR_THREADS, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT,
+    LSW_SWITCH_THREADS, LSW_SWITCH90_SHARED, LswTakeArgs,
 };
 use super::images::{BUILT_WITH, IMAGES};
 use super::launch::{Grid, launch};
@@ -70,6 +70,7 @@ pub(super) struct Kernels {
     /// Of many rows: f16, bf16.
     pub apply_many: [Apply; 2],
     pub apply_order: Function,
+    pub linear: [Function; 3],
     pub measure_scale: [Function; 3],
     pub measure_fill: [Function; 3],
     pub measure_read: Function,
@@ -189,17 +190,17 @@ impl Modules {
         Ok(found)
     }
 
-    /// Kernels for the two types of 16 bits that ask for this much shared memory.
-    fn halves(&self, file: &str, stem: &str, shared: u32) -> Result<[Function; 2]> {
-        let functions = self.functions(file, stem, ["f16", "bf16"])?;
+    /// Kernels that ask for this much shared memory.
+    fn functions_with_shared<const N: usize>(&self, file: &str, stem: &str, suffixes: [&str; N], bytes: u32) -> Result<[Function; N]> {
+        let functions = self.functions(file, stem, suffixes)?;
         for function in functions {
-            allow_shared(function, shared)?;
+            allow_shared(function, bytes)?;
         }
         Ok(functions)
     }
 
     fn kernels(&self) -> Result<Kernels> {
-        let floats = ["f32", "f16", "bf16"];
+        let (floats, halves) = (["f32", "f16", "bf16"], ["f16", "bf16"]);
         Ok(Kernels {
             route: Routers {
                 plain: self.routers("plain", PLAIN_ITEMS)?,
@@ -211,11 +212,11 @@ impl Modules {
             },
             gate: [self.functions("gate", "gate_plain", floats)?, self.functions("gate", "gate_scored", floats)?],
             gate_many: [
-                self.halves("gate", "gate_many_plain", LSW_GATE_SHARED_MANY)?,
-                self.halves("gate", "gate_many_scored", LSW_GATE_SHARED_MANY)?,
+                self.functions_with_shared("gate", "gate_many_plain", halves, LSW_GATE_SHARED_MANY)?,
+                self.functions_with_shared("gate", "gate_many_scored", halves, LSW_GATE_SHARED_MANY)?,
             ],
             gate_project: self.functions("gate", "gate_project", floats)?,
-            gate_project_tile: self.halves("gate", "gate_project_tile", LSW_GATE_SHARED_TILE)?,
+            gate_project_tile: self.functions_with_shared("gate", "gate_project_tile", halves, LSW_GATE_SHARED_TILE)?,
             status_take: self.function("status", "status_take")?,
             bank_set: self.function("bank", "bank_set")?,
             switch: self.functions("switch", "switch", floats)?,
@@ -228,6 +229,7 @@ impl Modules {
             apply: [self.apply("apply", "f32")?, self.apply("apply", "f16")?, self.apply("apply", "bf16")?],
             apply_many: [self.apply("apply_mma", "many_f16")?, self.apply("apply_mma", "many_bf16")?],
             apply_order: self.function("apply_mma", "apply_order")?,
+            linear: self.functions_with_shared("linear", "linear", floats, linear_shared()?)?,
             measure_scale: self.functions("measure", "measure_scale", floats)?,
             measure_fill: self.functions("measure", "measure_fill", floats)?,
             measure_read: self.function("measure", "measure_read")?,
@@ -244,6 +246,10 @@ pub(crate) struct Device {
     pub(super) hopper: Option<Hopper>,
     /// Blocks of the portable switch that fill the card, by dtype.
     pub(super) switch_blocks: [u32; 3],
+    /// Blocks of `linear` that run at a time, by dtype.
+    pub(super) linear_blocks: [u32; 3],
+    /// The most shared memory of each.
+    pub(super) linear_shared: u32,
     /// Multiprocessors of the card.
     pub(super) processors: u32,
     /// Whether a kernel may start before the one before it has ended, and whether blocks may form clusters: from 9.0 on.
@@ -327,10 +333,23 @@ impl Device {
         let kernels = modules.kernels()?;
         let hopper = if is_hopper { Some(modules.hopper()?) } else { None };
         let switch_blocks = switch_blocks(&kernels)?;
+        let (linear_blocks, linear_shared) = (linear_blocks(&kernels)?, linear_shared()?);
         let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
         let taking = Mutex::new(());
-        let mut device =
-            Self { raw, kernels, hopper, switch_blocks, processors, has_dependent_launch, modules, odd: None, taking, _owner: owner };
+        let mut device = Self {
+            raw,
+            kernels,
+            hopper,
+            switch_blocks,
+            linear_blocks,
+            linear_shared,
+            processors,
+            has_dependent_launch,
+            modules,
+            odd: None,
+            taking,
+            _owner: owner,
+        };
         let odd = DeviceMemory::new(&device, 16, &StateMemory::allocate())?;
         zero(&odd, 4)?;
         device.odd = Some(odd);
@@ -418,16 +437,36 @@ fn allow_shared(function: Function, bytes: u32) -> Result<()> {
 
 /// Allows the switch its shared memory and asks how many of its blocks the card holds at once.
 fn switch_blocks(kernels: &Kernels) -> Result<[u32; 3]> {
-    let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
     let mut blocks = [0; 3];
     for ((function, shared), blocks) in kernels.switch.iter().zip(SWITCH_SHARED).zip(&mut blocks) {
         allow_shared(*function, shared)?;
-        let mut each = 0;
-        // SAFETY: a function of a loaded module, and a valid pointer.
-        unsafe { driver!(cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut each, *function, LSW_SWITCH_THREADS as i32, shared as usize)) }?;
-        *blocks = (each.max(1) * processors) as u32;
+        *blocks = resident_blocks(*function, LSW_SWITCH_THREADS, shared)?;
     }
     Ok(blocks)
+}
+
+/// What a block of `linear` may have.
+fn linear_shared() -> Result<u32> {
+    let most = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+    Ok(LSW_LINEAR_SHARED_MAX.min(most as u32))
+}
+
+fn linear_blocks(kernels: &Kernels) -> Result<[u32; 3]> {
+    let shared = linear_shared()?;
+    let mut blocks = [0; 3];
+    for (function, blocks) in kernels.linear.iter().zip(&mut blocks) {
+        *blocks = resident_blocks(*function, LSW_LINEAR_THREADS, shared)?;
+    }
+    Ok(blocks)
+}
+
+/// How many blocks the card holds at once.
+fn resident_blocks(function: Function, threads: u32, shared: u32) -> Result<u32> {
+    let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+    let mut each = 0;
+    // SAFETY: a function of a loaded module, and a valid pointer.
+    unsafe { driver!(cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut each, function, threads as i32, shared as usize)) }?;
+    Ok((each.max(1) * processors) as u32)
 }
 
 /// A stream of a device: a raw handle, and its cudarc owner where it has one.

@@ -10,6 +10,7 @@ mod context;
 pub(crate) mod gate;
 mod images;
 mod launch;
+pub(crate) mod linear;
 mod maps;
 pub(crate) mod measure;
 mod memory;
