@@ -7,6 +7,7 @@ mod common;
 mod oracle;
 mod values;
 
+mod advise;
 mod apply;
 mod backend;
 mod c_examples;

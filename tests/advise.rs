@@ -1,0 +1,174 @@
+//! Advice: the model as its docs state it, its limits, and a calibration that really measures.
+
+use crate::common::{Backend, FLOATS};
+use lora_switch::{Advice, Calibration, DType, Error, Strategy, TargetShape, Workload, advise};
+use proptest::prelude::*;
+
+const LAYER: [(u64, u64); 7] = [(4096, 4096), (4096, 4096), (4096, 4096), (4096, 4096), (11008, 4096), (11008, 4096), (4096, 11008)];
+const GROUPS: [u64; 4] = [3, 1, 2, 1];
+
+/// Llama-2-7B: its targets and groups.
+fn llama() -> (Vec<TargetShape>, Vec<u64>) {
+    let shape = |(out_features, in_features)| TargetShape { out_features, in_features, rank_cap: 256 };
+    (LAYER.map(shape).repeat(32), GROUPS.repeat(32))
+}
+
+/// Numbers with few digits, so that a wrong term stands out.
+const PLAIN: Calibration = Calibration {
+    read_gb_per_s: 4000.0,
+    copy_gb_per_s: 2000.0,
+    launch_us: 1.0,
+    apply_call_us: 5.0,
+    few_rows_gb_per_s: 500.0,
+    many_rows_gb_per_s: 8000.0,
+    product_share: 0.5,
+    product_tflops: 1000.0,
+};
+
+fn close(got: f64, want: f64) {
+    assert!((got - want).abs() <= 1e-9 * want, "{got}, by hand {want}");
+}
+
+/// Two targets that share x and one that does not; slots of rank 4 and 8, the last target caps them at 4. bf16.
+#[test]
+fn is_what_the_formulas_say() {
+    let shape = |out_features, in_features, rank_cap| TargetShape { out_features, in_features, rank_cap };
+    let targets = [shape(1000, 500, 8), shape(200, 500, 8), shape(300, 1000, 4)];
+    let at = |k, batch, tokens_per_route, dtype| {
+        let workload = Workload { targets: &targets, groups: &[2, 1], dtype, ranks: &[4, 8], k, batch, tokens_per_route };
+        advise(&PLAIN, &workload).unwrap()
+    };
+    let weights = 1000.0 * 500.0 + 200.0 * 500.0 + 300.0 * 1000.0;
+    // Of a slot on average: rank 6 at the first two targets, 4 at the last.
+    let slot = 2.0 * (6.0 * 1500.0 + 6.0 * 700.0 + 4.0 * 1300.0);
+    let row = 2.0 * (1500.0 + 2.0 * 1500.0);
+    let memory = 2.0 * weights / (0.5 * 4000.0) / 1e3;
+
+    let one = at(1, 1, 1.0, DType::Bf16);
+    close(one.switch_us, 1.0 + (4.0 * weights + slot) / 2000.0 / 1e3 + memory);
+    close(one.apply_us, memory + 2.0 * 5.0 + slot / 4000.0 / 1e3 + slot / 500.0 / 1e3 + row / 2000.0 / 1e3);
+
+    // Eight sequences, two tokens a route: a switch multiplies two rows at a time; four routes of one of two slots miss one in 16.
+    let eight = at(1, 8, 2.0, DType::Bf16);
+    close(eight.switch_us, (1.0 + (4.0 * weights + slot) / 2000.0 / 1e3) / 2.0 + memory / 2.0);
+    let distinct = 2.0 * (15.0 / 16.0) * slot / 4000.0 / 1e3;
+    close(eight.apply_us, (memory + 10.0 + distinct) / 8.0 + slot / 500.0 / 1e3 + row / 2000.0 / 1e3);
+
+    // Above 64 rows the other rate holds, in 16 bits; both slots, so that each adapter is read.
+    let rest = |adapters: f64, rate: f64, row: f64| 10.0 / 65.0 + adapters / rate / 1e3 + row / 2000.0 / 1e3;
+    let product = |bytes: f64| bytes * weights / (0.5 * 4000.0) / 1e3 / 65.0;
+    close(at(2, 65, 1.0, DType::F16).apply_us, product(2.0) + 2.0 * slot / 4000.0 / 1e3 / 65.0 + rest(2.0 * slot, 8000.0, row));
+    close(at(2, 65, 1.0, DType::F32).apply_us, product(4.0) + 4.0 * slot / 4000.0 / 1e3 / 65.0 + rest(4.0 * slot, 500.0, 2.0 * row));
+
+    // Enough rows that arithmetic and not memory bounds the product.
+    let many = at(0, 100_000, 1e6, DType::Bf16);
+    close(many.apply_us, 2.0 * weights / 1000.0 / 1e6 + 10.0 / 1e5 + row / 2000.0 / 1e3);
+    close(many.switch_us, (1.0 + 4.0 * weights / 2000.0 / 1e3) / 1e6 + 2.0 * weights / 1000.0 / 1e6);
+}
+
+/// The switch is right from the crossover of the docs on, and not before.
+#[test]
+fn turns_where_the_docs_say() {
+    let (targets, groups) = llama();
+    for (batch, rank) in [(1, 16), (1, 64), (4, 16), (32, 16)] {
+        let ranks = [rank; 8];
+        let at = |tokens_per_route: f64| {
+            let (targets, groups) = (&targets, &groups);
+            advise(&PLAIN, &Workload { targets, groups, dtype: DType::Bf16, ranks: &ranks, k: 2, batch, tokens_per_route }).unwrap()
+        };
+        // What the batch's adapters come to depends on R too, so from there on, where all rows have one route.
+        let far = at(1e5);
+        let weights = 32.0 * (4.0 * 4096.0 * 4096.0 + 3.0 * 4096.0 * 11008.0);
+        let adapters = 2.0 * 2.0 * rank as f64 * 32.0 * (4.0 * 8192.0 + 3.0 * 15104.0);
+        let product = 2.0 * weights / (0.5 * 4000.0) / 1e3 / batch as f64;
+        let crossover = (1.0 + (4.0 * weights + adapters) / 2000.0 / 1e3) / (far.apply_us - product);
+        assert!(crossover > batch as f64, "{crossover}");
+        assert_eq!(at(crossover * 0.999).best, Strategy::Apply, "batch {batch}, rank {rank}: before {crossover}");
+        assert_eq!(at(crossover * 1.001).best, Strategy::Switch, "batch {batch}, rank {rank}: after {crossover}");
+    }
+}
+
+proptest! {
+    /// More tokens for a route never cost more a token; the best is the least; all are positive.
+    #[test]
+    fn falls_with_tokens_per_route(
+        (rank, k, slots) in (0u64..=256, 0u64..=32, 1usize..20),
+        batch in prop_oneof![1u64..9, 1u64..5000],
+        tokens in prop::collection::vec(1f64..1e6, 2..8),
+        d in 0usize..3,
+    ) {
+        let (targets, groups) = llama();
+        let mut tokens = tokens;
+        tokens.sort_by(f64::total_cmp);
+        let mut last: Option<Advice> = None;
+        for tokens_per_route in tokens {
+            let (ranks, dtype) = (vec![rank; slots], FLOATS[d]);
+            let workload = Workload { targets: &targets, groups: &groups, dtype, ranks: &ranks, k, batch, tokens_per_route };
+            let advice = advise(&Calibration::H200, &workload).unwrap();
+            for strategy in Strategy::ALL {
+                prop_assert!(advice.us(strategy) > 0.0 && advice.us(advice.best) <= advice.us(strategy));
+                prop_assert!(last.is_none_or(|last| advice.us(strategy) <= last.us(strategy) * (1.0 + 1e-12)));
+            }
+            last = Some(advice);
+        }
+    }
+}
+
+#[test]
+fn bad_arguments_are_named() {
+    let shape = |out_features, in_features, rank_cap| TargetShape { out_features, in_features, rank_cap };
+    let targets = [shape(8, 4, 2), shape(8, 4, 2), shape(8, 6, 2)];
+    let good = Workload { targets: &targets, groups: &[2, 1], dtype: DType::F32, ranks: &[2], k: 1, batch: 1, tokens_per_route: 1.0 };
+    advise(&PLAIN, &good).unwrap();
+    let refused = |name: &str, calibration: Calibration, workload: Workload<'_>| {
+        let error = advise(&calibration, &workload).unwrap_err();
+        assert!(matches!(&error, Error::Argument { name: n, .. } if n == name), "{error} should name {name}");
+    };
+    refused("dtype", PLAIN, Workload { dtype: DType::I32, ..good });
+    refused("ranks", PLAIN, Workload { ranks: &[], ..good });
+    refused("ranks[1]", PLAIN, Workload { ranks: &[256, 257], ..good });
+    refused("k", PLAIN, Workload { k: 33, ..good });
+    refused("batch", PLAIN, Workload { batch: 0, ..good });
+    refused("batch", PLAIN, Workload { batch: 1 << 31, ..good });
+    for tokens_per_route in [0.5, -1.0, f64::NAN, f64::INFINITY] {
+        refused("tokens_per_route", PLAIN, Workload { tokens_per_route, ..good });
+    }
+    refused("groups", PLAIN, Workload { groups: &[2], ..good });
+    refused("groups[0]", PLAIN, Workload { groups: &[0, 2, 1], ..good });
+    refused("groups[1]", PLAIN, Workload { groups: &[2, 2], ..good });
+    refused("groups[0]", PLAIN, Workload { targets: &[targets[0]; 9], groups: &[9], ..good });
+    refused("targets[2].in_features", PLAIN, Workload { groups: &[1, 2], ..good });
+    refused("targets[0].rank_cap", PLAIN, Workload { targets: &[shape(8, 4, 257)], groups: &[1], ..good });
+    refused("targets[0].out_features", PLAIN, Workload { targets: &[shape(1 << 31, 4, 2)], groups: &[1], ..good });
+    for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        refused("calibration.read_gb_per_s", Calibration { read_gb_per_s: bad, ..PLAIN }, good);
+        refused("calibration.copy_gb_per_s", Calibration { copy_gb_per_s: bad, ..PLAIN }, good);
+        refused("calibration.few_rows_gb_per_s", Calibration { few_rows_gb_per_s: bad, ..PLAIN }, good);
+        refused("calibration.many_rows_gb_per_s", Calibration { many_rows_gb_per_s: bad, ..PLAIN }, good);
+        refused("calibration.product_share", Calibration { product_share: bad, ..PLAIN }, good);
+    }
+    refused("calibration.product_tflops", Calibration { product_tflops: 0.0, ..PLAIN }, good);
+    refused("calibration.launch_us", Calibration { launch_us: -0.1, ..PLAIN }, good);
+    refused("calibration.apply_call_us", Calibration { apply_call_us: f64::NAN, ..PLAIN }, good);
+    advise(&Calibration { launch_us: 0.0, apply_call_us: 0.0, product_tflops: f64::INFINITY, ..PLAIN }, &good).unwrap();
+    // Nothing to serve costs nothing.
+    let nothing = advise(&PLAIN, &Workload { targets: &[], groups: &[], ..good }).unwrap();
+    assert_eq!((nothing.best, nothing.apply_us), (Strategy::Apply, 0.0));
+}
+
+/// Figures of a real machine: any that memory and a launch have had in this century; and advice can be had from them.
+fn calibrates(backend: &Backend) {
+    let found = Calibration::measure(&backend.stream).unwrap();
+    let (targets, groups) = llama();
+    let (targets, groups) = (&targets, &groups);
+    advise(&found, &Workload { targets, groups, dtype: DType::Bf16, ranks: &[16; 8], k: 2, batch: 1, tokens_per_route: 1.0 }).unwrap();
+    for rate in [found.read_gb_per_s, found.copy_gb_per_s] {
+        assert!((0.01..1e5).contains(&rate), "{found:?}");
+    }
+    assert!(found.launch_us > 0.0 && found.launch_us < 1e3, "{found:?}");
+    eprintln!("{found:?}");
+    // Whatever ran before, the stream goes on.
+    backend.synchronize();
+}
+
+on_backends!(calibrates);
