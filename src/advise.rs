@@ -173,7 +173,7 @@ impl Model {
     }
 
     fn product_us(&self, c: &Calibration, rows: f64) -> f64 {
-        let memory = us(self.w, c.product_share * c.read_gb_per_s);
+        let memory = us(self.w, c.read_gb_per_s) / c.product_share;
         memory.max(2.0 * rows * self.weights / c.product_tflops / 1e6)
     }
 

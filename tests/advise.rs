@@ -1,6 +1,6 @@
 //! Advice: the model as its docs state it, its limits, and a calibration that really measures.
 
-use crate::common::{Backend, FLOATS};
+use crate::common::{Backend, FLOATS, cases};
 use lora_switch::{Advice, Calibration, DType, Error, Strategy, TargetShape, Workload, advise};
 use proptest::prelude::*;
 
@@ -89,6 +89,7 @@ fn turns_where_the_docs_say() {
 }
 
 proptest! {
+    #![proptest_config(cases(256))]
     /// More tokens for a route never cost more a token; the best is the least; all are positive.
     #[test]
     fn falls_with_tokens_per_route(
@@ -154,6 +155,97 @@ fn bad_arguments_are_named() {
     // Nothing to serve costs nothing.
     let nothing = advise(&PLAIN, &Workload { targets: &[], groups: &[], ..good }).unwrap();
     assert_eq!((nothing.best, nothing.apply_us), (Strategy::Apply, 0.0));
+}
+
+/// The structs of the header, for a call through C's door.
+#[cfg(feature = "capi")]
+mod c {
+    #[repr(C)]
+    pub struct Calibration {
+        pub struct_size: u64,
+        pub figures: [f64; FIGURES],
+    }
+    pub const FIGURES: usize = 8;
+
+    #[repr(C)]
+    pub struct Workload {
+        pub struct_size: u64,
+        pub targets: *const [u64; 3],
+        pub count: u64,
+        pub groups: *const u64,
+        pub group_count: u64,
+        pub ranks: *const u64,
+        pub slots: u64,
+        pub dtype: i32,
+        pub reserved: i32,
+        pub k: u64,
+        pub batch: u64,
+        pub tokens_per_route: f64,
+    }
+
+    #[repr(C)]
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    pub struct Advice {
+        pub struct_size: u64,
+        pub best: i32,
+        pub reserved: i32,
+        pub us: [f64; STRATEGIES],
+    }
+    pub const STRATEGIES: usize = lora_switch::Strategy::ALL.len();
+
+    unsafe extern "C" {
+        pub fn lsw_advise(calibration: *const Calibration, workload: *const Workload, advice: *mut Advice) -> i32;
+    }
+}
+
+/// C gets what Rust gets, to the bit; a struct of an older header gets what it has room for.
+#[cfg(feature = "capi")]
+#[test]
+fn c_agrees_with_rust() {
+    let (targets, groups) = llama();
+    let raw: Vec<[u64; 3]> = targets.iter().map(|t| [t.out_features, t.in_features, t.rank_cap]).collect();
+    let ranks = [8u64, 16, 16, 64];
+    let c = PLAIN;
+    let figures = [
+        c.read_gb_per_s,
+        c.copy_gb_per_s,
+        c.launch_us,
+        c.apply_call_us,
+        c.few_rows_gb_per_s,
+        c.many_rows_gb_per_s,
+        c.product_share,
+        c.product_tflops,
+    ];
+    let plain = c::Calibration { struct_size: size_of::<c::Calibration>() as u64, figures };
+    for (number, dtype, batch, tokens_per_route) in [(0, DType::F32, 1, 1.0), (1, DType::F16, 8, 30.5), (2, DType::Bf16, 4096, 1e4)] {
+        let of_c = c::Workload {
+            struct_size: size_of::<c::Workload>() as u64,
+            targets: raw.as_ptr(),
+            count: raw.len() as u64,
+            groups: groups.as_ptr(),
+            group_count: groups.len() as u64,
+            ranks: ranks.as_ptr(),
+            slots: ranks.len() as u64,
+            dtype: number,
+            reserved: 0,
+            k: 2,
+            batch,
+            tokens_per_route,
+        };
+        let of_rust = Workload { targets: &targets, groups: &groups, dtype, ranks: &ranks, k: 2, batch, tokens_per_route };
+        for (calibration, given) in [(PLAIN, &raw const plain), (Calibration::H200, std::ptr::null())] {
+            let want = advise(&calibration, &of_rust).unwrap();
+            let size = size_of::<c::Advice>() as u64;
+            let poison = c::Advice { struct_size: size, best: -1, reserved: -1, us: [-1.0; c::STRATEGIES] };
+            let us = Strategy::ALL.map(|strategy| want.us(strategy));
+            let (mut whole, mut short) = (poison, c::Advice { struct_size: 16, ..poison });
+            // SAFETY: structs of the header's layout, whose pointers have as many elements as they say.
+            let status = unsafe { [c::lsw_advise(given, &of_c, &mut whole), c::lsw_advise(given, &of_c, &mut short)] };
+            assert_eq!(status, [0; 2]);
+            assert_eq!(whole, c::Advice { struct_size: size, best: want.best as i32, reserved: 0, us });
+            assert_eq!(short, c::Advice { struct_size: 16, best: want.best as i32, reserved: 0, ..poison });
+        }
+    }
 }
 
 /// Figures of a real machine: any that memory and a launch have had in this century; and advice can be had from them.

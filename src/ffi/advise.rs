@@ -168,11 +168,7 @@ impl lsw_advice {
 /// frees it, and takes about 0.1 s. On CUDA it works on a stream of its own, synchronises, and cannot
 /// be captured.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn lsw_calibrate(
-    context: *const lsw_context,
-    stream: *mut c_void,
-    calibration: *mut lsw_calibration,
-) -> lsw_status {
+pub unsafe extern "C" fn lsw_calibrate(context: *const lsw_context, stream: *mut c_void, calibration: *mut lsw_calibration) -> lsw_status {
     guard(|| {
         // SAFETY: the conventions.
         let (_, stream) = unsafe { on(context, stream) }?;
