@@ -6,6 +6,7 @@
 mod accuracy;
 mod apply;
 mod check;
+mod crossover;
 mod floor;
 mod lab;
 mod model;
@@ -63,7 +64,7 @@ pub(crate) struct Outcome {
 }
 
 fn all_cases() -> Vec<Case> {
-    let cases = [floor::cases(), route::cases(), permute::cases(), switch::cases(), apply::cases()];
+    let cases = [floor::cases(), route::cases(), permute::cases(), switch::cases(), apply::cases(), crossover::cases()];
     cases.into_iter().flatten().collect()
 }
 

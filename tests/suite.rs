@@ -19,6 +19,7 @@ mod graph;
 mod peft;
 mod peft_loader;
 mod permute;
+mod plot;
 mod resources;
 mod route;
 mod safe_api;
