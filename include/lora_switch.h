@@ -176,6 +176,11 @@
 #define LSW_STRATEGY_APPLY 1
 
 /**
+ * Both in one launch, for at most 8 rows (lsw_linear).
+ */
+#define LSW_STRATEGY_LINEAR 2
+
+/**
  * exp(x) over the sum of exp(x) of all experts.
  */
 #define LSW_SOFTMAX 0
@@ -456,6 +461,30 @@ typedef struct lsw_routes {
 } lsw_routes;
 
 /**
+ * How an lsw_linear is ordered after what comes before it. NULL, or what a smaller struct_size
+ * leaves out: 0.
+ */
+typedef struct lsw_linear_options {
+    /**
+     * sizeof(lsw_linear_options).
+     */
+    uint64_t struct_size;
+    /**
+     * 0 or 1: of all that the call reads, the work directly before it on the stream (its last
+     * kernel launch, say) writes x alone; weights, adapters, the bank's slots, ids, gates and
+     * row_map are older. Then, on CUDA, they are read while that work still runs, which hides the
+     * start of the launch. Where that work is a kernel of others that itself starts early and lets
+     * its dependents start before it has waited, the same is asked of what comes before it. With
+     * 0, nothing but prefetches into the L2 cache comes early.
+     */
+    int32_t only_x_is_new;
+    /**
+     * 0.
+     */
+    int32_t reserved;
+} lsw_linear_options;
+
+/**
  * What a machine does, and the engine's product on it: measured by lsw_calibrate, or written by
  * hand. All are positive and finite, but that times may be 0 and product_tflops infinite. GB are
  * 10^9 bytes. NULL, or what a smaller struct_size leaves out: those of an NVIDIA H200.
@@ -490,6 +519,18 @@ typedef struct lsw_calibration {
      * The same above 64 rows in 16 bits.
      */
     double many_rows_gb_per_s;
+    /**
+     * A call of lsw_linear without adapters, bytes aside.
+     */
+    double linear_call_us;
+    /**
+     * What adapters add to that, bytes aside.
+     */
+    double linear_adapters_us;
+    /**
+     * lsw_linear streams weights at this rate.
+     */
+    double linear_gb_per_s;
     /**
      * The part of read_gb_per_s that the engine's base product reaches with few rows.
      */
@@ -584,6 +625,10 @@ typedef struct lsw_advice {
      * Multiply the whole batch, then add the adapters.
      */
     double apply_us;
+    /**
+     * Both in one launch a group; infinite for batches above 8.
+     */
+    double linear_us;
 } lsw_advice;
 
 /**
@@ -1039,10 +1084,64 @@ lsw_status lsw_apply_expand(const struct lsw_bank *bank,
                             uint64_t workspace_bytes);
 
 /**
+ * Bytes of workspace that lsw_linear needs for the bank's targets first <= i < first + count,
+ * which share their input, and for this many rows with routes of k.
+ */
+lsw_status lsw_linear_workspace_bytes(const struct lsw_bank *bank,
+                                      uint64_t first,
+                                      uint64_t count,
+                                      uint64_t rows,
+                                      uint64_t k,
+                                      uint64_t *bytes);
+
+/**
+ * The product of 1 to 8 rows with the weights of a group of targets that share their input (q, k,
+ * v; gate, up), and what lsw_apply would add: y[i][r] = W[i] x[r] + sum over the entries (id, gate)
+ * of row r's route of gate * scale * B (A x[r]), with A, B and scale of slot id and target first +
+ * i of the bank. One launch streams the weights, and does the adapters' work beside that.
+ *
+ * - weights, count matrices [out_features, in_features], 1 to 8, for the bank's targets from first
+ *   on, whose in_features are equal; the bank's dtype. A set's merged weights serve as well as its
+ *   base: then the adapters come on top.
+ * - x [rows, in_features]: the bank's dtype; 0 to 8 rows.
+ * - routes: as for lsw_apply; k = 0 for the product alone. A row of no item has no adapters.
+ * - y, count matrices [rows, out_features]: LSW_F32, LSW_F16 or LSW_BF16, all of one dtype.
+ *   Written only.
+ * - workspace, at least lsw_linear_workspace_bytes, aligned to 16 bytes: its first 16 bytes are
+ *   zeros before the first call. Every call leaves zeros there, so nobody clears them between
+ *   calls or replays. Calls that share a workspace are ordered one after the other.
+ *
+ * Row strides are free everywhere; full speed needs addresses and rows (stride included) of
+ * weights and x that are multiples of 16 bytes. The y share no memory with each other nor with
+ * anything else of the call.
+ *
+ * Numbers: all operands enter as stored. The products and the sum over the route are in f32, in a
+ * fixed order, on tensor cores for 16 bits; W x and what the adapters add are each such a sum, and
+ * their sum is rounded once to y. A coefficient that is not finite propagates into its own row
+ * alone. Deterministic, and a row's bits depend neither on the other rows nor on their number.
+ *
+ * One launch on CUDA, as a dependent of the one before where the card knows that (9.0 and newer);
+ * enqueued, and may be captured: one graph serves every route and every refill of a slot. The
+ * weights are read once for all rows, and the adapters once for each row. lsw_context_take_odd
+ * tells of ids out of range (but -1) and of coefficients that are not finite.
+ */
+lsw_status lsw_linear(const struct lsw_bank *bank,
+                      void *stream,
+                      const struct lsw_linear_options *options,
+                      uint64_t first,
+                      const struct lsw_mat *weights,
+                      const struct lsw_mat *x,
+                      const struct lsw_routes *routes,
+                      const struct lsw_mat_mut *y,
+                      uint64_t count,
+                      void *workspace,
+                      uint64_t workspace_bytes);
+
+/**
  * Measures all of calibration but its last two fields on the stream's device, in LSW_BF16: reading
- * and copying a large vector, an empty launch, and lsw_apply to one row and to more, with 8
- * adapters of rank 16 at a 4096 x 4096 matrix. calibration->struct_size is set by the caller; what
- * it leaves out is not written.
+ * and copying a large vector, an empty launch, lsw_apply to one row and to more, with 8 adapters of
+ * rank 16 at a 4096 x 4096 matrix, and lsw_linear at matrices of two sizes. calibration->struct_size
+ * is set by the caller; what it leaves out is not written.
  *
  * The base product is the engine's, so its two figures are not measured: on CUDA they are set to
  * what cuBLAS reaches on an H200 (0.84, and 750 in 16 bits), on the CPU to 1 and 0.1. An engine that
@@ -1064,16 +1163,19 @@ lsw_status lsw_calibrate(const struct lsw_context *context,
  * those of a row's inputs and twice its outputs, C the number of groups, B the batch, R the tokens
  * per route, and the figures of the calibration:
  *
- * - product(n) = max(W / (product_share * read), 2 * n * weights / product_tflops): the engine's
- *   own product of n rows;
+ * - product(n) = max(W / (product_share * read), 2 n * weights / product_tflops): the engine's own
+ *   product of n rows; up to 8 rows lsw_linear without adapters in its place if that is less:
+ *   C * linear_call + W / linear_rate;
  * - switch = (launch + (2 W + E) / copy) / R + product(m) / m, with m = min(B, R): merged weights
  *   serve one route at a time, so a batch of more routes falls apart;
  * - apply = (product(B) + C * apply_call + D / read + B (E / rows + Y / copy)) / B, where D is what
  *   the batch's adapters come to if each is read once: N (1 - (1 - k/N)^(B/R)) of N slots for B/R
- *   random routes, and rows is few_rows up to 64 rows and in LSW_F32, many_rows above.
+ *   random routes, and rows is few_rows up to 64 rows and in LSW_F32, many_rows above;
+ * - linear = (C * (linear_call + linear_adapters) + W / linear_rate + D / read + (B - 1) E /
+ *   few_rows) / B, up to 8 rows.
  *
- * So a switch is right from R = (launch + (2 W + E) / copy) / (apply - product(B) / B) on, where
- * that is at least B.
+ * So a switch is right from R = (launch + (2 W + E) / copy) / (min(apply, linear) - product(B) / B)
+ * on, where that is at least B.
  */
 lsw_status lsw_advise(const struct lsw_calibration *calibration,
                       const struct lsw_workload *workload,

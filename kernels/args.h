@@ -66,6 +66,17 @@ enum {
     LSW_ORDER_THREADS = 1024,
     LSW_ORDER_BUCKETS = 4096,
 
+    LSW_LINEAR_TOKENS = 8,    /* of one call: the columns of a product of tensor cores */
+    LSW_LINEAR_STREAMERS = 8, /* warps that stream weights */
+    LSW_LINEAR_ADDERS = 4,    /* warps that see to the adapters */
+    LSW_LINEAR_THREADS = 32 * (LSW_LINEAR_STREAMERS + LSW_LINEAR_ADDERS),
+    LSW_LINEAR_TILE = 16,      /* rows of the weights that a block's streamers share */
+    LSW_LINEAR_LINE = 128,     /* bytes of each that a warp takes at a time */
+    LSW_LINEAR_DEPTH = 4,      /* of those in a warp's ring */
+    LSW_LINEAR_OUTPUTS = 2048, /* tokens x rows that a block keeps */
+    LSW_LINEAR_TERMS = 64,     /* entries of routes that a block has at hand */
+    LSW_LINEAR_SHARED = 96 * 1024, /* bytes a block; asserted by the kernel */
+
     LSW_MEASURE_THREADS = 1024,
     LSW_READ_THREADS = 512,
     LSW_READ_BLOCKS = 4, /* a multiprocessor */
@@ -281,6 +292,28 @@ typedef struct LswApplyArgs {
     uint32_t padding;
     LswApplyTarget targets[LSW_APPLY_TARGETS];
 } LswApplyArgs;
+
+/* What the blocks of a linear hand to each other. All zero before a launch and after it. */
+typedef struct LswLinearHandOver {
+    uint32_t ready; /* blocks whose part of A x is written */
+    uint32_t done;  /* blocks that need no more of it */
+    uint32_t padding[2];
+} LswLinearHandOver;
+
+/* y[r] = W x[r] + what `apply` would add, for the targets of `apply`, whose rows count through in order. */
+typedef struct LswLinearArgs {
+    LswApplyArgs apply;
+    uint64_t hand_over; /* LswLinearHandOver */
+    uint64_t weights[LSW_APPLY_TARGETS], weight_strides[LSW_APPLY_TARGETS];
+    uint32_t rounds;        /* tiles of a block: tile i is block i % blocks' */
+    uint32_t tile_rows;     /* of a tile; the first `longer` tiles have one more */
+    uint32_t longer;
+    uint32_t whole;         /* weights and x: addresses and rows are multiples of 16 bytes */
+    uint32_t only_x_is_new; /* all else was written before the launch before this one */
+    uint32_t ahead;
+    uint32_t late;
+    uint32_t padding;
+} LswLinearArgs;
 
 /* Over `count` elements: y = factor * x, or y = factor * uniform(-1, 1). Over `count` bytes: y[0] ^= the words of x.
  * Over `count` packs of 16 bytes, in whole runs: each run of x `times` times to y, or the xor of each `times` runs of x to y. */

@@ -3,7 +3,7 @@
 use crate::bank::TargetShape;
 use crate::calibrate::Calibration;
 use crate::check::{MAX_COUNT, narrow};
-use crate::cuda::args::{LSW_APPLY_MANY, LSW_MAX_K, LSW_MAX_RANK};
+use crate::cuda::args::{LSW_APPLY_MANY, LSW_LINEAR_TOKENS, LSW_MAX_K, LSW_MAX_RANK};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use std::fmt;
@@ -16,11 +16,13 @@ pub enum Strategy {
     Switch = 0,
     /// Multiply by the base weights, then add what the adapters make of x ([`apply`](crate::apply())).
     Apply = 1,
+    /// Both in one launch, for at most 8 rows ([`linear`](crate::linear())).
+    Linear = 2,
 }
 
 impl Strategy {
     /// In the order of their numbers.
-    pub const ALL: [Self; 2] = [Self::Switch, Self::Apply];
+    pub const ALL: [Self; 3] = [Self::Switch, Self::Apply, Self::Linear];
 }
 
 impl fmt::Display for Strategy {
@@ -28,6 +30,7 @@ impl fmt::Display for Strategy {
         f.write_str(match self {
             Self::Switch => "switch",
             Self::Apply => "apply",
+            Self::Linear => "linear",
         })
     }
 }
@@ -61,14 +64,15 @@ pub struct Advice {
     pub switch_us: f64,
     /// Multiply the whole batch, then add the adapters.
     pub apply_us: f64,
+    /// Both in one launch a group; infinite for batches above 8.
+    pub linear_us: f64,
 }
 
 impl Advice {
-    fn new(switch_us: f64, apply_us: f64) -> Self {
-        let all = [(Strategy::Switch, switch_us), (Strategy::Apply, apply_us)];
-        let cheaper = |best: (Strategy, f64), next: (Strategy, f64)| if next.1 < best.1 { next } else { best };
-        let best = all.into_iter().reduce(cheaper).expect("strategies").0;
-        Self { best, switch_us, apply_us }
+    fn new(switch_us: f64, apply_us: f64, linear_us: f64) -> Self {
+        let all = Self { best: Strategy::Switch, switch_us, apply_us, linear_us };
+        let cheaper = |best: Strategy, next: Strategy| if all.us(next) < all.us(best) { next } else { best };
+        Self { best: Strategy::ALL.into_iter().reduce(cheaper).expect("strategies"), ..all }
     }
 
     /// The prediction for one of them.
@@ -76,6 +80,7 @@ impl Advice {
         match strategy {
             Strategy::Switch => self.switch_us,
             Strategy::Apply => self.apply_us,
+            Strategy::Linear => self.linear_us,
         }
     }
 }
@@ -86,14 +91,16 @@ impl Advice {
 /// With W the bytes of all matrices, E those of one token's k adapters (the mean over the slots), Y those of a row's inputs and twice
 /// its outputs, C the number of groups, B the batch, R the tokens per route, and the figures of a [`Calibration`]:
 ///
-/// - product(n) = max(W / (product_share * read), 2 * n * weights / product_tflops): the engine's own product of n rows;
+/// - product(n) = max(W / (product_share * read), 2 n * weights / product_tflops): the engine's own product of n rows; up to 8 rows
+///   `linear` without adapters in its place if that is less: C * linear_call + W / linear_rate;
 /// - switch = (launch + (2 W + E) / copy) / R + product(m) / m, with m = min(B, R): merged weights serve one route at a time, so a batch
 ///   of more routes falls apart;
 /// - apply = (product(B) + C * apply_call + D / read + B (E / rows + Y / copy)) / B, where D is what the batch's adapters come to if each
 ///   is read once: N (1 - (1 - k/N)^(B/R)) of N slots for B/R random routes, and rows the rate at which adapters pass for every row:
-///   few_rows up to 64 rows and in f32, many_rows above.
+///   few_rows up to 64 rows and in f32, many_rows above;
+/// - linear = (C * (linear_call + linear_adapters) + W / linear_rate + D / read + (B - 1) E / few_rows) / B, up to 8 rows.
 ///
-/// So a switch is right from R = (launch + (2 W + E) / copy) / (apply - product(B) / B) on, where that is at least B.
+/// So a switch is right from R = (launch + (2 W + E) / copy) / (min(apply, linear) - product(B) / B) on, where that is at least B.
 ///
 /// # Errors
 /// On sizes outside the bounds that [`Workload`] states, groups that do not add up to the targets or whose targets do not share
@@ -101,8 +108,11 @@ impl Advice {
 pub fn advise(calibration: &Calibration, workload: &Workload<'_>) -> Result<Advice> {
     calibration.check()?;
     let model = Model::new(workload)?;
-    Ok(Advice::new(model.switch_us(calibration), model.apply_us(calibration)))
+    Ok(Advice::new(model.switch_us(calibration), model.apply_us(calibration), model.linear_us(calibration)))
 }
+
+/// The most rows that `linear` takes.
+const MAX_LINEAR: f64 = LSW_LINEAR_TOKENS as f64;
 
 /// A checked workload in bytes.
 struct Model {
@@ -174,7 +184,8 @@ impl Model {
 
     fn product_us(&self, c: &Calibration, rows: f64) -> f64 {
         let memory = us(self.w, c.read_gb_per_s) / c.product_share;
-        memory.max(2.0 * rows * self.weights / c.product_tflops / 1e6)
+        let engine = memory.max(2.0 * rows * self.weights / c.product_tflops / 1e6);
+        if rows <= MAX_LINEAR { engine.min(self.calls * c.linear_call_us + us(self.w, c.linear_gb_per_s)) } else { engine }
     }
 
     fn switch_us(&self, c: &Calibration) -> f64 {
@@ -188,6 +199,15 @@ impl Model {
         let rows = self.batch * (us(self.adapters, rate) + us(self.row, c.copy_gb_per_s));
         let call = self.calls * c.apply_call_us + us(self.distinct(), c.read_gb_per_s);
         (self.product_us(c, self.batch) + call + rows) / self.batch
+    }
+
+    fn linear_us(&self, c: &Calibration) -> f64 {
+        if self.batch > MAX_LINEAR {
+            return f64::INFINITY;
+        }
+        let calls = self.calls * (c.linear_call_us + c.linear_adapters_us) + us(self.w, c.linear_gb_per_s);
+        let adapters = us(self.distinct(), c.read_gb_per_s) + (self.batch - 1.0) * us(self.adapters, c.few_rows_gb_per_s);
+        (calls + adapters) / self.batch
     }
 
     /// Bytes of the adapters that a batch of random routes names, each counted once.

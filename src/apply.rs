@@ -31,7 +31,7 @@ pub struct Routes<'a> {
 
 /// The most targets of one call.
 pub(crate) const MAX_TARGETS: usize = LSW_APPLY_TARGETS as usize;
-const Y_NAMES: [&str; MAX_TARGETS] = ["y[0]", "y[1]", "y[2]", "y[3]", "y[4]", "y[5]", "y[6]", "y[7]"];
+pub(crate) const Y_NAMES: [&str; MAX_TARGETS] = ["y[0]", "y[1]", "y[2]", "y[3]", "y[4]", "y[5]", "y[6]", "y[7]"];
 
 /// Elements of y that a launch reaches: blocks of 128, fewer than 2^31 with those that are not whole.
 const MAX_OUTPUTS: u64 = (1 << 32) - 1;
@@ -82,7 +82,7 @@ impl Plan<'_> {
         self.targets.iter().flatten()
     }
 
-    fn is_empty(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         self.products.is_empty()
     }
 }
@@ -194,7 +194,7 @@ fn run_expand(stream: &Stream, plan: &Plan<'_>) -> Result<()> {
     }
 }
 
-fn targets_from(first: u64, y: &[MatMut<'_>]) -> Range<u64> {
+pub(crate) fn targets_from(first: u64, y: &[MatMut<'_>]) -> Range<u64> {
     first..first.saturating_add(y.len() as u64)
 }
 
@@ -250,7 +250,7 @@ impl Sizes {
     }
 }
 
-fn check<'b>(
+pub(crate) fn check<'b>(
     stream: &Stream,
     bank: &'b AdapterBank,
     targets: Range<u64>,

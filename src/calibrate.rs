@@ -6,6 +6,7 @@ use crate::cpu::calibrate::Bench as CpuBench;
 use crate::cuda::calibrate::Bench as CudaBench;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::linear::{LinearOptions, linear, linear_workspace_bytes};
 use crate::measure;
 use crate::memory::StateMemory;
 use crate::route::{RouteOptions, route};
@@ -28,6 +29,12 @@ pub struct Calibration {
     pub few_rows_gb_per_s: f64,
     /// The same above 64 rows in 16 bits.
     pub many_rows_gb_per_s: f64,
+    /// A call of `linear` without adapters, bytes aside.
+    pub linear_call_us: f64,
+    /// What adapters add to that, bytes aside.
+    pub linear_adapters_us: f64,
+    /// `linear` streams weights at this rate.
+    pub linear_gb_per_s: f64,
     /// The part of `read_gb_per_s` that the engine's base product reaches with few rows.
     pub product_share: f64,
     /// 10^12 operations a second of the engine's base product with many rows; an addition and a multiplication are two. May be infinite.
@@ -43,12 +50,15 @@ impl Calibration {
         apply_call_us: 4.0,
         few_rows_gb_per_s: 2400.0,
         many_rows_gb_per_s: 60000.0,
+        linear_call_us: 1.0,
+        linear_adapters_us: 2.0,
+        linear_gb_per_s: 4400.0,
         product_share: 0.84,
         product_tflops: 750.0,
     };
 
-    /// Measures all but the last two on the stream's device, in bf16: reading and copying a large vector, an empty launch, and `apply` to
-    /// one row and to more, with 8 adapters of rank 16 at a 4096 x 4096 matrix.
+    /// Measures all but the last two on the stream's device, in bf16: reading and copying a large vector, an empty launch, `apply` to one row
+    /// and to more, with 8 adapters of rank 16 at a 4096 x 4096 matrix, and `linear` at matrices of two sizes.
     ///
     /// The base product is the engine's, so its two figures are not measured: on CUDA they are set to what cuBLAS reaches on an H200
     /// (0.84, and 750 in 16 bits), on the CPU to 1 and 0.1. An engine that knows better overwrites them.
@@ -73,6 +83,13 @@ impl Calibration {
             Some(rows) => gb_per_s(rows * ADAPTER_BYTES, bench.apply(rows)? - beside(rows) - apply_call_us),
             None => few_rows,
         };
+        // The same with the bytes of two matrices; of the small one then with adapters.
+        let (small, large) = bench.outputs();
+        let (small_us, large_us) = (bench.linear(small, 0)?, bench.linear(large, 0)?);
+        let linear_rate = gb_per_s((large - small) * WIDTH * 2, large_us - small_us);
+        let linear_call_us = (small_us - (small * WIDTH * 2) as f64 / linear_rate / 1e3).max(0.0);
+        let of_small = K * RANK * (WIDTH + small) * 2;
+        let linear_adapters_us = (bench.linear(small, K)? - small_us - of_small as f64 / read / 1e3).max(0.0);
         let (product_share, product_tflops) = if many.is_some() { (0.84, 750.0) } else { (1.0, 0.1) };
         Ok(Self {
             read_gb_per_s: read,
@@ -81,6 +98,9 @@ impl Calibration {
             apply_call_us,
             few_rows_gb_per_s: few_rows,
             many_rows_gb_per_s: many_rows,
+            linear_call_us,
+            linear_adapters_us,
+            linear_gb_per_s: linear_rate,
             product_share,
             product_tflops,
         })
@@ -92,10 +112,16 @@ impl Calibration {
             ("copy_gb_per_s", self.copy_gb_per_s),
             ("few_rows_gb_per_s", self.few_rows_gb_per_s),
             ("many_rows_gb_per_s", self.many_rows_gb_per_s),
+            ("linear_gb_per_s", self.linear_gb_per_s),
             ("product_share", self.product_share),
             ("product_tflops", self.product_tflops),
         ];
-        let times = [("launch_us", self.launch_us), ("apply_call_us", self.apply_call_us)];
+        let times = [
+            ("launch_us", self.launch_us),
+            ("apply_call_us", self.apply_call_us),
+            ("linear_call_us", self.linear_call_us),
+            ("linear_adapters_us", self.linear_adapters_us),
+        ];
         for (name, value) in rates {
             let may_be_infinite = name == "product_tflops";
             if !(value > 0.0 && (value.is_finite() || may_be_infinite)) {
@@ -115,7 +141,7 @@ fn gb_per_s(bytes: u64, us: f64) -> f64 {
     bytes as f64 / us.max(1e-3) / 1e3
 }
 
-/// What `apply` is timed with.
+/// What `apply` and `linear` are timed with.
 const SLOTS: u64 = 8;
 const K: u64 = 2;
 const RANK: u64 = 16;
@@ -124,6 +150,20 @@ const DTYPE: DType = DType::Bf16;
 /// Of a row's adapters; of its x, and of y read and written.
 const ADAPTER_BYTES: u64 = K * RANK * 2 * WIDTH * 2;
 const ROW_BYTES: u64 = 3 * WIDTH * 2;
+
+/// One target with adapters in all slots and rows with random routes: where things lie in a bench's memory, weights behind all else.
+struct Layer {
+    bank: AdapterBank,
+    out: u64,
+    rows: u64,
+    k: u64,
+    x: u64,
+    y: u64,
+    ids: u64,
+    gates: u64,
+    workspace: u64,
+    weights: u64,
+}
 
 /// Memory that work is timed on, and a clock. Beyond the bytes there is room for a result.
 enum Bench {
@@ -154,6 +194,14 @@ impl Bench {
         match self {
             Self::Cpu(_) => (8, None),
             Self::Cuda(_) => (32, Some(2048)),
+        }
+    }
+
+    /// Of a small and of a large matrix.
+    fn outputs(&self) -> (u64, u64) {
+        match self {
+            Self::Cpu(_) => (256, 2048),
+            Self::Cuda(_) => (4096, 24576),
         }
     }
 
@@ -218,35 +266,63 @@ impl Bench {
         self.time(64, || measure::scale_in_place(self.stream(), 1.0, &mut self.mat_mut(DType::F32, 0, 1, 1)))
     }
 
-    /// Rows with random routes, one group of one target. The adapters lie first in the memory, then all else.
-    fn apply(&self, rows: u64) -> Result<f64> {
+    fn layer(&self, out: u64, rows: u64, k: u64) -> Result<Layer> {
         let stream = self.stream();
-        let shape = TargetShape { out_features: WIDTH, in_features: WIDTH, rank_cap: RANK };
+        let shape = TargetShape { out_features: out, in_features: WIDTH, rank_cap: RANK };
         let bank = AdapterBank::new(stream, DTYPE, SLOTS, &[shape], StateMemory::allocate())?;
-        let factor_bytes = RANK * WIDTH * DTYPE.size();
+        let mut end = 0;
+        let mut take = |elements: u64, size: u64| {
+            let at = end;
+            end += (elements * size).next_multiple_of(256);
+            at
+        };
         for slot in 0..SLOTS {
-            let a = self.tensor(2 * slot * factor_bytes, RANK, WIDTH);
-            let b = self.tensor((2 * slot + 1) * factor_bytes, WIDTH, RANK);
+            let a = self.tensor(take(RANK * WIDTH, 2), RANK, WIDTH);
+            let b = self.tensor(take(out * RANK, 2), out, RANK);
             bank.set_slot(stream, slot, &[Some(Factor { a, b, scale: 1.0 })])?;
         }
-        let mut end = 2 * SLOTS * factor_bytes;
-        let mut take = |bytes: u64| {
-            end += bytes.next_multiple_of(16);
-            end - bytes.next_multiple_of(16)
-        };
-        let (x, y) = (take(rows * WIDTH * 2), take(rows * WIDTH * 2));
-        let (logits, ids, gates) = (take(rows * SLOTS * 4), take(rows * K * 4), take(rows * K * 4));
-        let bytes = apply_workspace_bytes(&bank, 0..1, rows, K)?;
-        let workspace = take(bytes);
-        measure::fill_random(stream, 2, 1.0, &mut self.mat_mut(DType::F32, logits, 1, rows * SLOTS))?;
-        let (mut chosen, mut weights) = (self.mat_mut(DType::I32, ids, rows, K), self.mat_mut(DType::F32, gates, rows, K));
-        route(stream, &RouteOptions::default(), &self.mat(DType::F32, logits, rows, SLOTS), &mut chosen, &mut weights)?;
+        let (x, y) = (take(rows * WIDTH, 2), take(rows * out, 2));
+        let (logits, ids, gates) = (take(rows * SLOTS, 4), take(rows * K, 4), take(rows * K, 4));
+        let workspace = take(apply_workspace_bytes(&bank, 0..1, rows, k)? + 16, 1);
+        let layer = Layer { bank, out, rows, k, x, y, ids, gates, workspace, weights: end };
+        // linear's workspace begins with zeros: the ids of four tokens that have one expert to choose.
+        self.route(logits, 1, [4, 1], [workspace, gates])?;
+        self.route(logits, SLOTS, [rows, K], [ids, gates])?;
+        Ok(layer)
+    }
 
-        let (ids, gates) = (self.mat(DType::I32, ids, rows, K), self.mat(DType::F32, gates, rows, K));
+    fn route(&self, logits: u64, experts: u64, [rows, k]: [u64; 2], [ids, gates]: [u64; 2]) -> Result<()> {
+        measure::fill_random(self.stream(), 2, 1.0, &mut self.mat_mut(DType::F32, logits, 1, rows * experts))?;
+        let (mut ids, mut gates) = (self.mat_mut(DType::I32, ids, rows, k), self.mat_mut(DType::F32, gates, rows, k));
+        route(self.stream(), &RouteOptions::default(), &self.mat(DType::F32, logits, rows, experts), &mut ids, &mut gates)
+    }
+
+    fn apply(&self, rows: u64) -> Result<f64> {
+        let l = self.layer(WIDTH, rows, K)?;
+        let bytes = apply_workspace_bytes(&l.bank, 0..1, rows, K)?;
+        let (ids, gates) = (self.mat(DType::I32, l.ids, rows, K), self.mat(DType::F32, l.gates, rows, K));
         let routes = Routes { ids: &ids, gates: &gates, row_map: None };
         self.time(if rows > 64 { 4 } else { 64 }, || {
-            let (x, mut y) = (self.mat(DTYPE, x, rows, WIDTH), [self.mat_mut(DTYPE, y, rows, WIDTH)]);
-            apply(stream, &bank, 0, &x, &routes, &mut y, &mut self.mat_mut(DType::U8, workspace, 1, bytes))
+            let (x, mut y) = (self.mat(DTYPE, l.x, rows, WIDTH), [self.mat_mut(DTYPE, l.y, rows, l.out)]);
+            apply(self.stream(), &l.bank, 0, &x, &routes, &mut y, &mut self.mat_mut(DType::U8, l.workspace, 1, bytes))
+        })
+    }
+
+    /// One row. Each call has weights of its own, which no cache holds, as in a pass over a model.
+    fn linear(&self, out: u64, k: u64) -> Result<f64> {
+        let l = self.layer(out, 1, k)?;
+        let bytes = linear_workspace_bytes(&l.bank, 0..1, l.rows, l.k)?;
+        let (ids, gates) = (self.mat(DType::I32, l.ids, l.rows, l.k), self.mat(DType::F32, l.gates, l.rows, l.k));
+        let routes = Routes { ids: &ids, gates: &gates, row_map: None };
+        let size = out * WIDTH * DTYPE.size();
+        let calls = (self.bytes() - l.weights) / size;
+        let mut call = 0;
+        self.time(calls as usize, || {
+            let weights = [self.mat(DTYPE, l.weights + call % calls * size, out, WIDTH)];
+            call += 1;
+            let (x, mut y) = (self.mat(DTYPE, l.x, l.rows, WIDTH), [self.mat_mut(DTYPE, l.y, l.rows, out)]);
+            let mut workspace = self.mat_mut(DType::U8, l.workspace, 1, bytes);
+            linear(self.stream(), LinearOptions::default(), &l.bank, 0, &weights, &x, &routes, &mut y, &mut workspace)
         })
     }
 }

@@ -12,6 +12,7 @@ mod error;
 #[cfg(feature = "capi")]
 mod ffi;
 mod gate;
+mod linear;
 pub mod measure;
 mod memory;
 mod permute;
@@ -27,6 +28,7 @@ pub use calibrate::Calibration;
 pub use dtype::{DType, Element, Float};
 pub use error::{Error, Result};
 pub use gate::{GateWeight, gate, gate_workspace_bytes};
+pub use linear::{LinearOptions, linear, linear_workspace_bytes};
 pub use memory::StateMemory;
 pub use permute::{
     CombineOptions, PermuteMaps, PermuteOptions, PermuteSizes, combine, combine_with, gather, permute, permute_with,

@@ -21,6 +21,9 @@ const PLAIN: Calibration = Calibration {
     apply_call_us: 5.0,
     few_rows_gb_per_s: 500.0,
     many_rows_gb_per_s: 8000.0,
+    linear_call_us: 3.0,
+    linear_adapters_us: 2.0,
+    linear_gb_per_s: 1600.0,
     product_share: 0.5,
     product_tflops: 1000.0,
 };
@@ -47,12 +50,26 @@ fn is_what_the_formulas_say() {
     let one = at(1, 1, 1.0, DType::Bf16);
     close(one.switch_us, 1.0 + (4.0 * weights + slot) / 2000.0 / 1e3 + memory);
     close(one.apply_us, memory + 2.0 * 5.0 + slot / 4000.0 / 1e3 + slot / 500.0 / 1e3 + row / 2000.0 / 1e3);
+    close(one.linear_us, 2.0 * (3.0 + 2.0) + 2.0 * weights / 1600.0 / 1e3 + slot / 4000.0 / 1e3);
 
     // Eight sequences, two tokens a route: a switch multiplies two rows at a time; four routes of one of two slots miss one in 16.
     let eight = at(1, 8, 2.0, DType::Bf16);
     close(eight.switch_us, (1.0 + (4.0 * weights + slot) / 2000.0 / 1e3) / 2.0 + memory / 2.0);
     let distinct = 2.0 * (15.0 / 16.0) * slot / 4000.0 / 1e3;
     close(eight.apply_us, (memory + 10.0 + distinct) / 8.0 + slot / 500.0 / 1e3 + row / 2000.0 / 1e3);
+
+    let stream = 2.0 * weights / 1600.0 / 1e3;
+    close(eight.linear_us, (2.0 * 5.0 + stream + distinct + 7.0 * slot / 500.0 / 1e3) / 8.0);
+    assert_eq!(at(1, 9, 2.0, DType::Bf16).linear_us, f64::INFINITY);
+    // Where linear without adapters is the faster product, it serves all.
+    let quick = Calibration { linear_call_us: 0.0, linear_gb_per_s: 3000.0, ..PLAIN };
+    let workload =
+        Workload { targets: &targets, groups: &[2, 1], dtype: DType::Bf16, ranks: &[4, 8], k: 0, batch: 8, tokens_per_route: 1e6 };
+    let with_linear = advise(&quick, &workload).unwrap();
+    close(with_linear.apply_us, (2.0 * weights / 3000.0 / 1e3 + 10.0) / 8.0 + row / 2000.0 / 1e3);
+    close(with_linear.switch_us, (1.0 + 4.0 * weights / 2000.0 / 1e3) / 1e6 + 2.0 * weights / 3000.0 / 1e3 / 8.0);
+    let nine = advise(&quick, &Workload { batch: 9, ..workload }).unwrap();
+    close(nine.apply_us, (memory + 10.0) / 9.0 + row / 2000.0 / 1e3);
 
     // Above 64 rows the other rate holds, in 16 bits; both slots, so that each adapter is read.
     let rest = |adapters: f64, rate: f64, row: f64| 10.0 / 65.0 + adapters / rate / 1e3 + row / 2000.0 / 1e3;
@@ -70,20 +87,26 @@ fn is_what_the_formulas_say() {
 #[test]
 fn turns_where_the_docs_say() {
     let (targets, groups) = llama();
-    for (batch, rank) in [(1, 16), (1, 64), (4, 16), (32, 16)] {
+    let slow = Calibration { linear_adapters_us: 50.0, ..PLAIN };
+    let quick = Calibration { linear_adapters_us: 0.5, linear_call_us: 0.5, linear_gb_per_s: 2100.0, ..PLAIN };
+    for (calibration, batch, rank) in [(slow, 1, 16), (slow, 1, 64), (quick, 1, 16), (quick, 4, 16), (slow, 32, 16)] {
         let ranks = [rank; 8];
         let at = |tokens_per_route: f64| {
             let (targets, groups) = (&targets, &groups);
-            advise(&PLAIN, &Workload { targets, groups, dtype: DType::Bf16, ranks: &ranks, k: 2, batch, tokens_per_route }).unwrap()
+            advise(&calibration, &Workload { targets, groups, dtype: DType::Bf16, ranks: &ranks, k: 2, batch, tokens_per_route }).unwrap()
         };
         // What the batch's adapters come to depends on R too, so from there on, where all rows have one route.
         let far = at(1e5);
         let weights = 32.0 * (4.0 * 4096.0 * 4096.0 + 3.0 * 4096.0 * 11008.0);
         let adapters = 2.0 * 2.0 * rank as f64 * 32.0 * (4.0 * 8192.0 + 3.0 * 15104.0);
-        let product = 2.0 * weights / (0.5 * 4000.0) / 1e3 / batch as f64;
-        let crossover = (1.0 + (4.0 * weights + adapters) / 2000.0 / 1e3) / (far.apply_us - product);
+        let linear = 128.0 * calibration.linear_call_us + 2.0 * weights / calibration.linear_gb_per_s / 1e3;
+        let engine = 2.0 * weights / (0.5 * 4000.0) / 1e3;
+        let product = if batch <= 8 { linear.min(engine) } else { engine } / batch as f64;
+        let (unmerged, other) =
+            if far.linear_us < far.apply_us { (Strategy::Linear, far.linear_us) } else { (Strategy::Apply, far.apply_us) };
+        let crossover = (1.0 + (4.0 * weights + adapters) / 2000.0 / 1e3) / (other - product);
         assert!(crossover > batch as f64, "{crossover}");
-        assert_eq!(at(crossover * 0.999).best, Strategy::Apply, "batch {batch}, rank {rank}: before {crossover}");
+        assert_eq!(at(crossover * 0.999).best, unmerged, "batch {batch}, rank {rank}: before {crossover}");
         assert_eq!(at(crossover * 1.001).best, Strategy::Switch, "batch {batch}, rank {rank}: after {crossover}");
     }
 }
@@ -145,16 +168,19 @@ fn bad_arguments_are_named() {
         refused("calibration.read_gb_per_s", Calibration { read_gb_per_s: bad, ..PLAIN }, good);
         refused("calibration.copy_gb_per_s", Calibration { copy_gb_per_s: bad, ..PLAIN }, good);
         refused("calibration.few_rows_gb_per_s", Calibration { few_rows_gb_per_s: bad, ..PLAIN }, good);
+        refused("calibration.linear_gb_per_s", Calibration { linear_gb_per_s: bad, ..PLAIN }, good);
         refused("calibration.many_rows_gb_per_s", Calibration { many_rows_gb_per_s: bad, ..PLAIN }, good);
         refused("calibration.product_share", Calibration { product_share: bad, ..PLAIN }, good);
     }
     refused("calibration.product_tflops", Calibration { product_tflops: 0.0, ..PLAIN }, good);
     refused("calibration.launch_us", Calibration { launch_us: -0.1, ..PLAIN }, good);
     refused("calibration.apply_call_us", Calibration { apply_call_us: f64::NAN, ..PLAIN }, good);
+    refused("calibration.linear_call_us", Calibration { linear_call_us: f64::INFINITY, ..PLAIN }, good);
+    refused("calibration.linear_adapters_us", Calibration { linear_adapters_us: -1.0, ..PLAIN }, good);
     advise(&Calibration { launch_us: 0.0, apply_call_us: 0.0, product_tflops: f64::INFINITY, ..PLAIN }, &good).unwrap();
     // Nothing to serve costs nothing.
     let nothing = advise(&PLAIN, &Workload { targets: &[], groups: &[], ..good }).unwrap();
-    assert_eq!((nothing.best, nothing.apply_us), (Strategy::Apply, 0.0));
+    assert_eq!((nothing.best, nothing.apply_us, nothing.linear_us), (Strategy::Apply, 0.0, 0.0));
 }
 
 /// The structs of the header, for a call through C's door.
@@ -165,7 +191,7 @@ mod c {
         pub struct_size: u64,
         pub figures: [f64; FIGURES],
     }
-    pub const FIGURES: usize = 8;
+    pub const FIGURES: usize = 11;
 
     #[repr(C)]
     pub struct Workload {
@@ -213,6 +239,9 @@ fn c_agrees_with_rust() {
         c.apply_call_us,
         c.few_rows_gb_per_s,
         c.many_rows_gb_per_s,
+        c.linear_call_us,
+        c.linear_adapters_us,
+        c.linear_gb_per_s,
         c.product_share,
         c.product_tflops,
     ];

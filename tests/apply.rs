@@ -60,7 +60,7 @@ impl Batch {
     }
 
     /// The route of a row; none if the map says so.
-    fn route(&self, row: usize) -> Option<(Vec<i32>, Vec<f32>)> {
+    pub fn route(&self, row: usize) -> Option<(Vec<i32>, Vec<f32>)> {
         let item = self.row_map.as_ref().map_or(row as i32, |map| map.i32s()[row]);
         let item = usize::try_from(item).ok().filter(|&item| item < self.ids.rows)?;
         let part = item * self.ids.cols..(item + 1) * self.ids.cols;

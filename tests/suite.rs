@@ -16,6 +16,7 @@ mod figures;
 mod gate;
 mod generated;
 mod graph;
+mod linear;
 mod peft;
 mod peft_loader;
 mod permute;

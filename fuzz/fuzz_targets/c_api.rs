@@ -569,6 +569,8 @@ impl<'a> World<'a> {
             _ => right,
         };
         let mut calibration = c::lsw_calibration { launch_us: float(self, 1.0), apply_call_us: float(self, 1.0), ..Default::default() };
+        (calibration.linear_call_us, calibration.linear_adapters_us) = (float(self, 1.0), float(self, 1.0));
+        calibration.linear_gb_per_s = float(self, 1e3);
         let rates = [&mut calibration.read_gb_per_s, &mut calibration.copy_gb_per_s, &mut calibration.few_rows_gb_per_s];
         rates.into_iter().for_each(|rate| *rate = float(self, 1e3));
         let rates = [&mut calibration.many_rows_gb_per_s, &mut calibration.product_share, &mut calibration.product_tflops];
@@ -595,7 +597,7 @@ impl<'a> World<'a> {
             })
         });
         assert_eq!(is_ok && advice.struct_size > 8, advice.best >= 0);
-        assert!(!is_ok || !(advice.switch_us.is_nan() || advice.apply_us.is_nan()));
+        assert!(!is_ok || !(advice.switch_us.is_nan() || advice.apply_us.is_nan() || advice.linear_us.is_nan()));
     }
 
     /// Small numbers for the first row of a map that may be valid.

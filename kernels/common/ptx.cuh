@@ -40,6 +40,18 @@ __device__ __forceinline__ uint32_t count_acq_rel(uint32_t* counter, uint32_t li
     return before;
 }
 
+// A counter; with it comes what was written before it was counted up.
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* counter) {
+    uint32_t count;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+    return count;
+}
+
+// A barrier of the block other than __syncthreads', for some of its warps.
+template <int kBarrier, int kThreads> __device__ __forceinline__ void sync_some() {
+    asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
+
 // 1 / x within one unit in the last place; of denormals inf, and below the normal numbers 0.
 __device__ __forceinline__ float reciprocal(float x) {
     float y;

@@ -8,7 +8,7 @@ use crate::stream::Odd;
 use crate::view::RawMat;
 
 /// An adapter of a row at a target. `position` is its place in the row's route.
-struct Term<'t> {
+pub(super) struct Term<'t> {
     factor: &'t Factor,
     coefficient: f32,
     position: u64,
@@ -16,7 +16,7 @@ struct Term<'t> {
 
 impl Plan<'_> {
     /// Entries of a row's route by ascending slot; gates of equal ids added up in order of appearance. Empty for a row of no item.
-    fn route(&self, report: impl Fn(Odd), row: u64) -> Vec<(usize, f32)> {
+    pub(super) fn route(&self, report: impl Fn(Odd), row: u64) -> Vec<(usize, f32)> {
         // SAFETY: the plan's matrices are checked host memory, borrowed by the call.
         let map = self.row_map.map(|map| i64::from(unsafe { map.row::<i32>(0) }[row as usize]));
         let item = map.map_or(Some(row), |item| u64::try_from(item).ok());
@@ -41,7 +41,13 @@ impl Plan<'_> {
     }
 
     /// What of a route concerns a target.
-    fn terms<'t>(&self, report: impl Fn(Odd), table: &'t [Entry], target: &GroupTarget, route: &[(usize, f32)]) -> Vec<Term<'t>> {
+    pub(super) fn terms<'t>(
+        &self,
+        report: impl Fn(Odd),
+        table: &'t [Entry],
+        target: &GroupTarget,
+        route: &[(usize, f32)],
+    ) -> Vec<Term<'t>> {
         let entries = &table[target.index as usize * self.bank.slots() as usize..];
         let term = |(position, &(slot, gate)): (usize, &(usize, f32))| {
             let factor = entries[slot].factor.as_ref().filter(|f| f.a.rows() > 0)?;
@@ -55,7 +61,7 @@ impl Plan<'_> {
     }
 
     /// Where A x of a term lies: f32 [1, rank].
-    fn product(&self, row: u64, target: &GroupTarget, term: &Term<'_>) -> RawMat {
+    pub(super) fn product(&self, row: u64, target: &GroupTarget, term: &Term<'_>) -> RawMat {
         let start = (row * u64::from(self.k) + term.position) * self.products.stride + u64::from(target.column);
         let rank = term.factor.a.rows();
         RawMat { addr: self.products.addr + 4 * start, rows: 1, cols: rank, stride: rank, ..self.products }
@@ -103,7 +109,7 @@ fn expand_as<T: Float>(pool: &Pool, plan: &Plan<'_>) {
             let mut sum = vec![0f32; target.out_features as usize];
             for term in &terms {
                 // SAFETY: inside the checked workspace, where the first half wrote it.
-                add_term::<T>(&mut sum, term, unsafe { plan.product(row, target, term).row::<f32>(0) });
+                add_term::<T>(&mut sum, 0, term, unsafe { plan.product(row, target, term).row::<f32>(0) });
             }
             let y = target.y.expect("a plan of this half");
             with_float!(y.dtype, add_to::<_>(y, row, &sum));
@@ -111,10 +117,11 @@ fn expand_as<T: Float>(pool: &Pool, plan: &Plan<'_>) {
     });
 }
 
-fn add_term<T: Float>(sum: &mut [f32], term: &Term<'_>, product: &[f32]) {
-    for (row, sum) in sum.iter_mut().enumerate() {
+/// To the sums of B's rows from `first` on.
+pub(super) fn add_term<T: Float>(sum: &mut [f32], first: u64, term: &Term<'_>, product: &[f32]) {
+    for (row, sum) in (first..).zip(sum) {
         // SAFETY: checked host memory that the bank's owner keeps alive and unchanged (Tensor's contract).
-        let b = unsafe { term.factor.b.raw.row::<T>(row as u64) };
+        let b = unsafe { term.factor.b.raw.row::<T>(row) };
         *sum += term.coefficient * b.iter().zip(product).map(|(b, x)| b.to_f32() * x).sum::<f32>();
     }
 }

@@ -3,6 +3,7 @@
 pub(crate) mod apply;
 pub(crate) mod calibrate;
 pub(crate) mod gate;
+pub(crate) mod linear;
 pub(crate) mod measure;
 pub(crate) mod permute;
 pub(crate) mod route;

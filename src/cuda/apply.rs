@@ -30,7 +30,7 @@ fn target(plan: &Plan<'_>, target: &GroupTarget) -> LswApplyTarget {
     }
 }
 
-fn args(stream: &DeviceStream, plan: &Plan<'_>) -> LswApplyArgs {
+pub(super) fn args(stream: &DeviceStream, plan: &Plan<'_>) -> LswApplyArgs {
     let mut targets = [LswApplyTarget::default(); LSW_APPLY_TARGETS as usize];
     for (args, group) in targets.iter_mut().zip(plan.targets()) {
         *args = target(plan, group);

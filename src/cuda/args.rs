@@ -46,6 +46,16 @@ pub const LSW_MANY_ROWS: _bindgen_ty_1 = 64;
 pub const LSW_MANY_RANKS: _bindgen_ty_1 = 48;
 pub const LSW_ORDER_THREADS: _bindgen_ty_1 = 1024;
 pub const LSW_ORDER_BUCKETS: _bindgen_ty_1 = 4096;
+pub const LSW_LINEAR_TOKENS: _bindgen_ty_1 = 8;
+pub const LSW_LINEAR_STREAMERS: _bindgen_ty_1 = 8;
+pub const LSW_LINEAR_ADDERS: _bindgen_ty_1 = 4;
+pub const LSW_LINEAR_THREADS: _bindgen_ty_1 = 384;
+pub const LSW_LINEAR_TILE: _bindgen_ty_1 = 16;
+pub const LSW_LINEAR_LINE: _bindgen_ty_1 = 128;
+pub const LSW_LINEAR_DEPTH: _bindgen_ty_1 = 4;
+pub const LSW_LINEAR_OUTPUTS: _bindgen_ty_1 = 2048;
+pub const LSW_LINEAR_TERMS: _bindgen_ty_1 = 64;
+pub const LSW_LINEAR_SHARED: _bindgen_ty_1 = 98304;
 pub const LSW_MEASURE_THREADS: _bindgen_ty_1 = 1024;
 pub const LSW_READ_THREADS: _bindgen_ty_1 = 512;
 pub const LSW_READ_BLOCKS: _bindgen_ty_1 = 4;
@@ -624,6 +634,54 @@ const _: () = {
     ["Offset of field: LswApplyArgs::x_aligned"][::core::mem::offset_of!(LswApplyArgs, x_aligned) - 128usize];
     ["Offset of field: LswApplyArgs::padding"][::core::mem::offset_of!(LswApplyArgs, padding) - 132usize];
     ["Offset of field: LswApplyArgs::targets"][::core::mem::offset_of!(LswApplyArgs, targets) - 136usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct LswLinearHandOver {
+    pub ready: u32,
+    pub done: u32,
+    pub padding: [u32; 2usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LswLinearHandOver"][::core::mem::size_of::<LswLinearHandOver>() - 16usize];
+    ["Alignment of LswLinearHandOver"][::core::mem::align_of::<LswLinearHandOver>() - 4usize];
+    ["Offset of field: LswLinearHandOver::ready"][::core::mem::offset_of!(LswLinearHandOver, ready) - 0usize];
+    ["Offset of field: LswLinearHandOver::done"][::core::mem::offset_of!(LswLinearHandOver, done) - 4usize];
+    ["Offset of field: LswLinearHandOver::padding"][::core::mem::offset_of!(LswLinearHandOver, padding) - 8usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct LswLinearArgs {
+    pub apply: LswApplyArgs,
+    pub hand_over: u64,
+    pub weights: [u64; 8usize],
+    pub weight_strides: [u64; 8usize],
+    pub rounds: u32,
+    pub tile_rows: u32,
+    pub longer: u32,
+    pub whole: u32,
+    pub only_x_is_new: u32,
+    pub ahead: u32,
+    pub late: u32,
+    pub padding: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LswLinearArgs"][::core::mem::size_of::<LswLinearArgs>() - 624usize];
+    ["Alignment of LswLinearArgs"][::core::mem::align_of::<LswLinearArgs>() - 8usize];
+    ["Offset of field: LswLinearArgs::apply"][::core::mem::offset_of!(LswLinearArgs, apply) - 0usize];
+    ["Offset of field: LswLinearArgs::hand_over"][::core::mem::offset_of!(LswLinearArgs, hand_over) - 456usize];
+    ["Offset of field: LswLinearArgs::weights"][::core::mem::offset_of!(LswLinearArgs, weights) - 464usize];
+    ["Offset of field: LswLinearArgs::weight_strides"][::core::mem::offset_of!(LswLinearArgs, weight_strides) - 528usize];
+    ["Offset of field: LswLinearArgs::rounds"][::core::mem::offset_of!(LswLinearArgs, rounds) - 592usize];
+    ["Offset of field: LswLinearArgs::tile_rows"][::core::mem::offset_of!(LswLinearArgs, tile_rows) - 596usize];
+    ["Offset of field: LswLinearArgs::longer"][::core::mem::offset_of!(LswLinearArgs, longer) - 600usize];
+    ["Offset of field: LswLinearArgs::whole"][::core::mem::offset_of!(LswLinearArgs, whole) - 604usize];
+    ["Offset of field: LswLinearArgs::only_x_is_new"][::core::mem::offset_of!(LswLinearArgs, only_x_is_new) - 608usize];
+    ["Offset of field: LswLinearArgs::ahead"][::core::mem::offset_of!(LswLinearArgs, ahead) - 612usize];
+    ["Offset of field: LswLinearArgs::late"][::core::mem::offset_of!(LswLinearArgs, late) - 616usize];
+    ["Offset of field: LswLinearArgs::padding"][::core::mem::offset_of!(LswLinearArgs, padding) - 620usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]

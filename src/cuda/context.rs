@@ -1,7 +1,8 @@
 //! The driver, probed; a device with its kernels; its streams.
 
 use super::args::{
-    LSW_GATE_SHARED_WIDE, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS, LSW_SWITCH90_SHARED, LswTakeArgs,
+    LSW_GATE_SHARED_WIDE, LSW_LINEAR_SHARED, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS, LSW_SWITCH90_SHARED,
+    LswTakeArgs,
 };
 use super::images::{BUILT_WITH, IMAGES};
 use super::launch::{Grid, launch};
@@ -67,6 +68,7 @@ pub(super) struct Kernels {
     /// Of many rows: f16, bf16.
     pub apply_many: [Apply; 2],
     pub apply_order: Function,
+    pub linear: [Function; 3],
     pub measure_scale: [Function; 3],
     pub measure_fill: [Function; 3],
     pub measure_read: Function,
@@ -168,10 +170,10 @@ impl Modules {
         Ok(Apply { shrink: function("shrink")?, expand: function("expand")? })
     }
 
-    fn gate_wide(&self, floats: [&str; 3]) -> Result<[Function; 3]> {
-        let functions = self.functions("gate", "gate_wide", floats)?;
+    fn functions_with_shared(&self, file: &str, stem: &str, suffixes: [&str; 3], bytes: u32) -> Result<[Function; 3]> {
+        let functions = self.functions(file, stem, suffixes)?;
         for function in functions {
-            allow_shared(function, LSW_GATE_SHARED_WIDE)?;
+            allow_shared(function, bytes)?;
         }
         Ok(functions)
     }
@@ -183,7 +185,7 @@ impl Modules {
             route_scored: self.functions("route", "route_scored", floats)?,
             route_wide: self.functions("route", "route_wide", floats)?,
             gate: self.functions("gate", "gate", floats)?,
-            gate_wide: self.gate_wide(floats)?,
+            gate_wide: self.functions_with_shared("gate", "gate_wide", floats, LSW_GATE_SHARED_WIDE)?,
             gate_project: self.functions("gate", "gate_project", floats)?,
             status_take: self.function("status", "status_take")?,
             bank_set: self.function("bank", "bank_set")?,
@@ -197,6 +199,7 @@ impl Modules {
             apply: [self.apply("apply", "f32")?, self.apply("apply", "f16")?, self.apply("apply", "bf16")?],
             apply_many: [self.apply("apply_mma", "many_f16")?, self.apply("apply_mma", "many_bf16")?],
             apply_order: self.function("apply_mma", "apply_order")?,
+            linear: self.functions_with_shared("linear", "linear", floats, LSW_LINEAR_SHARED)?,
             measure_scale: self.functions("measure", "measure_scale", floats)?,
             measure_fill: self.functions("measure", "measure_fill", floats)?,
             measure_read: self.function("measure", "measure_read")?,

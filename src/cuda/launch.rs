@@ -102,6 +102,9 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
             launch_dependent(stream, apply.shrink, one(LSW_SHRINK_THREADS, 0), &LswApplyArgs::default())?;
             launch_dependent(stream, apply.expand, one(LSW_EXPAND_THREADS, 0), &LswApplyArgs::default())?;
         }
+        for function in k.linear {
+            launch_dependent(stream, function, one(LSW_LINEAR_THREADS, LSW_LINEAR_SHARED), &LswLinearArgs::default())?;
+        }
         launch_dependent(stream, k.apply_order, one(LSW_ORDER_THREADS, 0), &LswApplyArgs::default())?;
         launch(stream, k.measure_read, one(LSW_READ_THREADS, 0), &LswMeasureArgs::default())?;
         for function in [k.measure_repeat, k.measure_fold] {

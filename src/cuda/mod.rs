@@ -11,6 +11,7 @@ mod context;
 pub(crate) mod gate;
 mod images;
 mod launch;
+pub(crate) mod linear;
 mod maps;
 pub(crate) mod measure;
 mod memory;

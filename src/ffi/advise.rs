@@ -12,8 +12,14 @@ use std::ffi::c_void;
 pub const LSW_STRATEGY_SWITCH: i32 = 0;
 /// Multiply by the base weights, then add what the adapters make of x (lsw_apply).
 pub const LSW_STRATEGY_APPLY: i32 = 1;
+/// Both in one launch, for at most 8 rows (lsw_linear).
+pub const LSW_STRATEGY_LINEAR: i32 = 2;
 
-const _: () = assert!(LSW_STRATEGY_SWITCH == Strategy::Switch as i32 && LSW_STRATEGY_APPLY == Strategy::Apply as i32);
+const _: () = assert!(
+    LSW_STRATEGY_SWITCH == Strategy::Switch as i32
+        && LSW_STRATEGY_APPLY == Strategy::Apply as i32
+        && LSW_STRATEGY_LINEAR == Strategy::Linear as i32
+);
 
 /// What a machine does, and the engine's product on it: measured by lsw_calibrate, or written by
 /// hand. All are positive and finite, but that times may be 0 and product_tflops infinite. GB are
@@ -36,6 +42,12 @@ pub struct lsw_calibration {
     pub few_rows_gb_per_s: f64,
     /// The same above 64 rows in 16 bits.
     pub many_rows_gb_per_s: f64,
+    /// A call of lsw_linear without adapters, bytes aside.
+    pub linear_call_us: f64,
+    /// What adapters add to that, bytes aside.
+    pub linear_adapters_us: f64,
+    /// lsw_linear streams weights at this rate.
+    pub linear_gb_per_s: f64,
     /// The part of read_gb_per_s that the engine's base product reaches with few rows.
     pub product_share: f64,
     /// 10^12 operations a second of the engine's base product with many rows; an addition and a
@@ -53,6 +65,9 @@ impl lsw_calibration {
             apply_call_us: c.apply_call_us,
             few_rows_gb_per_s: c.few_rows_gb_per_s,
             many_rows_gb_per_s: c.many_rows_gb_per_s,
+            linear_call_us: c.linear_call_us,
+            linear_adapters_us: c.linear_adapters_us,
+            linear_gb_per_s: c.linear_gb_per_s,
             product_share: c.product_share,
             product_tflops: c.product_tflops,
         }
@@ -66,6 +81,9 @@ impl lsw_calibration {
             apply_call_us: self.apply_call_us,
             few_rows_gb_per_s: self.few_rows_gb_per_s,
             many_rows_gb_per_s: self.many_rows_gb_per_s,
+            linear_call_us: self.linear_call_us,
+            linear_adapters_us: self.linear_adapters_us,
+            linear_gb_per_s: self.linear_gb_per_s,
             product_share: self.product_share,
             product_tflops: self.product_tflops,
         }
@@ -142,23 +160,26 @@ pub struct lsw_advice {
     pub switch_us: f64,
     /// Multiply the whole batch, then add the adapters.
     pub apply_us: f64,
+    /// Both in one launch a group; infinite for batches above 8.
+    pub linear_us: f64,
 }
 
 impl Options for lsw_advice {
-    const DEFAULT: Self = Self { struct_size: size_of::<Self>() as u64, best: 0, reserved: 0, switch_us: 0.0, apply_us: 0.0 };
+    const DEFAULT: Self =
+        Self { struct_size: size_of::<Self>() as u64, best: 0, reserved: 0, switch_us: 0.0, apply_us: 0.0, linear_us: 0.0 };
 }
 
 impl lsw_advice {
     fn new(advice: &Advice) -> Self {
-        let Advice { best, switch_us, apply_us } = *advice;
-        Self { best: best as i32, switch_us, apply_us, ..Self::DEFAULT }
+        let Advice { best, switch_us, apply_us, linear_us } = *advice;
+        Self { best: best as i32, switch_us, apply_us, linear_us, ..Self::DEFAULT }
     }
 }
 
 /// Measures all of calibration but its last two fields on the stream's device, in LSW_BF16: reading
-/// and copying a large vector, an empty launch, and lsw_apply to one row and to more, with 8
-/// adapters of rank 16 at a 4096 x 4096 matrix. calibration->struct_size is set by the caller; what
-/// it leaves out is not written.
+/// and copying a large vector, an empty launch, lsw_apply to one row and to more, with 8 adapters of
+/// rank 16 at a 4096 x 4096 matrix, and lsw_linear at matrices of two sizes. calibration->struct_size
+/// is set by the caller; what it leaves out is not written.
 ///
 /// The base product is the engine's, so its two figures are not measured: on CUDA they are set to
 /// what cuBLAS reaches on an H200 (0.84, and 750 in 16 bits), on the CPU to 1 and 0.1. An engine that
@@ -186,16 +207,19 @@ pub unsafe extern "C" fn lsw_calibrate(context: *const lsw_context, stream: *mut
 /// those of a row's inputs and twice its outputs, C the number of groups, B the batch, R the tokens
 /// per route, and the figures of the calibration:
 ///
-/// - product(n) = max(W / (product_share * read), 2 * n * weights / product_tflops): the engine's
-///   own product of n rows;
+/// - product(n) = max(W / (product_share * read), 2 n * weights / product_tflops): the engine's own
+///   product of n rows; up to 8 rows lsw_linear without adapters in its place if that is less:
+///   C * linear_call + W / linear_rate;
 /// - switch = (launch + (2 W + E) / copy) / R + product(m) / m, with m = min(B, R): merged weights
 ///   serve one route at a time, so a batch of more routes falls apart;
 /// - apply = (product(B) + C * apply_call + D / read + B (E / rows + Y / copy)) / B, where D is what
 ///   the batch's adapters come to if each is read once: N (1 - (1 - k/N)^(B/R)) of N slots for B/R
-///   random routes, and rows is few_rows up to 64 rows and in LSW_F32, many_rows above.
+///   random routes, and rows is few_rows up to 64 rows and in LSW_F32, many_rows above;
+/// - linear = (C * (linear_call + linear_adapters) + W / linear_rate + D / read + (B - 1) E /
+///   few_rows) / B, up to 8 rows.
 ///
-/// So a switch is right from R = (launch + (2 W + E) / copy) / (apply - product(B) / B) on, where
-/// that is at least B.
+/// So a switch is right from R = (launch + (2 W + E) / copy) / (min(apply, linear) - product(B) / B)
+/// on, where that is at least B.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_advise(
     calibration: *const lsw_calibration,

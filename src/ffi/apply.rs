@@ -30,7 +30,7 @@ pub struct lsw_routes {
 }
 
 /// The views of a call's routes.
-struct RouteViews<'a> {
+pub(super) struct RouteViews<'a> {
     ids: Mat<'a>,
     gates: Mat<'a>,
     row_map: Option<Mat<'a>>,
@@ -39,7 +39,7 @@ struct RouteViews<'a> {
 impl RouteViews<'_> {
     /// # Safety
     /// As for [`mat`].
-    unsafe fn new(context: &Context, given: *const lsw_routes) -> Result<Self> {
+    pub(super) unsafe fn new(context: &Context, given: *const lsw_routes) -> Result<Self> {
         // SAFETY: the caller's promise.
         let given = unsafe { handle(given, "routes") }?;
         // SAFETY: as above.
@@ -48,17 +48,37 @@ impl RouteViews<'_> {
         Ok(Self { ids: view(&given.ids, "ids")?, gates: view(&given.gates, "gates")?, row_map })
     }
 
-    fn get(&self) -> Routes<'_> {
+    pub(super) fn get(&self) -> Routes<'_> {
         Routes { ids: &self.ids, gates: &self.gates, row_map: self.row_map.as_ref() }
     }
 }
 
-/// # Safety
-/// As for [`mat_mut`].
-unsafe fn outputs<'a>(context: &Context, y: *const lsw_mat_mut, count: u64) -> Result<Vec<MatMut<'a>>> {
+fn check_count(count: u64) -> Result<()> {
     if count > MAX_TARGETS as u64 {
         return Err(Error::argument("count", count, format!("at most {MAX_TARGETS}")));
     }
+    Ok(())
+}
+
+/// One a target.
+///
+/// # Safety
+/// As for [`mat`].
+pub(super) unsafe fn matrices<'a>(context: &Context, weights: *const lsw_mat, count: u64) -> Result<Vec<Mat<'a>>> {
+    check_count(count)?;
+    // SAFETY: the caller's promise.
+    let weights = unsafe { slice(weights, count, "weights") }?;
+    // SAFETY: as above.
+    let view = |(i, weight): (usize, &lsw_mat)| unsafe { mat(context, weight, &format!("weights[{i}]")) };
+    weights.iter().enumerate().map(view).collect()
+}
+
+/// One a target.
+///
+/// # Safety
+/// As for [`mat_mut`].
+pub(super) unsafe fn outputs<'a>(context: &Context, y: *const lsw_mat_mut, count: u64) -> Result<Vec<MatMut<'a>>> {
+    check_count(count)?;
     // SAFETY: the caller's promise.
     let y = unsafe { slice(y, count, "y") }?;
     // SAFETY: as above.

@@ -16,6 +16,8 @@ mod switch;
 
 mod apply;
 
+mod linear;
+
 mod advise;
 
 mod route;

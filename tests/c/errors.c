@@ -395,7 +395,7 @@ static void advice(void) {
     uint64_t groups[1] = {2}, ranks[2] = {4, 8};
     lsw_calibration c = {.struct_size = sizeof c}, bad;
     lsw_workload load = {sizeof load, shapes, 2, groups, 1, ranks, 2, LSW_BF16, 0, 1, 1, 1.0}, wrong = load;
-    lsw_advice advice = {sizeof advice, 77, 77, 77, 77}, short_one = advice;
+    lsw_advice advice = {sizeof advice, 77, 77, 77, 77, 77}, short_one = advice;
     short_one.struct_size = 16;
     REFUSED(lsw_calibrate(context, NULL, NULL), "calibration is null");
     c.struct_size = 12;
@@ -405,7 +405,7 @@ static void advice(void) {
     EXPECT(c.struct_size == 24 && c.read_gb_per_s > 0 && c.copy_gb_per_s > 0 && c.launch_us == 0);
     c.struct_size = sizeof c;
     OK(lsw_calibrate(context, NULL, &c));
-    EXPECT(c.launch_us > 0 && c.apply_call_us >= 0 && c.few_rows_gb_per_s > 0 && c.product_share > 0 && c.product_tflops > 0);
+    EXPECT(c.launch_us > 0 && c.apply_call_us >= 0 && c.few_rows_gb_per_s > 0 && c.linear_gb_per_s > 0 && c.product_share > 0 && c.product_tflops > 0);
     REFUSED(lsw_calibrate(NULL, NULL, &c), "context is null");
 
     REFUSED(lsw_advise(&c, NULL, &advice), "workload is null");
@@ -427,7 +427,7 @@ static void advice(void) {
     EXPECT(advice.best == 77 && advice.apply_us == 77);
     advice.struct_size = sizeof advice;
     OK(lsw_advise(NULL, &load, &advice));
-    EXPECT(advice.best >= LSW_STRATEGY_SWITCH && advice.reserved == 0 && advice.switch_us > 0 && advice.apply_us > 0);
+    EXPECT(advice.best >= LSW_STRATEGY_SWITCH && advice.reserved == 0 && advice.switch_us > 0 && advice.apply_us > 0 && advice.linear_us > 0);
     OK(lsw_advise(&c, &load, &short_one));
     EXPECT(short_one.struct_size == 16 && short_one.reserved == 0 && short_one.switch_us == 77);
 }
