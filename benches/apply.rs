@@ -14,10 +14,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 /// Of a layer: q, k, v; o; gate, up; down.
-const GROUPS: [Range<usize>; 4] = [0..3, 3..4, 4..6, 6..7];
-const LAYER: usize = 7;
-const SLOTS: u64 = 8;
-const K: u64 = 2;
+pub(crate) const GROUPS: [Range<usize>; 4] = [0..3, 3..4, 4..6, 6..7];
+pub(crate) const LAYER: usize = 7;
+pub(crate) const SLOTS: u64 = 8;
+pub(crate) const K: u64 = 2;
 
 /// Where the adapters go.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -43,16 +43,16 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// A batch of rows, and what they become in each group.
-pub struct Pass<'l> {
-    lab: &'l Lab,
+pub(crate) struct Pass<'l> {
+    pub lab: &'l Lab,
     cublas: &'l Cublas,
     pub model: Model,
-    rows: u64,
+    pub rows: u64,
     /// 4096 and 11008 wide.
     x: [Buffer; 2],
-    y: [Buffer; 4],
-    ids: Buffer,
-    gates: Buffer,
+    pub y: [Buffer; 4],
+    pub ids: Buffer,
+    pub gates: Buffer,
     workspace: Buffer,
     side: (Arc<CudaStream>, Stream),
 }
@@ -70,7 +70,7 @@ fn run(lab: &Lab, timing: &Timing, rows: u64, rank: u64, place: Place) -> Result
 }
 
 impl<'l> Pass<'l> {
-    /// The form is that of the model's switch: to adapters that are left alone it does not matter.
+    /// The form is that of the model's switch: to adapters that are not merged it does not matter.
     pub fn new(lab: &'l Lab, rows: u64, rank: u64, form: Form) -> Result<Self> {
         let cublas = lab.cublas().ok_or_else(|| Failure::Skip("the products are cuBLAS's".into()))?;
         let routes = [Route::new(&[0, 1], &[0.6, 0.4]), Route::new(&[2, 3], &[0.7, 0.3])];
@@ -100,18 +100,18 @@ impl<'l> Pass<'l> {
         })
     }
 
-    fn x(&self, group: usize) -> &Buffer {
+    pub fn x(&self, group: usize) -> &Buffer {
         &self.x[usize::from(group == 3)]
     }
 
-    fn mat<'b>(&self, buffer: &'b Buffer) -> Mat<'b> {
+    pub fn mat<'b>(&self, buffer: &'b Buffer) -> Mat<'b> {
         let cols = buffer.len / self.rows;
         // SAFETY: a whole buffer; one stream, or a fork of it, orders all work.
         unsafe { Mat::raw(&self.lab.context, buffer.address(0, buffer.len), buffer.dtype, self.rows, cols, cols) }
     }
 
     /// The slices of a group's fused output.
-    fn outputs(&self, group: usize) -> Vec<MatMut<'_>> {
+    pub fn outputs(&self, group: usize) -> Vec<MatMut<'_>> {
         let buffer = &self.y[group];
         let (stride, mut start) = (buffer.len / self.rows, 0);
         let slice = |target: usize| {
@@ -132,7 +132,7 @@ impl<'l> Pass<'l> {
         self.cublas.linear(DType::Bf16, [self.rows, out, cols], addresses)
     }
 
-    fn for_each(&self, layers: Range<usize>, mut f: impl FnMut(usize, usize) -> Result<()>) -> Result<()> {
+    pub fn for_each(&self, layers: Range<usize>, mut f: impl FnMut(usize, usize) -> Result<()>) -> Result<()> {
         layers.flat_map(|layer| (0..GROUPS.len()).map(move |group| (layer, group))).try_for_each(|(layer, group)| f(layer, group))
     }
 
@@ -206,23 +206,31 @@ impl<'l> Pass<'l> {
         Ok(good)
     }
 
-    fn is_close(&self, target: usize, group: usize, row: u64, columns: &[u64], before: &[f64], after: &[f64]) -> Result<bool> {
+    pub fn exact(&self, buffer: &Buffer, at: u64, rows: usize, cols: u64) -> Result<Exact> {
+        Ok(Exact::new(buffer.dtype, rows, cols as usize, &self.lab.download(buffer, at, rows as u64 * cols)?))
+    }
+
+    /// A, some rows of B, and the coefficient of each adapter of a row.
+    pub fn adapters(&self, target: usize, row: u64, columns: &[u64]) -> Result<Vec<(Exact, Exact, f64)>> {
         let (lab, model, cols) = (self.lab, &self.model, self.model.spec.shapes[target].1);
-        let exact = |buffer: &Buffer, at: u64, rows: usize, cols: u64| -> Result<Exact> {
-            Ok(Exact::new(buffer.dtype, rows, cols as usize, &lab.download(buffer, at, rows as u64 * cols)?))
-        };
-        let x = exact(self.x(group), row * cols, 1, cols)?.x;
         let (ids, gates) = (lab.download(&self.ids, row * K, K)?, lab.download(&self.gates, row * K, K)?);
         let mut adapters = Vec::new();
         for (slot, gate) in ids.into_iter().zip(gates) {
             let place = model.places[slot as usize][target];
             let mut b = Vec::new();
             for o in columns {
-                b.extend(exact(&model.b, place.b + o * place.b_stride, 1, place.rank)?.x);
+                b.extend(self.exact(&model.b, place.b + o * place.b_stride, 1, place.rank)?.x);
             }
             let b = Exact { rows: columns.len(), cols: place.rank as usize, x: b };
-            adapters.push((exact(&model.a, place.a, place.rank as usize, cols)?, b, f64::from(f32::from_bits(gate) * SCALE)));
+            adapters.push((self.exact(&model.a, place.a, place.rank as usize, cols)?, b, f64::from(f32::from_bits(gate) * SCALE)));
         }
+        Ok(adapters)
+    }
+
+    fn is_close(&self, target: usize, group: usize, row: u64, columns: &[u64], before: &[f64], after: &[f64]) -> Result<bool> {
+        let cols = self.model.spec.shapes[target].1;
+        let x = self.exact(self.x(group), row * cols, 1, cols)?.x;
+        let adapters = self.adapters(target, row, columns)?;
         let terms: Vec<Term<'_>> = adapters.iter().map(|(a, b, c)| Term { a, b, coefficient: *c }).collect();
         let (want, bounds) = oracle::apply(before, &x, &terms);
         let close =

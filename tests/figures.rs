@@ -96,7 +96,12 @@ fn are_those_of_the_record() {
 
 const CROSSOVER: &str = "crossover/7b/r16/k2/";
 /// Strategies as the cases name them, with what the plot calls them.
-const STRATEGIES: [(&str, &str, &str); 2] = [("switch", "switch, then multiply", "#c0392b"), ("apply", "multiply, then apply", "#2471a3")];
+const STRATEGIES: [(&str, &str, &str); 4] = [
+    ("switch", "switch, cuBLAS products", "#c0392b"),
+    ("switch-linear", "switch, linear without adapters", "#e67e22"),
+    ("apply", "cuBLAS products, apply", "#2471a3"),
+    ("linear", "linear", "#1e8449"),
+];
 
 /// Milliseconds a token, by how many tokens a route serves.
 fn crossover(rows: &[Row]) -> String {
@@ -110,7 +115,7 @@ fn crossover(rows: &[Row]) -> String {
     let mut series: Vec<Series> = (STRATEGIES.into_iter())
         .map(|(strategy, name, color)| Series { name: name.into(), color, points: points(strategy, |row| row.us) })
         .collect();
-    series.push(Series { name: "no adapters (cuBLAS)".into(), color: "#7f8c8d", points: points("apply", |row| row.base_us) });
+    series.push(Series { name: "cuBLAS products, no adapters".into(), color: "#7f8c8d", points: points("apply", |row| row.base_us) });
     assert!(series.iter().all(|series| !series.points.is_empty()), "a strategy without rows in benches/record");
     draw(&Plot {
         title: "Llama-2-7B, one sequence, bf16, 2 adapters of rank 16 a token",

@@ -2,14 +2,15 @@
 
 use crate::apply::{Batch, Call, workspace_bytes};
 use crate::common::{Backend, Grid, Layout, Rng};
+use crate::linear;
 use crate::oracle;
 use crate::route::{Router, count, zeros};
 use crate::switch::{Model, Spec};
 use cudarc::driver::CudaGraph;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use lora_switch::{
-    DType, Form, GateWeight, PermuteMaps, PermuteOptions, RouteOptions, combine, gate, gate_workspace_bytes, gather, permute_with, route,
-    route_counted,
+    DType, Form, GateWeight, LinearOptions, PermuteMaps, PermuteOptions, RouteOptions, combine, gate, gate_workspace_bytes, gather,
+    permute_with, route, route_counted,
 };
 
 fn capture(backend: &Backend, work: impl FnOnce()) -> CudaGraph {
@@ -119,6 +120,50 @@ fn apply_replays() {
             let before = batch.bits();
             graph.launch().unwrap();
             batch.assert_added_to(&model, &before, "replayed");
+        }
+    }
+}
+
+/// One capture of several launches in a row, each reading what the one before wrote, serves other routes and refilled slots; and its
+/// counters are ready again each time.
+#[test]
+fn linear_replays() {
+    let Some(backend) = Backend::cuda() else { return };
+    let spec = Spec {
+        dtype: DType::Bf16,
+        form: Form::FromBase,
+        slots: 8,
+        k_max: 2,
+        shapes: vec![(96, 160), (160, 160)],
+        aligned: true,
+        max_rank: 32,
+        seed: 25,
+    };
+    let mut model = Model::new(&backend, &spec);
+    let mut rng = Rng(26);
+    for rows in [1, 3, 8] {
+        let mut batch = Batch::random(&model, &mut rng, rows, 2, DType::Bf16, Layout::dense);
+        let mut again = Batch::random(&model, &mut rng, rows, 2, DType::Bf16, Layout::dense);
+        let mut workspace = linear::workspace(&model, rows, 2);
+        let graph = capture(&backend, || {
+            let options = LinearOptions { only_x_is_new: true };
+            linear::run_in(&mut batch, &model, LinearOptions::default(), &mut workspace).unwrap();
+            std::mem::swap(&mut again.x, &mut batch.y[1]); // 160 wide, as the input is
+            linear::run_in(&mut again, &model, options, &mut workspace).unwrap();
+            std::mem::swap(&mut again.x, &mut batch.y[1]);
+        });
+        for step in 0..6 {
+            if step % 2 == 1 {
+                model.refill(rng.below(8));
+            }
+            for ids in [&mut batch.ids, &mut again.ids] {
+                ids.set_bits(&(0..2 * rows).map(|_| rng.below(9) as u32).collect::<Vec<_>>());
+            }
+            graph.launch().unwrap();
+            linear::assert_is_product(&batch, &model, "replayed");
+            std::mem::swap(&mut again.x, &mut batch.y[1]);
+            linear::assert_is_product(&again, &model, "replayed, of a product");
+            std::mem::swap(&mut again.x, &mut batch.y[1]);
         }
     }
 }

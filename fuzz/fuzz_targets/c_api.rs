@@ -217,7 +217,7 @@ impl<'a> World<'a> {
             if self.bytes.0.is_empty() {
                 break;
             }
-            match self.bytes.below(21) {
+            match self.bytes.below(22) {
                 0 => self.contexts(),
                 1 => self.create_bank(),
                 2 | 3 => self.set_slot(),
@@ -233,7 +233,8 @@ impl<'a> World<'a> {
                 15 => self.measure(),
                 16 => self.gate(),
                 17 | 18 => self.apply(),
-                19 => self.advise(),
+                19 => self.linear(),
+                20 => self.advise(),
                 _ => self.destroy(),
             }
         }
@@ -598,6 +599,40 @@ impl<'a> World<'a> {
         });
         assert_eq!(is_ok && advice.struct_size > 8, advice.best >= 0);
         assert!(!is_ok || !(advice.switch_us.is_nan() || advice.apply_us.is_nan() || advice.linear_us.is_nan()));
+    }
+
+    fn linear(&mut self) {
+        let which = self.which();
+        let (handle, dtype) = (self.banks[which].handle, self.banks[which].dtype);
+        let shapes = self.banks[which].shapes.clone();
+        let first = self.bytes.below(shapes.len().max(1) as u64);
+        let group = &shapes[(first as usize).min(shapes.len())..];
+        let (rows, k) = (self.bytes.below(10), self.bytes.below(4));
+        let cols = group.first().map_or(0, |shape| shape.in_features.min(16));
+        let weights: Vec<_> = group.iter().map(|shape| self.read_only(shape.out_features.min(16), cols, dtype)).collect();
+        let x = self.read_only(rows, cols, dtype);
+        let (ids, gates) = (self.read_only(rows, k, c::LSW_I32 as i32), self.read_only(rows, k, c::LSW_F32 as i32));
+        self.write_ids(&ids);
+        let routes = c::lsw_routes { ids, gates, row_map: c::lsw_mat::default() };
+        let y_type = self.bytes.below(3) as i32;
+        let y: Vec<_> = group.iter().map(|shape| self.mat(rows, shape.out_features.min(16), y_type)).collect();
+        self.cursor = self.cursor.next_multiple_of(16);
+        let workspace = self.place(8 * MARGIN);
+        let room = (self.arena.as_ptr() as usize + ARENA).saturating_sub(workspace as usize) as u64;
+        self.call(|w| {
+            let (bank, first, bytes) = (w.bytes.pointer(handle), w.bytes.size(first), w.bytes.size(room).min(room));
+            let (x, routes, weights) = (w.bytes.pointer(&x), w.bytes.pointer(&routes), w.bytes.pointer(weights.as_ptr()));
+            let (y, count) = (w.bytes.pointer(y.as_ptr()), w.bytes.count(&y));
+            let (only_x_is_new, reserved) = (w.bytes.number(1), w.bytes.number(0));
+            let options = c::lsw_linear_options { only_x_is_new, reserved, ..Default::default() };
+            w.with_options(options, |_, options| unsafe {
+                c::lsw_linear(bank, null_mut(), options, first, weights, x, routes, y, count, workspace, bytes)
+            })
+        });
+        self.get(|w, out| {
+            let (rows, k) = (w.bytes.size(rows), w.bytes.size(k));
+            unsafe { c::lsw_linear_workspace_bytes(handle, first, shapes.len() as u64, rows, k, out) }
+        });
     }
 
     /// Small numbers for the first row of a map that may be valid.

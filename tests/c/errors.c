@@ -387,6 +387,26 @@ static void unmerged(void) {
     OK(lsw_apply_shrink(bank, NULL, 0, 2, &input, &routes, workspace, n));
     OK(lsw_apply_expand(bank, NULL, 0, &routes, both, 2, workspace, n));
     EXPECT(y[0][3] == 144.0f && y[1][1] == 24.0f && y[2][1] == 144.0f);
+
+    /* The same adapters on W x; W of ones in the first target, of the adapter's A in the second. */
+    static float ones[4][8];
+    static float workspace16[4 + 3 * 2 * 2 * 8];
+    lsw_mat weights[2] = {in(ones, 4, 8, LSW_F32), in(a, 2, 8, LSW_F32)};
+    lsw_linear_options how = {sizeof how, 1, 0}, odd = {sizeof odd, 2, 0};
+    for (int i = 0; i < 32; i++) {
+        ones[i / 8][i % 8] = 1.0f;
+    }
+    REFUSED(lsw_linear_workspace_bytes(bank, 0, 2, 9, 2, &bytes), "rows is 9");
+    OK(lsw_linear_workspace_bytes(bank, 0, 2, 3, 2, &bytes));
+    EXPECT(bytes == sizeof workspace16);
+    REFUSED(lsw_linear(bank, NULL, &odd, 0, weights, &input, &routes, both, 2, workspace16, bytes), "options.only_x_is_new is 2");
+    REFUSED(lsw_linear(bank, NULL, &how, 0, NULL, &input, &routes, both, 2, workspace16, bytes), "weights is null");
+    REFUSED(lsw_linear(bank, NULL, &how, 0, weights, &input, &routes, both, 2, workspace16, bytes), "weights[1].rows is 2");
+    weights[1] = weights[0];
+    REFUSED(lsw_linear(bank, NULL, &how, 0, weights, &input, &routes, same, 2, workspace16, bytes), "disjoint from y[0]");
+    REFUSED(lsw_linear(bank, NULL, &how, 0, weights, &input, &routes, both, 2, workspace16, bytes - 1), "workspace.cols");
+    OK(lsw_linear(bank, NULL, NULL, 0, weights, &input, &routes, both, 2, workspace16, bytes));
+    EXPECT(y[0][3] == 8.0f + 108.0f && y[1][1] == 16.0f && y[2][1] == 24.0f + 36.0f && z[0][3] == 8.0f);
     lsw_bank_destroy(bank);
 }
 
