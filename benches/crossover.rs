@@ -20,11 +20,11 @@ pub fn cases() -> Vec<Case> {
         run: Box::new(move |lab, timing| measure(lab, timing, tokens)),
     };
     let mut cases = Vec::new();
-    for tokens in [1, 2, 4, 8, 16, 32, 64] {
+    for tokens in [1, 2, 4, 8, 16, 32] {
         cases.extend([case("switch", tokens, switch), case("switch-linear", tokens, switch_linear)]);
     }
     // Adapters that are not merged do not know how long their route lasts: two points show it.
-    for tokens in [1, 64] {
+    for tokens in [1, 32] {
         cases.extend([case("apply", tokens, apply), case("linear", tokens, both_in_one)]);
     }
     cases
