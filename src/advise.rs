@@ -93,14 +93,14 @@ impl Advice {
 ///
 /// - product(n) = max(W / (product_share * read), 2 n * weights / product_tflops): the engine's own product of n rows; up to 8 rows
 ///   `linear` without adapters in its place if that is less: C * linear_call + W / linear_rate;
-/// - switch = (launch + (2 W + E) / copy) / R + product(m) / m, with m = min(B, R): merged weights serve one route at a time, so a batch
+/// - switch = (launch + (2 W + E) / switch_rate) / R + product(m) / m, with m = min(B, R): merged weights serve one route at a time, so a batch
 ///   of more routes falls apart;
 /// - apply = (product(B) + C * apply_call + D / read + B (E / rows + Y / copy)) / B, where D is what the batch's adapters come to if each
 ///   is read once: N (1 - (1 - k/N)^(B/R)) of N slots for B/R random routes, and rows the rate at which adapters pass for every row:
 ///   few_rows up to 64 rows and in f32, many_rows above;
-/// - linear = (C * (linear_call + linear_adapters) + W / linear_rate + D / read + (B - 1) E / few_rows) / B, up to 8 rows.
+/// - linear = (C * (linear_call + linear_adapters) + W / linear_rate + D / read + B E / few_rows) / B, up to 8 rows.
 ///
-/// So a switch is right from R = (launch + (2 W + E) / copy) / (min(apply, linear) - product(B) / B) on, where that is at least B.
+/// So a switch is right from R = (launch + (2 W + E) / switch_rate) / (min(apply, linear) - product(B) / B) on, where that is at least B.
 ///
 /// # Errors
 /// On sizes outside the bounds that [`Workload`] states, groups that do not add up to the targets or whose targets do not share
@@ -190,7 +190,7 @@ impl Model {
 
     fn switch_us(&self, c: &Calibration) -> f64 {
         let rows = self.batch.min(self.per_route);
-        let switch = c.launch_us + us(2.0 * self.w + self.adapters, c.copy_gb_per_s);
+        let switch = c.launch_us + us(2.0 * self.w + self.adapters, c.switch_gb_per_s);
         switch / self.per_route + self.product_us(c, rows) / rows
     }
 
@@ -206,7 +206,7 @@ impl Model {
             return f64::INFINITY;
         }
         let calls = self.calls * (c.linear_call_us + c.linear_adapters_us) + us(self.w, c.linear_gb_per_s);
-        let adapters = us(self.distinct(), c.read_gb_per_s) + (self.batch - 1.0) * us(self.adapters, c.few_rows_gb_per_s);
+        let adapters = us(self.distinct(), c.read_gb_per_s) + self.batch * us(self.adapters, c.few_rows_gb_per_s);
         (calls + adapters) / self.batch
     }
 

@@ -11,7 +11,8 @@ use crate::measure;
 use crate::memory::StateMemory;
 use crate::route::{RouteOptions, route};
 use crate::stream::{Context, Stream, StreamKind};
-use crate::view::{Mat, MatMut, Tensor};
+use crate::switch::{SwitchOptions, SwitchSet, Target};
+use crate::view::{Mat, MatMut, Tensor, Weight};
 
 /// What a machine does, and the engine's product on it. [`Calibration::measure`] fills it in; or write it by hand, without a device. GB
 /// are 10^9 bytes.
@@ -23,6 +24,8 @@ pub struct Calibration {
     pub copy_gb_per_s: f64,
     /// A launch that does next to nothing, as a node of a graph.
     pub launch_us: f64,
+    /// A switch from base passes over W and W_base at this rate, both and the adapters counted.
+    pub switch_gb_per_s: f64,
     /// A call of `apply`, bytes aside.
     pub apply_call_us: f64,
     /// `apply` to up to 64 rows, and in f32: the bytes of a row's adapters pass at this rate, for each row.
@@ -47,21 +50,23 @@ impl Calibration {
         read_gb_per_s: 4540.0,
         copy_gb_per_s: 4150.0,
         launch_us: 0.92,
+        switch_gb_per_s: 4100.0,
         apply_call_us: 4.0,
         few_rows_gb_per_s: 2400.0,
         many_rows_gb_per_s: 60000.0,
         linear_call_us: 1.0,
         linear_adapters_us: 2.0,
         linear_gb_per_s: 4400.0,
-        product_share: 0.84,
+        product_share: 0.79,
         product_tflops: 750.0,
     };
 
-    /// Measures all but the last two on the stream's device, in bf16: reading and copying a large vector, an empty launch, `apply` to one row
-    /// and to more, with 8 adapters of rank 16 at a 4096 x 4096 matrix, and `linear` at matrices of two sizes.
+    /// Measures all but the last two on the stream's device, in bf16: reading and copying a large vector, an empty launch, a switch of large
+    /// matrices, `apply` to one row and to more, and `linear` at matrices of two sizes; with 8 adapters of rank 16 at matrices of 4096
+    /// columns (512 on the CPU).
     ///
     /// The base product is the engine's, so its two figures are not measured: on CUDA they are set to what cuBLAS reaches on an H200
-    /// (0.84, and 750 in 16 bits), on the CPU to 1 and 0.1. An engine that knows better overwrites them.
+    /// (0.79 of Llama-2-7B's, q k v and gate up fused, and 750 in 16 bits), on the CPU to 1 and 0.1. An engine that knows better overwrites them.
     ///
     /// To be called once, cold, while nothing else runs: it allocates 1 GiB (64 MiB on the CPU) and frees it, and takes about 0.1 s. On
     /// CUDA it works in graphs on a stream of its own, so that the stream given may be any of the context, also one without cudarc; it
@@ -73,28 +78,32 @@ impl Calibration {
         let bench = Bench::new(stream)?;
         let (read_us, copy_us, launch_us) = (bench.read()?, bench.copy()?, bench.launch()?);
         let (read, copy) = (gb_per_s(bench.bytes(), read_us), gb_per_s(bench.bytes(), copy_us));
+        let switch = bench.switch()?;
         // Rows cost alike: two counts of them give the price of one, and what is left is the call's.
         let (few, many) = bench.rows();
-        let beside = |rows: u64| (rows * ROW_BYTES) as f64 / copy / 1e3;
+        let (width, adapter_bytes) = (bench.width(), bench.adapter_bytes());
+        // Of x, and of y read and written.
+        let beside = |rows: u64| (rows * 3 * width * 2) as f64 / copy / 1e3;
         let (one_us, few_us) = (bench.apply(1)? - beside(1), bench.apply(few)? - beside(few));
-        let few_rows = gb_per_s((few - 1) * ADAPTER_BYTES, few_us - one_us);
-        let apply_call_us = (one_us - ADAPTER_BYTES as f64 / few_rows / 1e3).max(0.0);
+        let few_rows = gb_per_s((few - 1) * adapter_bytes, few_us - one_us);
+        let apply_call_us = (one_us - adapter_bytes as f64 / few_rows / 1e3).max(0.0);
         let many_rows = match many {
-            Some(rows) => gb_per_s(rows * ADAPTER_BYTES, bench.apply(rows)? - beside(rows) - apply_call_us),
+            Some(rows) => gb_per_s(rows * adapter_bytes, bench.apply(rows)? - beside(rows) - apply_call_us),
             None => few_rows,
         };
         // The same with the bytes of two matrices; of the small one then with adapters.
         let (small, large) = bench.outputs();
         let (small_us, large_us) = (bench.linear(small, 0)?, bench.linear(large, 0)?);
-        let linear_rate = gb_per_s((large - small) * WIDTH * 2, large_us - small_us);
-        let linear_call_us = (small_us - (small * WIDTH * 2) as f64 / linear_rate / 1e3).max(0.0);
-        let of_small = K * RANK * (WIDTH + small) * 2;
-        let linear_adapters_us = (bench.linear(small, K)? - small_us - of_small as f64 / read / 1e3).max(0.0);
-        let (product_share, product_tflops) = if many.is_some() { (0.84, 750.0) } else { (1.0, 0.1) };
+        let linear_rate = gb_per_s((large - small) * width * 2, large_us - small_us);
+        let linear_call_us = (small_us - (small * width * 2) as f64 / linear_rate / 1e3).max(0.0);
+        let of_adapters = adapter_bytes as f64 / few_rows / 1e3;
+        let linear_adapters_us = (bench.linear(small, K)? - small_us - of_adapters).max(0.0);
+        let (product_share, product_tflops) = if many.is_some() { (0.79, 750.0) } else { (1.0, 0.1) };
         Ok(Self {
             read_gb_per_s: read,
             copy_gb_per_s: copy,
             launch_us,
+            switch_gb_per_s: switch,
             apply_call_us,
             few_rows_gb_per_s: few_rows,
             many_rows_gb_per_s: many_rows,
@@ -110,6 +119,7 @@ impl Calibration {
         let rates = [
             ("read_gb_per_s", self.read_gb_per_s),
             ("copy_gb_per_s", self.copy_gb_per_s),
+            ("switch_gb_per_s", self.switch_gb_per_s),
             ("few_rows_gb_per_s", self.few_rows_gb_per_s),
             ("many_rows_gb_per_s", self.many_rows_gb_per_s),
             ("linear_gb_per_s", self.linear_gb_per_s),
@@ -145,11 +155,7 @@ fn gb_per_s(bytes: u64, us: f64) -> f64 {
 const SLOTS: u64 = 8;
 const K: u64 = 2;
 const RANK: u64 = 16;
-const WIDTH: u64 = 4096;
 const DTYPE: DType = DType::Bf16;
-/// Of a row's adapters; of its x, and of y read and written.
-const ADAPTER_BYTES: u64 = K * RANK * 2 * WIDTH * 2;
-const ROW_BYTES: u64 = 3 * WIDTH * 2;
 
 /// One target with adapters in all slots and rows with random routes: where things lie in a bench's memory, weights behind all else.
 struct Layer {
@@ -197,12 +203,25 @@ impl Bench {
         }
     }
 
-    /// Of a small and of a large matrix.
+    /// Columns of every matrix.
+    fn width(&self) -> u64 {
+        match self {
+            Self::Cpu(_) => 512,
+            Self::Cuda(_) => 4096,
+        }
+    }
+
+    /// Rows of a small matrix, which is square, and of a large one.
     fn outputs(&self) -> (u64, u64) {
         match self {
-            Self::Cpu(_) => (256, 2048),
-            Self::Cuda(_) => (4096, 24576),
+            Self::Cpu(_) => (self.width(), 16384),
+            Self::Cuda(_) => (self.width(), 24576),
         }
+    }
+
+    /// Those of a row at a small matrix.
+    fn adapter_bytes(&self) -> u64 {
+        K * RANK * 2 * self.width() * DTYPE.size()
     }
 
     fn stream(&self) -> &Stream {
@@ -266,10 +285,11 @@ impl Bench {
         self.time(64, || measure::scale_in_place(self.stream(), 1.0, &mut self.mat_mut(DType::F32, 0, 1, 1)))
     }
 
-    fn layer(&self, out: u64, rows: u64, k: u64) -> Result<Layer> {
-        let stream = self.stream();
-        let shape = TargetShape { out_features: out, in_features: WIDTH, rank_cap: RANK };
-        let bank = AdapterBank::new(stream, DTYPE, SLOTS, &[shape], StateMemory::allocate())?;
+    /// Several targets share their adapters.
+    fn layer(&self, targets: usize, out: u64, rows: u64, k: u64) -> Result<Layer> {
+        let (stream, width) = (self.stream(), self.width());
+        let shape = TargetShape { out_features: out, in_features: width, rank_cap: RANK };
+        let bank = AdapterBank::new(stream, DTYPE, SLOTS, &vec![shape; targets], StateMemory::allocate())?;
         let mut end = 0;
         let mut take = |elements: u64, size: u64| {
             let at = end;
@@ -277,11 +297,11 @@ impl Bench {
             at
         };
         for slot in 0..SLOTS {
-            let a = self.tensor(take(RANK * WIDTH, 2), RANK, WIDTH);
+            let a = self.tensor(take(RANK * width, 2), RANK, width);
             let b = self.tensor(take(out * RANK, 2), out, RANK);
-            bank.set_slot(stream, slot, &[Some(Factor { a, b, scale: 1.0 })])?;
+            bank.set_slot(stream, slot, &vec![Some(Factor { a, b, scale: 1.0 }); targets])?;
         }
-        let (x, y) = (take(rows * WIDTH, 2), take(rows * out, 2));
+        let (x, y) = (take(rows * width, 2), take(rows * out, 2));
         let (logits, ids, gates) = (take(rows * SLOTS, 4), take(rows * K, 4), take(rows * K, 4));
         let workspace = take(apply_workspace_bytes(&bank, 0..1, rows, k)? + 16, 1);
         let layer = Layer { bank, out, rows, k, x, y, ids, gates, workspace, weights: end };
@@ -297,30 +317,51 @@ impl Bench {
         route(self.stream(), &RouteOptions::default(), &self.mat(DType::F32, logits, rows, experts), &mut ids, &mut gates)
     }
 
+    /// GB/s from base, of as many large matrices as there is room for.
+    fn switch(&self) -> Result<f64> {
+        let ((_, out), width, stream) = (self.outputs(), self.width(), self.stream());
+        let size = out * width * DTYPE.size();
+        let targets = (self.bytes() - self.bytes() / 8) / (2 * size);
+        let l = self.layer(targets as usize, out, 1, K)?;
+        let target = |i: u64| {
+            let (context, addr) = self.place(l.weights + 2 * i * size, 2 * size);
+            // SAFETY: inside the bench's memory (`place` checks), behind the adapters; the set goes before the bench.
+            let weight = unsafe { Weight::from_raw(&context, addr, DTYPE, out, width, width) };
+            Target { weight, base: Some(self.tensor(l.weights + (2 * i + 1) * size, out, width)) }
+        };
+        let options = SwitchOptions { k_max: K, ..SwitchOptions::default() };
+        let mut set = SwitchSet::new(stream, &l.bank, (0..targets).map(target).collect(), options)?;
+        let (ids, gates) = (self.mat(DType::I32, l.ids, 1, K), self.mat(DType::F32, l.gates, 1, K));
+        // A route that is merged already would cost nothing.
+        let us = self.time(1, || set.invalidate(stream).and_then(|()| set.to(stream, &ids, &gates)))?;
+        Ok(gb_per_s(targets * (2 * size + K * RANK * (out + width) * DTYPE.size()), us))
+    }
+
     fn apply(&self, rows: u64) -> Result<f64> {
-        let l = self.layer(WIDTH, rows, K)?;
+        let width = self.width();
+        let l = self.layer(1, width, rows, K)?;
         let bytes = apply_workspace_bytes(&l.bank, 0..1, rows, K)?;
         let (ids, gates) = (self.mat(DType::I32, l.ids, rows, K), self.mat(DType::F32, l.gates, rows, K));
         let routes = Routes { ids: &ids, gates: &gates, row_map: None };
         self.time(if rows > 64 { 4 } else { 64 }, || {
-            let (x, mut y) = (self.mat(DTYPE, l.x, rows, WIDTH), [self.mat_mut(DTYPE, l.y, rows, l.out)]);
+            let (x, mut y) = (self.mat(DTYPE, l.x, rows, width), [self.mat_mut(DTYPE, l.y, rows, l.out)]);
             apply(self.stream(), &l.bank, 0, &x, &routes, &mut y, &mut self.mat_mut(DType::U8, l.workspace, 1, bytes))
         })
     }
 
     /// One row. Each call has weights of its own, which no cache holds, as in a pass over a model.
     fn linear(&self, out: u64, k: u64) -> Result<f64> {
-        let l = self.layer(out, 1, k)?;
+        let (width, l) = (self.width(), self.layer(1, out, 1, k)?);
         let bytes = linear_workspace_bytes(&l.bank, 0..1, l.rows, l.k)?;
         let (ids, gates) = (self.mat(DType::I32, l.ids, l.rows, l.k), self.mat(DType::F32, l.gates, l.rows, l.k));
         let routes = Routes { ids: &ids, gates: &gates, row_map: None };
-        let size = out * WIDTH * DTYPE.size();
+        let size = out * width * DTYPE.size();
         let calls = (self.bytes() - l.weights) / size;
         let mut call = 0;
         self.time(calls as usize, || {
-            let weights = [self.mat(DTYPE, l.weights + call % calls * size, out, WIDTH)];
+            let weights = [self.mat(DTYPE, l.weights + call % calls * size, out, width)];
             call += 1;
-            let (x, mut y) = (self.mat(DTYPE, l.x, l.rows, WIDTH), [self.mat_mut(DTYPE, l.y, l.rows, out)]);
+            let (x, mut y) = (self.mat(DTYPE, l.x, l.rows, width), [self.mat_mut(DTYPE, l.y, l.rows, out)]);
             let mut workspace = self.mat_mut(DType::U8, l.workspace, 1, bytes);
             linear(self.stream(), LinearOptions::default(), &l.bank, 0, &weights, &x, &routes, &mut y, &mut workspace)
         })

@@ -18,6 +18,7 @@ const PLAIN: Calibration = Calibration {
     read_gb_per_s: 4000.0,
     copy_gb_per_s: 2000.0,
     launch_us: 1.0,
+    switch_gb_per_s: 1500.0,
     apply_call_us: 5.0,
     few_rows_gb_per_s: 500.0,
     many_rows_gb_per_s: 8000.0,
@@ -48,18 +49,18 @@ fn is_what_the_formulas_say() {
     let memory = 2.0 * weights / (0.5 * 4000.0) / 1e3;
 
     let one = at(1, 1, 1.0, DType::Bf16);
-    close(one.switch_us, 1.0 + (4.0 * weights + slot) / 2000.0 / 1e3 + memory);
+    close(one.switch_us, 1.0 + (4.0 * weights + slot) / 1500.0 / 1e3 + memory);
     close(one.apply_us, memory + 2.0 * 5.0 + slot / 4000.0 / 1e3 + slot / 500.0 / 1e3 + row / 2000.0 / 1e3);
-    close(one.linear_us, 2.0 * (3.0 + 2.0) + 2.0 * weights / 1600.0 / 1e3 + slot / 4000.0 / 1e3);
+    close(one.linear_us, 2.0 * (3.0 + 2.0) + 2.0 * weights / 1600.0 / 1e3 + slot / 4000.0 / 1e3 + slot / 500.0 / 1e3);
 
     // Eight sequences, two tokens a route: a switch multiplies two rows at a time; four routes of one of two slots miss one in 16.
     let eight = at(1, 8, 2.0, DType::Bf16);
-    close(eight.switch_us, (1.0 + (4.0 * weights + slot) / 2000.0 / 1e3) / 2.0 + memory / 2.0);
+    close(eight.switch_us, (1.0 + (4.0 * weights + slot) / 1500.0 / 1e3) / 2.0 + memory / 2.0);
     let distinct = 2.0 * (15.0 / 16.0) * slot / 4000.0 / 1e3;
     close(eight.apply_us, (memory + 10.0 + distinct) / 8.0 + slot / 500.0 / 1e3 + row / 2000.0 / 1e3);
 
     let stream = 2.0 * weights / 1600.0 / 1e3;
-    close(eight.linear_us, (2.0 * 5.0 + stream + distinct + 7.0 * slot / 500.0 / 1e3) / 8.0);
+    close(eight.linear_us, (2.0 * 5.0 + stream + distinct + 8.0 * slot / 500.0 / 1e3) / 8.0);
     assert_eq!(at(1, 9, 2.0, DType::Bf16).linear_us, f64::INFINITY);
     // Where linear without adapters is the faster product, it serves all.
     let quick = Calibration { linear_call_us: 0.0, linear_gb_per_s: 3000.0, ..PLAIN };
@@ -67,7 +68,7 @@ fn is_what_the_formulas_say() {
         Workload { targets: &targets, groups: &[2, 1], dtype: DType::Bf16, ranks: &[4, 8], k: 0, batch: 8, tokens_per_route: 1e6 };
     let with_linear = advise(&quick, &workload).unwrap();
     close(with_linear.apply_us, (2.0 * weights / 3000.0 / 1e3 + 10.0) / 8.0 + row / 2000.0 / 1e3);
-    close(with_linear.switch_us, (1.0 + 4.0 * weights / 2000.0 / 1e3) / 1e6 + 2.0 * weights / 3000.0 / 1e3 / 8.0);
+    close(with_linear.switch_us, (1.0 + 4.0 * weights / 1500.0 / 1e3) / 1e6 + 2.0 * weights / 3000.0 / 1e3 / 8.0);
     let nine = advise(&quick, &Workload { batch: 9, ..workload }).unwrap();
     close(nine.apply_us, (memory + 10.0) / 9.0 + row / 2000.0 / 1e3);
 
@@ -80,7 +81,7 @@ fn is_what_the_formulas_say() {
     // Enough rows that arithmetic and not memory bounds the product.
     let many = at(0, 100_000, 1e6, DType::Bf16);
     close(many.apply_us, 2.0 * weights / 1000.0 / 1e6 + 10.0 / 1e5 + row / 2000.0 / 1e3);
-    close(many.switch_us, (1.0 + 4.0 * weights / 2000.0 / 1e3) / 1e6 + 2.0 * weights / 1000.0 / 1e6);
+    close(many.switch_us, (1.0 + 4.0 * weights / 1500.0 / 1e3) / 1e6 + 2.0 * weights / 1000.0 / 1e6);
 }
 
 /// The switch is right from the crossover of the docs on, and not before.
@@ -104,7 +105,7 @@ fn turns_where_the_docs_say() {
         let product = if batch <= 8 { linear.min(engine) } else { engine } / batch as f64;
         let (unmerged, other) =
             if far.linear_us < far.apply_us { (Strategy::Linear, far.linear_us) } else { (Strategy::Apply, far.apply_us) };
-        let crossover = (1.0 + (4.0 * weights + adapters) / 2000.0 / 1e3) / (other - product);
+        let crossover = (1.0 + (4.0 * weights + adapters) / 1500.0 / 1e3) / (other - product);
         assert!(crossover > batch as f64, "{crossover}");
         assert_eq!(at(crossover * 0.999).best, unmerged, "batch {batch}, rank {rank}: before {crossover}");
         assert_eq!(at(crossover * 1.001).best, Strategy::Switch, "batch {batch}, rank {rank}: after {crossover}");
@@ -167,6 +168,7 @@ fn bad_arguments_are_named() {
     for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
         refused("calibration.read_gb_per_s", Calibration { read_gb_per_s: bad, ..PLAIN }, good);
         refused("calibration.copy_gb_per_s", Calibration { copy_gb_per_s: bad, ..PLAIN }, good);
+        refused("calibration.switch_gb_per_s", Calibration { switch_gb_per_s: bad, ..PLAIN }, good);
         refused("calibration.few_rows_gb_per_s", Calibration { few_rows_gb_per_s: bad, ..PLAIN }, good);
         refused("calibration.linear_gb_per_s", Calibration { linear_gb_per_s: bad, ..PLAIN }, good);
         refused("calibration.many_rows_gb_per_s", Calibration { many_rows_gb_per_s: bad, ..PLAIN }, good);
@@ -191,7 +193,7 @@ mod c {
         pub struct_size: u64,
         pub figures: [f64; FIGURES],
     }
-    pub const FIGURES: usize = 11;
+    pub const FIGURES: usize = 12;
 
     #[repr(C)]
     pub struct Workload {
@@ -236,6 +238,7 @@ fn c_agrees_with_rust() {
         c.read_gb_per_s,
         c.copy_gb_per_s,
         c.launch_us,
+        c.switch_gb_per_s,
         c.apply_call_us,
         c.few_rows_gb_per_s,
         c.many_rows_gb_per_s,
@@ -283,7 +286,7 @@ fn calibrates(backend: &Backend) {
     let (targets, groups) = llama();
     let (targets, groups) = (&targets, &groups);
     advise(&found, &Workload { targets, groups, dtype: DType::Bf16, ranks: &[16; 8], k: 2, batch: 1, tokens_per_route: 1.0 }).unwrap();
-    for rate in [found.read_gb_per_s, found.copy_gb_per_s] {
+    for rate in [found.read_gb_per_s, found.copy_gb_per_s, found.switch_gb_per_s, found.linear_gb_per_s] {
         assert!((0.01..1e5).contains(&rate), "{found:?}");
     }
     assert!(found.launch_us > 0.0 && found.launch_us < 1e3, "{found:?}");

@@ -571,7 +571,7 @@ impl<'a> World<'a> {
         };
         let mut calibration = c::lsw_calibration { launch_us: float(self, 1.0), apply_call_us: float(self, 1.0), ..Default::default() };
         (calibration.linear_call_us, calibration.linear_adapters_us) = (float(self, 1.0), float(self, 1.0));
-        calibration.linear_gb_per_s = float(self, 1e3);
+        (calibration.linear_gb_per_s, calibration.switch_gb_per_s) = (float(self, 1e3), float(self, 1e3));
         let rates = [&mut calibration.read_gb_per_s, &mut calibration.copy_gb_per_s, &mut calibration.few_rows_gb_per_s];
         rates.into_iter().for_each(|rate| *rate = float(self, 1e3));
         let rates = [&mut calibration.many_rows_gb_per_s, &mut calibration.product_share, &mut calibration.product_tflops];

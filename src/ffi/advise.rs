@@ -35,6 +35,8 @@ pub struct lsw_calibration {
     pub copy_gb_per_s: f64,
     /// A launch that does next to nothing, as a node of a graph.
     pub launch_us: f64,
+    /// A switch from base passes over W and W_base at this rate, both and the adapters counted.
+    pub switch_gb_per_s: f64,
     /// A call of lsw_apply, bytes aside.
     pub apply_call_us: f64,
     /// lsw_apply to up to 64 rows, and in LSW_F32: the bytes of a row's adapters pass at this rate,
@@ -62,6 +64,7 @@ impl lsw_calibration {
             read_gb_per_s: c.read_gb_per_s,
             copy_gb_per_s: c.copy_gb_per_s,
             launch_us: c.launch_us,
+            switch_gb_per_s: c.switch_gb_per_s,
             apply_call_us: c.apply_call_us,
             few_rows_gb_per_s: c.few_rows_gb_per_s,
             many_rows_gb_per_s: c.many_rows_gb_per_s,
@@ -78,6 +81,7 @@ impl lsw_calibration {
             read_gb_per_s: self.read_gb_per_s,
             copy_gb_per_s: self.copy_gb_per_s,
             launch_us: self.launch_us,
+            switch_gb_per_s: self.switch_gb_per_s,
             apply_call_us: self.apply_call_us,
             few_rows_gb_per_s: self.few_rows_gb_per_s,
             many_rows_gb_per_s: self.many_rows_gb_per_s,
@@ -177,13 +181,14 @@ impl lsw_advice {
 }
 
 /// Measures all of calibration but its last two fields on the stream's device, in LSW_BF16: reading
-/// and copying a large vector, an empty launch, lsw_apply to one row and to more, with 8 adapters of
-/// rank 16 at a 4096 x 4096 matrix, and lsw_linear at matrices of two sizes. calibration->struct_size
-/// is set by the caller; what it leaves out is not written.
+/// and copying a large vector, an empty launch, a switch of large matrices, lsw_apply to one row and
+/// to more, and lsw_linear at matrices of two sizes; with 8 adapters of rank 16 at matrices of 4096
+/// columns (512 on the CPU). calibration->struct_size is set by the caller; what it leaves out is
+/// not written.
 ///
 /// The base product is the engine's, so its two figures are not measured: on CUDA they are set to
-/// what cuBLAS reaches on an H200 (0.84, and 750 in 16 bits), on the CPU to 1 and 0.1. An engine that
-/// knows better overwrites them.
+/// what cuBLAS reaches on an H200 (0.79 of Llama-2-7B's, q k v and gate up fused, and 750 in 16
+/// bits), on the CPU to 1 and 0.1. An engine that knows better overwrites them.
 ///
 /// To be called once, cold, while nothing else runs: it allocates 1 GiB (64 MiB on the CPU) and
 /// frees it, and takes about 0.1 s. On CUDA it works on a stream of its own, synchronises, and cannot
@@ -210,16 +215,16 @@ pub unsafe extern "C" fn lsw_calibrate(context: *const lsw_context, stream: *mut
 /// - product(n) = max(W / (product_share * read), 2 n * weights / product_tflops): the engine's own
 ///   product of n rows; up to 8 rows lsw_linear without adapters in its place if that is less:
 ///   C * linear_call + W / linear_rate;
-/// - switch = (launch + (2 W + E) / copy) / R + product(m) / m, with m = min(B, R): merged weights
+/// - switch = (launch + (2 W + E) / switch_rate) / R + product(m) / m, with m = min(B, R): merged weights
 ///   serve one route at a time, so a batch of more routes falls apart;
 /// - apply = (product(B) + C * apply_call + D / read + B (E / rows + Y / copy)) / B, where D is what
 ///   the batch's adapters come to if each is read once: N (1 - (1 - k/N)^(B/R)) of N slots for B/R
 ///   random routes, and rows is few_rows up to 64 rows and in LSW_F32, many_rows above;
-/// - linear = (C * (linear_call + linear_adapters) + W / linear_rate + D / read + (B - 1) E /
-///   few_rows) / B, up to 8 rows.
+/// - linear = (C * (linear_call + linear_adapters) + W / linear_rate + D / read + B E / few_rows)
+///   / B, up to 8 rows.
 ///
-/// So a switch is right from R = (launch + (2 W + E) / copy) / (min(apply, linear) - product(B) / B)
-/// on, where that is at least B.
+/// So a switch is right from R = (launch + (2 W + E) / switch_rate) / (min(apply, linear) -
+/// product(B) / B) on, where that is at least B.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_advise(
     calibration: *const lsw_calibration,
