@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""lora-switch from Python, with ctypes alone: adapters merged into the weights (switch), and left beside them (apply).
+"""lora-switch from Python, with ctypes alone: adapters merged into the weights (switch), added behind the products (apply), and beside them
+in the same launch (linear).
 
     python3 ffi-examples/python/adapters.py [--library PATH] [--bench [FILTER]] [--vllm DIR] [--record FILE]
 
 On the CPU it needs nothing but Python, and checks each result against plain loops. With torch and a GPU it does the same on torch's
 tensors (data_ptr, current stream), against torch in float64. --bench measures a pass over Llama-2-7B's matrices, in microseconds of one
 CUDA graph after a pass over other memory, all on one card and in turns: torch's products alone (q k v and gate up fused), with our adapters
-behind them, and with vLLM's Triton kernels in their place where DIR holds vllm/lora/ops/triton_ops. LORA_SWITCH_REQUIRE_GPU=1 makes a missing
-GPU an error.
+behind them, for one token our products with adapters and without, and torch's with vLLM's Triton kernels where DIR holds
+vllm/lora/ops/triton_ops. LORA_SWITCH_REQUIRE_GPU=1 makes a missing GPU an error.
 """
 import argparse
 import ctypes
@@ -85,14 +86,15 @@ class Bank:
         c.call("lsw_bank_set_slot", self.handle, c.stream(), ctypes.c_uint64(slot), array, ctypes.c_uint64(len(factors)))
         self.kept[slot] = factors
 
-    def workspace(self, groups, rows, k):
-        """Room for a call with any of these groups of targets, each (first, count)."""
+    def workspace(self, operation, groups, rows, k):
+        """Room for a call of apply or linear with any of these groups of targets, each (first, count). linear wants zeros at first."""
         most, bytes_needed = 16, ctypes.c_uint64()
         for first, count in groups:
-            self.context.call("lsw_apply_workspace_bytes", self.handle, ctypes.c_uint64(first), ctypes.c_uint64(count), ctypes.c_uint64(rows),
-                              ctypes.c_uint64(k), ctypes.byref(bytes_needed))
+            self.context.call(f"lsw_{operation}_workspace_bytes", self.handle, ctypes.c_uint64(first), ctypes.c_uint64(count),
+                              ctypes.c_uint64(rows), ctypes.c_uint64(k), ctypes.byref(bytes_needed))
             most = max(most, bytes_needed.value)
-        return self.context.empty(U8, 1, most)
+        space = self.context.empty(U8, 1, most)
+        return space if isinstance(space, Matrix) else space.zero_()
 
     def apply(self, first, x, ids, gates, outputs, workspace):
         """Adds to outputs, for the targets from `first` on, what the adapters of each row's route make of x."""
@@ -100,6 +102,14 @@ class Bank:
         routes, y = Routes(plain(c, ids), plain(c, gates), Mat()), (Mat * len(outputs))(*(plain(c, y) for y in outputs))
         c.call("lsw_apply", self.handle, c.stream(), ctypes.c_uint64(first), c.mat(x), ctypes.byref(routes), y, ctypes.c_uint64(len(outputs)),
                address(workspace), ctypes.c_uint64(size))
+
+    def linear(self, first, weights, x, ids, gates, outputs, workspace):
+        """outputs = weights x and what apply would add. ids and gates of no columns: without adapters."""
+        c, size, count = self.context, workspace.cols if isinstance(workspace, Matrix) else workspace.numel(), len(outputs)
+        routes, y = Routes(plain(c, ids), plain(c, gates), Mat()), (Mat * count)(*(plain(c, y) for y in outputs))
+        weights = (Mat * count)(*(plain(c, w) for w in weights))
+        c.call("lsw_linear", self.handle, c.stream(), None, ctypes.c_uint64(first), weights, c.mat(x), ctypes.byref(routes), y,
+               ctypes.c_uint64(count), address(workspace), ctypes.c_uint64(size))
 
     def close(self):
         self.context.library.lsw_bank_destroy.restype = None
@@ -127,7 +137,7 @@ class SwitchSet:
 
 
 def on_the_cpu(library):
-    """Merge, then multiply; and multiply, then apply: the same, by plain loops."""
+    """Merge, then multiply; multiply, then apply; or both at once: the same, by plain loops."""
     context, dice = Context(library), random.Random(5)
     out, width, slots, rank, rows, k = 6, 10, 3, 2, 4, 2
     matrix = lambda rows, cols: Matrix(F32, rows, cols, [dice.uniform(-1, 1) for _ in range(rows * cols)])
@@ -141,7 +151,9 @@ def on_the_cpu(library):
     gates = Matrix(F32, rows, k, [dice.uniform(0, 1) for _ in range(rows * k)])
 
     y = Matrix(F32, rows, out, [value for row in range(rows) for value in product(base, x.row(row))])
-    bank.apply(0, x, ids, gates, [y], bank.workspace([(0, 1)], rows, k))
+    bank.apply(0, x, ids, gates, [y], bank.workspace("apply", [(0, 1)], rows, k))
+    both = Matrix(F32, rows, out)
+    bank.linear(0, [base], x, ids, gates, [both], bank.workspace("linear", [(0, 1)], rows, k))
     switched = SwitchSet(bank, [merged], [base], k)
     for row in range(rows):
         exact = product(base, x.row(row))
@@ -149,12 +161,13 @@ def on_the_cpu(library):
             a, b, scale = adapters[slot]
             exact = [e + gate * scale * p for e, p in zip(exact, product(b, product(a, x.row(row))))]
         expect(all(abs(got - e) < 1e-4 for got, e in zip(y.row(row), exact)), f"apply: row {row}")
+        expect(all(abs(got - e) < 1e-4 for got, e in zip(both.row(row), exact)), f"linear: row {row}")
         switched.to(Matrix(I32, 1, k, ids.row(row)), Matrix(F32, 1, k, gates.row(row)))
         expect(all(abs(got - e) < 1e-4 for got, e in zip(product(merged, x.row(row)), exact)), f"switch: row {row}")
     switched.close()
     bank.close()
     context.close()
-    print(f"CPU: {rows} routes merged into the weights, and applied beside them: verified")
+    print(f"CPU: {rows} routes merged into the weights, applied behind the products, and beside them: verified")
 
 
 LAYER = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]  # (out, in) of q, k, v, o, gate, up, down
@@ -202,13 +215,20 @@ class Batch:
         self.y = [c.empty(BF16, rows, sum(out for out, _ in model.layer[first:first + count])) for first, count in model.groups]
         self.ids, self.gates = c.empty(I32, rows, k), c.empty(F32, rows, k)
         c.route(self.torch.randn(rows, slots, device="cuda"), self.ids, self.gates)
-        self.workspace = model.bank.workspace(model.groups, rows, k)
+        self.workspace = model.bank.workspace("apply", model.groups, rows, k)
+        if rows <= 8:
+            self.zeros = model.bank.workspace("linear", model.groups, rows, k)
 
     def product(self, weight, group):
         self.torch.mm(self.x[group], weight.t(), out=self.y[group])
 
     def apply(self, first, group):
         self.model.bank.apply(first, self.x[group], self.ids, self.gates, self.model.parts(group, self.y[group], 1), self.workspace)
+
+    def linear(self, i, first, group, k):
+        model = self.model
+        model.bank.linear(first, model.parts(group, model.fused[i], 0), self.x[group], self.ids[:, :k], self.gates[:, :k],
+                          model.parts(group, self.y[group], 1), self.zeros)
 
     def base(self):
         self.model.each(lambda i, _, group: self.product(self.model.fused[i], group))
@@ -220,26 +240,36 @@ class Batch:
 
         self.model.each(visit)
 
-    def is_applied(self, first, group, before):
-        """Each y = before + sum of gate * scale * B (A x) in float64, as near as sums in f32 and one rounding to bf16 allow."""
+    def is_applied(self, first, group, before, magnitude, additions):
+        """Each y = before + sum of gate * scale * B (A x) in float64, as near as one rounding to bf16 and sums in f32 allow: of so many
+        magnitudes where `before` is a product too, and those of the adapters."""
         x, gates, model, good = self.x[group].double(), self.gates.double() * SCALE, self.model, True
-        parts = zip(model.parts(group, self.y[group], 1), model.parts(group, before, 1))
-        for target, (y, exact) in enumerate(parts, first):
+        for target, (y, exact, size) in enumerate(zip(*(model.parts(group, whole, 1) for whole in (self.y[group], before, magnitude))), first):
             exact, a, b = exact.double(), model.a[target][:, 0].double(), model.b[target][:, 0].double()
-            size = exact.abs()
             for slot in range(a.shape[0]):
                 gate = (gates * (self.ids == slot)).sum(1, keepdim=True)
                 exact = exact + gate * (x @ a[slot].t() @ b[slot].t())
                 size = size + gate.abs() * (x.abs() @ a[slot].abs().t() @ b[slot].abs().t())
-            allowed = exact.abs() * 2.0**-8 + size * (a.shape[2] + a.shape[1] * self.k) * 2.0**-23
+            allowed = exact.abs() * 2.0**-8 + size * (additions + a.shape[2] + a.shape[1] * self.k) * 2.0**-23
             good &= ((y.double() - exact).abs() <= allowed).all().item()
         return good
 
-    def check_apply(self, i, first, group):
+    def check(self, i, first, group):
+        """apply behind torch's product, and linear for few rows: without adapters, then with them."""
         self.product(self.model.fused[i], group)
         before = self.y[group].clone()
         self.apply(first, group)
-        return self.is_applied(first, group, before)
+        good = self.is_applied(first, group, before, before.double().abs(), 0)
+        if self.ids.shape[0] <= 8:
+            x, weight = self.x[group].double(), self.model.fused[i].double()
+            exact, size = x @ weight.t(), x.abs() @ weight.abs().t()
+            self.y[group].fill_(float("nan"))
+            self.linear(i, first, group, 0)
+            allowed = exact.abs() * 2.0**-8 + size * x.shape[1] * 2.0**-23
+            good &= ((self.y[group].double() - exact).abs() <= allowed).all().item()
+            self.linear(i, first, group, self.k)
+            good &= self.is_applied(first, group, exact, size, x.shape[1])
+        return good
 
 
 def check_switch(model, ids, gates):
@@ -330,12 +360,17 @@ class Bench:
         peer = Peer(self.vllm, batch) if self.vllm else None
         if peer:
             works["vllm"] = peer
+        if rows <= 8:
+            works["linear"] = lambda: model.each(lambda i, first, group: batch.linear(i, first, group, k))
+            works["linear, no adapters"] = lambda: model.each(lambda i, first, group: batch.linear(i, first, group, 0))
         us = self.microseconds(works, turns)
         last = model.layers - 1
-        checked = all(batch.check_apply(last * len(GROUPS) + g, last * len(LAYER) + GROUPS[g][0], g) for g in range(len(GROUPS)))
+        checked = all(batch.check(last * len(GROUPS) + g, last * len(LAYER) + GROUPS[g][0], g) for g in range(len(GROUPS)))
         expect(checked, name)
         over = lambda which: f"{us[which]:10.1f} us ({us[which] / us['torch']:.3f})" if which in us else "-"
         print(f"{name:24} torch {us['torch']:10.1f} us   ours {over('ours')}   vLLM {over('vllm')}", flush=True)
+        if rows <= 8:
+            print(f"{'':24} linear {over('linear')}, without adapters {over('linear, no adapters')}", flush=True)
         if peer:
             peer.new_route()
             print(f"{'':24} a new route on the host: ours 0, vLLM {peer.new_route():.0f} us for each adapter of k", flush=True)
@@ -370,9 +405,9 @@ def on_the_gpu(library, arguments):
     model = Model(context, [(256, 512), (264, 512), (512, 256)], [(0, 2), (2, 1)], 2, 5, 16)
     for rows in (1, 9, 100):
         batch = Batch(model, rows, 2)
-        model.each(lambda i, first, group: expect(batch.check_apply(i, first, group), f"apply: {rows} rows, target {first}"))
+        model.each(lambda i, first, group: expect(batch.check(i, first, group), f"{rows} rows, target {first}"))
     check_switch(model, batch.ids, batch.gates)
-    print("GPU: merged into the weights, and applied beside them: verified against torch")
+    print("GPU: merged into the weights, applied behind the products, and beside them: verified against torch")
     model.bank.close()
     if arguments.bench is not None:
         with open(arguments.record or os.devnull, "a") as record:
