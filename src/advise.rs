@@ -227,7 +227,7 @@ fn check_groups(targets: &[TargetShape], groups: &[u64]) -> Result<f64> {
             return Err(Error::argument(format!("groups[{i}]"), count, bound));
         }
         let (group, behind) = rest.split_at(count as usize);
-        for (j, target) in group.iter().enumerate().filter(|(_, target)| target.in_features != group[0].in_features) {
+        if let Some((j, target)) = group.iter().enumerate().find(|(_, target)| target.in_features != group[0].in_features) {
             let bound = format!("{}, as of the group's first", group[0].in_features);
             return Err(Error::argument(format!("targets[{}].in_features", first + j), target.in_features, bound));
         }

@@ -100,8 +100,8 @@ class Bank:
         """Adds to outputs, for the targets from `first` on, what the adapters of each row's route make of x."""
         c, size = self.context, workspace.cols if isinstance(workspace, Matrix) else workspace.numel()
         routes, y = Routes(plain(c, ids), plain(c, gates), Mat()), (Mat * len(outputs))(*(plain(c, y) for y in outputs))
-        c.call("lsw_apply", self.handle, c.stream(), ctypes.c_uint64(first), c.mat(x), ctypes.byref(routes), y, ctypes.c_uint64(len(outputs)),
-               address(workspace), ctypes.c_uint64(size))
+        c.call("lsw_apply", self.handle, c.stream(), ctypes.c_uint64(first), c.mat(x), ctypes.byref(routes), y,
+               ctypes.c_uint64(len(outputs)), address(workspace), ctypes.c_uint64(size))
 
     def linear(self, first, weights, x, ids, gates, outputs, workspace):
         """outputs = weights x and what apply would add. ids and gates of no columns: without adapters."""
@@ -244,7 +244,8 @@ class Batch:
         """Each y = before + sum of gate * scale * B (A x) in float64, as near as one rounding to bf16 and sums in f32 allow: of so many
         magnitudes where `before` is a product too, and those of the adapters."""
         x, gates, model, good = self.x[group].double(), self.gates.double() * SCALE, self.model, True
-        for target, (y, exact, size) in enumerate(zip(*(model.parts(group, whole, 1) for whole in (self.y[group], before, magnitude))), first):
+        parts = zip(*(model.parts(group, whole, 1) for whole in (self.y[group], before, magnitude)))
+        for target, (y, exact, size) in enumerate(parts, first):
             exact, a, b = exact.double(), model.a[target][:, 0].double(), model.b[target][:, 0].double()
             for slot in range(a.shape[0]):
                 gate = (gates * (self.ids == slot)).sum(1, keepdim=True)
