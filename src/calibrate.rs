@@ -47,16 +47,16 @@ pub struct Calibration {
 impl Calibration {
     /// What [`measure`](Self::measure) found on an NVIDIA H200: to reckon with where there is no card.
     pub const H200: Self = Self {
-        read_gb_per_s: 4540.0,
-        copy_gb_per_s: 4150.0,
-        launch_us: 0.92,
-        switch_gb_per_s: 4100.0,
-        apply_call_us: 4.0,
-        few_rows_gb_per_s: 2400.0,
-        many_rows_gb_per_s: 60000.0,
-        linear_call_us: 1.0,
-        linear_adapters_us: 2.0,
-        linear_gb_per_s: 4400.0,
+        read_gb_per_s: 4511.0,
+        copy_gb_per_s: 4083.0,
+        launch_us: 0.88,
+        switch_gb_per_s: 4109.0,
+        apply_call_us: 3.76,
+        few_rows_gb_per_s: 2043.0,
+        many_rows_gb_per_s: 10703.0,
+        linear_call_us: 3.18,
+        linear_adapters_us: 0.72,
+        linear_gb_per_s: 2744.0,
         product_share: 0.79,
         product_tflops: 750.0,
     };
@@ -78,7 +78,9 @@ impl Calibration {
         let bench = Bench::new(stream)?;
         let (read_us, copy_us, launch_us) = (bench.read()?, bench.copy()?, bench.launch()?);
         let (read, copy) = (gb_per_s(bench.bytes(), read_us), gb_per_s(bench.bytes(), copy_us));
-        let switch = bench.switch()?;
+        // What a larger switch takes more: the rate without what every switch has to decide first.
+        let (most, switch_bytes) = (bench.switch_targets(), bench.switch_bytes());
+        let switch = gb_per_s((most - 1) * switch_bytes, bench.switch(most)? - bench.switch(1)?);
         // Rows cost alike: two counts of them give the price of one, and what is left is the call's.
         let (few, many) = bench.rows();
         let (width, adapter_bytes) = (bench.width(), bench.adapter_bytes());
@@ -214,7 +216,7 @@ impl Bench {
     /// Rows of a small matrix, which is square, and of a large one.
     fn outputs(&self) -> (u64, u64) {
         match self {
-            Self::Cpu(_) => (self.width(), 16384),
+            Self::Cpu(_) => (self.width(), 8192),
             Self::Cuda(_) => (self.width(), 24576),
         }
     }
@@ -317,14 +319,27 @@ impl Bench {
         route(self.stream(), &RouteOptions::default(), &self.mat(DType::F32, logits, rows, experts), &mut ids, &mut gates)
     }
 
-    /// GB/s from base, of as many large matrices as there is room for.
-    fn switch(&self) -> Result<f64> {
-        let ((_, out), width, stream) = (self.outputs(), self.width(), self.stream());
-        let size = out * width * DTYPE.size();
-        let targets = (self.bytes() - self.bytes() / 8) / (2 * size);
+    /// Bytes of a large matrix.
+    fn large(&self) -> u64 {
+        self.outputs().1 * self.width() * DTYPE.size()
+    }
+
+    /// As many large matrices as there is room for, each with its base.
+    fn switch_targets(&self) -> u64 {
+        (self.bytes() - self.bytes() / 8) / (2 * self.large())
+    }
+
+    /// Those of a target: W, W_base and the route's adapters.
+    fn switch_bytes(&self) -> u64 {
+        2 * self.large() + K * RANK * (self.outputs().1 + self.width()) * DTYPE.size()
+    }
+
+    /// A switch of so many large matrices from base.
+    fn switch(&self, targets: u64) -> Result<f64> {
+        let ((_, out), width, stream, size) = (self.outputs(), self.width(), self.stream(), self.large());
         let l = self.layer(targets as usize, out, 1, K)?;
         let target = |i: u64| {
-            let (context, addr) = self.place(l.weights + 2 * i * size, 2 * size);
+            let (context, addr) = self.place(l.weights + 2 * i * size, size);
             // SAFETY: inside the bench's memory (`place` checks), behind the adapters; the set goes before the bench.
             let weight = unsafe { Weight::from_raw(&context, addr, DTYPE, out, width, width) };
             Target { weight, base: Some(self.tensor(l.weights + (2 * i + 1) * size, out, width)) }
@@ -333,8 +348,7 @@ impl Bench {
         let mut set = SwitchSet::new(stream, &l.bank, (0..targets).map(target).collect(), options)?;
         let (ids, gates) = (self.mat(DType::I32, l.ids, 1, K), self.mat(DType::F32, l.gates, 1, K));
         // A route that is merged already would cost nothing.
-        let us = self.time(1, || set.invalidate(stream).and_then(|()| set.to(stream, &ids, &gates)))?;
-        Ok(gb_per_s(targets * (2 * size + K * RANK * (out + width) * DTYPE.size()), us))
+        self.time(1, || set.invalidate(stream).and_then(|()| set.to(stream, &ids, &gates)))
     }
 
     fn apply(&self, rows: u64) -> Result<f64> {

@@ -19,7 +19,7 @@ pub struct Plot<'a> {
     pub series: &'a [Series],
 }
 
-const WIDTH: f64 = 760.0;
+const WIDTH: f64 = 800.0;
 const HEIGHT: f64 = 460.0;
 /// Of the frame: left, right, top, bottom.
 const FRAME: [f64; 4] = [70.0, 560.0, 50.0, 390.0];
@@ -46,7 +46,7 @@ impl Scale {
         from + (value.ln() - low) / (high - low) * (to - from)
     }
 
-    /// Those of 1, 2, 5, 10, 20... (or of the powers of two) that are in range.
+    /// The steps of every power that are in range.
     fn ticks(&self, steps: &[f64], base: f64) -> Vec<f64> {
         let all = (-12..40).flat_map(|power| steps.iter().map(move |step| step * base.powi(power)));
         all.filter(|tick| (self.values[0]..=self.values[1]).contains(tick)).collect()
@@ -71,10 +71,10 @@ pub fn draw(plot: &Plot<'_>) -> String {
         svg += &format!("<path d=\"M{at:.1} {top}V{bottom}\" stroke=\"#ddd\"/>\n");
         text(&mut svg, at, bottom + LINE, "text-anchor=\"middle\"", &format!("{tick}"));
     }
-    for tick in y.ticks(&[1.0, 2.0, 3.0, 5.0, 7.0], 10.0) {
+    for tick in y.ticks(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0], 10.0) {
         let at = y.at(tick);
         svg += &format!("<path d=\"M{left} {at:.1}H{right}\" stroke=\"#ddd\"/>\n");
-        text(&mut svg, left - 8.0, at + 4.0, "text-anchor=\"end\"", &format!("{tick}"));
+        text(&mut svg, left - 8.0, at + 4.0, "text-anchor=\"end\"", &format!("{}", (tick * 1e6).round() / 1e6));
     }
     svg += &format!("<path d=\"M{left} {top}V{bottom}H{right}\" fill=\"none\" stroke=\"#444\"/>\n");
     text(&mut svg, (left + right) / 2.0, bottom + 2.2 * LINE, "text-anchor=\"middle\"", plot.x_axis);
@@ -87,7 +87,7 @@ pub fn draw(plot: &Plot<'_>) -> String {
         svg += &format!("<path d=\"M{}\" fill=\"none\" stroke=\"{}\" stroke-width=\"2\"/>\n", places.join("L"), series.color);
         for &(px, py) in &series.points {
             let (cx, cy) = (x.at(px), y.at(py));
-            let what = format!("<title>{}: {px}, {py}</title>", series.name);
+            let what = format!("<title>{}: {px}, {py:.3}</title>", series.name);
             svg += &format!("<circle cx=\"{cx:.1}\" cy=\"{cy:.1}\" r=\"4\" fill=\"{}\">{what}</circle>\n", series.color);
         }
     }
@@ -119,7 +119,7 @@ fn places_are_logarithmic() {
     assert!((cy[1] - cy[0] - (cy[2] - cy[1])).abs() < 0.2 && cy[1] > cy[0], "{cy:?}");
     assert_eq!((cx[3], cx[4], cy[3], cy[4]), (cx[0], cx[2], cy[2], cy[2]));
     assert!(cx.iter().all(|x| (FRAME[0]..=FRAME[1]).contains(x)) && cy.iter().all(|y| (FRAME[2]..=FRAME[3]).contains(y)));
-    assert_eq!((svg.matches("<text").count(), svg.matches(">4</text>").count()), (4 + 3 + 11 + 2, 1), "{svg}");
+    assert_eq!((svg.matches("<text").count(), svg.matches(">4</text>").count()), (4 + 3 + 15 + 2, 2), "{svg}");
     let labels: Vec<f64> = ["falls", "flat"]
         .map(|name| {
             let before = svg.split(&format!(">{name}</text>")).next().unwrap();
