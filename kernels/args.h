@@ -70,12 +70,17 @@ enum {
     LSW_LINEAR_STREAMERS = 8, /* warps that stream weights */
     LSW_LINEAR_ADDERS = 4,    /* warps that see to the adapters */
     LSW_LINEAR_THREADS = 32 * (LSW_LINEAR_STREAMERS + LSW_LINEAR_ADDERS),
-    LSW_LINEAR_TILE = 16,      /* rows of the weights that a block's streamers share */
-    LSW_LINEAR_LINE = 128,     /* bytes of each that a warp takes at a time */
-    LSW_LINEAR_DEPTH = 4,      /* of those in a warp's ring */
-    LSW_LINEAR_OUTPUTS = 2048, /* tokens x rows that a block keeps */
-    LSW_LINEAR_TERMS = 64,     /* entries of routes that a block has at hand */
-    LSW_LINEAR_SHARED = 96 * 1024, /* bytes a block; asserted by the kernel */
+    LSW_LINEAR_BLOCKS = 2,    /* a multiprocessor */
+    LSW_LINEAR_TILE = 16,     /* rows of the weights that a block's streamers share */
+    LSW_LINEAR_LINE = 128,    /* bytes of each that a warp takes at a time */
+    LSW_LINEAR_DEPTH_ONE = 5, /* of those in a warp's ring, for one token */
+    LSW_LINEAR_DEPTH = 3,     /* and for more */
+    LSW_LINEAR_TERMS = 64,    /* entries of routes that a block has at hand */
+    /* Bytes of shared memory a block, asserted by the kernel; and LSW_LINEAR_OUTPUT for each token and row on top. */
+    LSW_LINEAR_SHARED_ONE = 89888,
+    LSW_LINEAR_SHARED_FEW = 78368,
+    LSW_LINEAR_OUTPUT = 4 * (LSW_LINEAR_STREAMERS + 1),
+    LSW_LINEAR_SHARED_MAX = 112 * 1024, /* so that LSW_LINEAR_BLOCKS fit where there are 227 KB */
 
     LSW_MEASURE_THREADS = 1024,
     LSW_READ_THREADS = 512,
@@ -305,13 +310,13 @@ typedef struct LswLinearArgs {
     LswApplyArgs apply;
     uint64_t hand_over; /* LswLinearHandOver */
     uint64_t weights[LSW_APPLY_TARGETS], weight_strides[LSW_APPLY_TARGETS];
+    uint32_t first_row;     /* of the launch */
     uint32_t rounds;        /* tiles of a block: tile i is block i % blocks' */
     uint32_t tile_rows;     /* of a tile; the first `longer` tiles have one more */
     uint32_t longer;
     uint32_t whole;         /* weights and x: addresses and rows are multiples of 16 bytes */
     uint32_t only_x_is_new; /* all else was written before the launch before this one */
     uint32_t ahead;
-    uint32_t late;
     uint32_t padding;
 } LswLinearArgs;
 

@@ -50,12 +50,16 @@ pub const LSW_LINEAR_TOKENS: _bindgen_ty_1 = 8;
 pub const LSW_LINEAR_STREAMERS: _bindgen_ty_1 = 8;
 pub const LSW_LINEAR_ADDERS: _bindgen_ty_1 = 4;
 pub const LSW_LINEAR_THREADS: _bindgen_ty_1 = 384;
+pub const LSW_LINEAR_BLOCKS: _bindgen_ty_1 = 2;
 pub const LSW_LINEAR_TILE: _bindgen_ty_1 = 16;
 pub const LSW_LINEAR_LINE: _bindgen_ty_1 = 128;
-pub const LSW_LINEAR_DEPTH: _bindgen_ty_1 = 4;
-pub const LSW_LINEAR_OUTPUTS: _bindgen_ty_1 = 2048;
+pub const LSW_LINEAR_DEPTH_ONE: _bindgen_ty_1 = 5;
+pub const LSW_LINEAR_DEPTH: _bindgen_ty_1 = 3;
 pub const LSW_LINEAR_TERMS: _bindgen_ty_1 = 64;
-pub const LSW_LINEAR_SHARED: _bindgen_ty_1 = 98304;
+pub const LSW_LINEAR_SHARED_ONE: _bindgen_ty_1 = 89888;
+pub const LSW_LINEAR_SHARED_FEW: _bindgen_ty_1 = 78368;
+pub const LSW_LINEAR_OUTPUT: _bindgen_ty_1 = 36;
+pub const LSW_LINEAR_SHARED_MAX: _bindgen_ty_1 = 114688;
 pub const LSW_MEASURE_THREADS: _bindgen_ty_1 = 1024;
 pub const LSW_READ_THREADS: _bindgen_ty_1 = 512;
 pub const LSW_READ_BLOCKS: _bindgen_ty_1 = 4;
@@ -657,13 +661,13 @@ pub struct LswLinearArgs {
     pub hand_over: u64,
     pub weights: [u64; 8usize],
     pub weight_strides: [u64; 8usize],
+    pub first_row: u32,
     pub rounds: u32,
     pub tile_rows: u32,
     pub longer: u32,
     pub whole: u32,
     pub only_x_is_new: u32,
     pub ahead: u32,
-    pub late: u32,
     pub padding: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -674,13 +678,13 @@ const _: () = {
     ["Offset of field: LswLinearArgs::hand_over"][::core::mem::offset_of!(LswLinearArgs, hand_over) - 456usize];
     ["Offset of field: LswLinearArgs::weights"][::core::mem::offset_of!(LswLinearArgs, weights) - 464usize];
     ["Offset of field: LswLinearArgs::weight_strides"][::core::mem::offset_of!(LswLinearArgs, weight_strides) - 528usize];
-    ["Offset of field: LswLinearArgs::rounds"][::core::mem::offset_of!(LswLinearArgs, rounds) - 592usize];
-    ["Offset of field: LswLinearArgs::tile_rows"][::core::mem::offset_of!(LswLinearArgs, tile_rows) - 596usize];
-    ["Offset of field: LswLinearArgs::longer"][::core::mem::offset_of!(LswLinearArgs, longer) - 600usize];
-    ["Offset of field: LswLinearArgs::whole"][::core::mem::offset_of!(LswLinearArgs, whole) - 604usize];
-    ["Offset of field: LswLinearArgs::only_x_is_new"][::core::mem::offset_of!(LswLinearArgs, only_x_is_new) - 608usize];
-    ["Offset of field: LswLinearArgs::ahead"][::core::mem::offset_of!(LswLinearArgs, ahead) - 612usize];
-    ["Offset of field: LswLinearArgs::late"][::core::mem::offset_of!(LswLinearArgs, late) - 616usize];
+    ["Offset of field: LswLinearArgs::first_row"][::core::mem::offset_of!(LswLinearArgs, first_row) - 592usize];
+    ["Offset of field: LswLinearArgs::rounds"][::core::mem::offset_of!(LswLinearArgs, rounds) - 596usize];
+    ["Offset of field: LswLinearArgs::tile_rows"][::core::mem::offset_of!(LswLinearArgs, tile_rows) - 600usize];
+    ["Offset of field: LswLinearArgs::longer"][::core::mem::offset_of!(LswLinearArgs, longer) - 604usize];
+    ["Offset of field: LswLinearArgs::whole"][::core::mem::offset_of!(LswLinearArgs, whole) - 608usize];
+    ["Offset of field: LswLinearArgs::only_x_is_new"][::core::mem::offset_of!(LswLinearArgs, only_x_is_new) - 612usize];
+    ["Offset of field: LswLinearArgs::ahead"][::core::mem::offset_of!(LswLinearArgs, ahead) - 616usize];
     ["Offset of field: LswLinearArgs::padding"][::core::mem::offset_of!(LswLinearArgs, padding) - 620usize];
 };
 #[repr(C)]

@@ -1,7 +1,7 @@
 //! The driver, probed; a device with its kernels; its streams.
 
 use super::args::{
-    LSW_GATE_SHARED_WIDE, LSW_LINEAR_SHARED, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS, LSW_SWITCH90_SHARED,
+    LSW_GATE_SHARED_WIDE, LSW_LINEAR_SHARED_MAX, LSW_LINEAR_THREADS, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS, LSW_SWITCH90_SHARED,
     LswTakeArgs,
 };
 use super::images::{BUILT_WITH, IMAGES};
@@ -68,7 +68,8 @@ pub(super) struct Kernels {
     /// Of many rows: f16, bf16.
     pub apply_many: [Apply; 2],
     pub apply_order: Function,
-    pub linear: [Function; 3],
+    /// For one token, for more.
+    pub linear: [[Function; 3]; 2],
     pub measure_scale: [Function; 3],
     pub measure_fill: [Function; 3],
     pub measure_read: Function,
@@ -199,7 +200,10 @@ impl Modules {
             apply: [self.apply("apply", "f32")?, self.apply("apply", "f16")?, self.apply("apply", "bf16")?],
             apply_many: [self.apply("apply_mma", "many_f16")?, self.apply("apply_mma", "many_bf16")?],
             apply_order: self.function("apply_mma", "apply_order")?,
-            linear: self.functions_with_shared("linear", "linear", floats, LSW_LINEAR_SHARED)?,
+            linear: [
+                self.functions_with_shared("linear", "linear_one", floats, linear_shared()?)?,
+                self.functions_with_shared("linear", "linear_few", floats, linear_shared()?)?,
+            ],
             measure_scale: self.functions("measure", "measure_scale", floats)?,
             measure_fill: self.functions("measure", "measure_fill", floats)?,
             measure_read: self.function("measure", "measure_read")?,
@@ -216,6 +220,10 @@ pub(crate) struct Device {
     pub(super) hopper: Option<Hopper>,
     /// Blocks of the portable switch that fill the card, by dtype.
     pub(super) switch_blocks: [u32; 3],
+    /// Blocks of `linear` that run at a time, by the kernel's index.
+    pub(super) linear_blocks: [[u32; 3]; 2],
+    /// The most shared memory of each.
+    pub(super) linear_shared: u32,
     /// Multiprocessors of the card.
     pub(super) processors: u32,
     /// Whether a kernel may start before the one before it has ended: from 9.0 on.
@@ -299,10 +307,11 @@ impl Device {
         let kernels = modules.kernels()?;
         let hopper = if is_hopper { Some(modules.hopper()?) } else { None };
         let switch_blocks = switch_blocks(&kernels)?;
+        let (linear_blocks, linear_shared) = (linear_blocks(&kernels)?, linear_shared()?);
         let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
         let taking = Mutex::new(());
         let mut device =
-            Self { raw, kernels, hopper, switch_blocks, processors, has_dependent_launch, modules, odd: None, taking, _owner: owner };
+            Self { raw, kernels, hopper, switch_blocks, linear_blocks, linear_shared, processors, has_dependent_launch, modules, odd: None, taking, _owner: owner };
         let odd = DeviceMemory::new(&device, 16, &StateMemory::allocate())?;
         zero(&odd, 4)?;
         device.odd = Some(odd);
@@ -390,16 +399,36 @@ fn allow_shared(function: Function, bytes: u32) -> Result<()> {
 
 /// Allows the switch its shared memory and asks how many of its blocks the card holds at once.
 fn switch_blocks(kernels: &Kernels) -> Result<[u32; 3]> {
-    let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
     let mut blocks = [0; 3];
     for ((function, shared), blocks) in kernels.switch.iter().zip(SWITCH_SHARED).zip(&mut blocks) {
         allow_shared(*function, shared)?;
-        let mut each = 0;
-        // SAFETY: a function of a loaded module, and a valid pointer.
-        unsafe { driver!(cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut each, *function, LSW_SWITCH_THREADS as i32, shared as usize)) }?;
-        *blocks = (each.max(1) * processors) as u32;
+        *blocks = resident_blocks(*function, LSW_SWITCH_THREADS, shared)?;
     }
     Ok(blocks)
+}
+
+/// What a block of `linear` may have.
+fn linear_shared() -> Result<u32> {
+    let most = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+    Ok(LSW_LINEAR_SHARED_MAX.min(most as u32))
+}
+
+fn linear_blocks(kernels: &Kernels) -> Result<[[u32; 3]; 2]> {
+    let shared = linear_shared()?;
+    let mut blocks = [[0; 3]; 2];
+    for (function, blocks) in kernels.linear.iter().flatten().zip(blocks.iter_mut().flatten()) {
+        *blocks = resident_blocks(*function, LSW_LINEAR_THREADS, shared)?;
+    }
+    Ok(blocks)
+}
+
+/// How many blocks the card holds at once.
+fn resident_blocks(function: Function, threads: u32, shared: u32) -> Result<u32> {
+    let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+    let mut each = 0;
+    // SAFETY: a function of a loaded module, and a valid pointer.
+    unsafe { driver!(cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut each, function, threads as i32, shared as usize)) }?;
+    Ok((each.max(1) * processors) as u32)
 }
 
 /// A stream of a device: a raw handle, and its cudarc owner where it has one.

@@ -30,14 +30,32 @@ pub(super) unsafe fn launch<Args>(stream: &DeviceStream, function: Function, gri
 /// # Safety
 /// As for [`launch`], and the kernel calls `dependency_wait` on every path, before it touches what the work before it writes.
 pub(super) unsafe fn launch_dependent<Args>(stream: &DeviceStream, function: Function, grid: Grid, args: &Args) -> Result<()> {
-    let mut attribute = sys::CUlaunchAttribute {
+    let attributes = &mut [dependent()][..usize::from(stream.device().has_dependent_launch)];
+    // SAFETY: the caller's promise.
+    unsafe { launch_with(stream, function, grid, attributes, args) }
+}
+
+/// As [`launch_dependent`], for a kernel whose blocks wait for each other: all of them run at a time.
+///
+/// # Safety
+/// As for [`launch_dependent`].
+pub(super) unsafe fn launch_together<Args>(stream: &DeviceStream, function: Function, grid: Grid, args: &Args) -> Result<()> {
+    let together = sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { cooperative: 1 },
+    };
+    let attributes = &mut [together, dependent()][..1 + usize::from(stream.device().has_dependent_launch)];
+    // SAFETY: the caller's promise.
+    unsafe { launch_with(stream, function, grid, attributes, args) }
+}
+
+fn dependent() -> sys::CUlaunchAttribute {
+    sys::CUlaunchAttribute {
         id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
         pad: [0; 4],
         value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-    };
-    let attributes: &mut [_] = if stream.device().has_dependent_launch { std::slice::from_mut(&mut attribute) } else { &mut [] };
-    // SAFETY: the caller's promise.
-    unsafe { launch_with(stream, function, grid, attributes, args) }
+    }
 }
 
 /// # Safety
@@ -102,8 +120,8 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
             launch_dependent(stream, apply.shrink, one(LSW_SHRINK_THREADS, 0), &LswApplyArgs::default())?;
             launch_dependent(stream, apply.expand, one(LSW_EXPAND_THREADS, 0), &LswApplyArgs::default())?;
         }
-        for function in k.linear {
-            launch_dependent(stream, function, one(LSW_LINEAR_THREADS, LSW_LINEAR_SHARED), &LswLinearArgs::default())?;
+        for function in k.linear.into_iter().flatten() {
+            launch_together(stream, function, one(LSW_LINEAR_THREADS, 0), &LswLinearArgs::default())?;
         }
         launch_dependent(stream, k.apply_order, one(LSW_ORDER_THREADS, 0), &LswApplyArgs::default())?;
         launch(stream, k.measure_read, one(LSW_READ_THREADS, 0), &LswMeasureArgs::default())?;
