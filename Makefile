@@ -59,7 +59,7 @@ bundle: setup ## tests, bench and demo, built and stripped, into target/bundle
 	find target/bundle -maxdepth 1 -type f | xargs strip --strip-debug
 
 gen: setup ## write the committed generated files anew
-	LORA_SWITCH_REGENERATE=1 cargo test --test suite generated
+	LORA_SWITCH_REGENERATE=1 cargo test --test suite -- generated figures
 
 # Built apart: a soname would hide the plain liblora_switch.so from what the tests link with it.
 SO = target/install/release/liblora_switch.so

@@ -21,7 +21,7 @@ pub(crate) const K: u64 = 2;
 
 /// Where the adapters go.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Place {
+pub enum Place {
     /// Behind each product.
     Behind,
     /// The first half beside the product, on a branch of the graph.
@@ -58,7 +58,7 @@ pub(crate) struct Pass<'l> {
 }
 
 fn run(lab: &Lab, timing: &Timing, rows: u64, rank: u64, place: Place) -> Result<Outcome> {
-    let pass = Pass::new(lab, rows, rank)?;
+    let pass = Pass::new(lab, rows, rank, Form::InPlace)?;
     pass.products(0..32)?; // cuBLAS loads its kernels at their first use, which a capture forbids
     let works = vec![
         (Role::Case, Work::new(vec![lab.capture(|| pass.with_adapters(place))?], 1)),
@@ -70,11 +70,12 @@ fn run(lab: &Lab, timing: &Timing, rows: u64, rank: u64, place: Place) -> Result
 }
 
 impl<'l> Pass<'l> {
-    pub fn new(lab: &'l Lab, rows: u64, rank: u64) -> Result<Self> {
+    /// The form is that of the model's switch: to adapters that are not merged it does not matter.
+    pub fn new(lab: &'l Lab, rows: u64, rank: u64, form: Form) -> Result<Self> {
         let cublas = lab.cublas().ok_or_else(|| Failure::Skip("the products are cuBLAS's".into()))?;
-        let routes = [Route::new(&[-1, -1], &[0.0, 0.0]), Route::new(&[0, 1], &[0.6, 0.4])];
+        let routes = [Route::new(&[0, 1], &[0.6, 0.4]), Route::new(&[2, 3], &[0.7, 0.3])];
         let (dtype, shapes) = (DType::Bf16, llama2_7b());
-        let spec = Spec { dtype, form: Form::InPlace, shapes, ranks: vec![rank], slots: SLOTS, routes, set_each: false, portable: false };
+        let spec = Spec { dtype, form, shapes, ranks: vec![rank], slots: SLOTS, routes, set_each: false, portable: false };
         let model = Model::new(lab, &spec)?;
         let (ids, gates) = random_routes(rows);
         let widest = |targets: &Range<usize>| apply_workspace_bytes(model.bank(), targets.start as u64..targets.end as u64, rows, K);
@@ -147,7 +148,7 @@ impl<'l> Pass<'l> {
         })
     }
 
-    fn with_adapters(&self, place: Place) -> Result<()> {
+    pub fn with_adapters(&self, place: Place) -> Result<()> {
         self.for_each(0..32, |layer, group| match place {
             Place::Behind => {
                 self.product(layer, group)?;
@@ -176,7 +177,7 @@ impl<'l> Pass<'l> {
     }
 
     /// The last layer, some rows and some columns of each target: the product alone, then with the adapters.
-    fn check(&self, place: Place) -> Result<bool> {
+    pub fn check(&self, place: Place) -> Result<bool> {
         let (mut rng, mut good) = (Rng(21), true);
         let last = self.model.spec.shapes.len() / LAYER - 1;
         for (group, targets) in GROUPS.iter().enumerate() {

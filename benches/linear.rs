@@ -7,7 +7,7 @@ use crate::oracle::{self, Term};
 use crate::timing::{Mode, Role, Subject, Timing, Work};
 use crate::values::Rng;
 use crate::{Case, Outcome};
-use lora_switch::{DType, LinearOptions, Mat, Routes, linear, linear_workspace_bytes, measure};
+use lora_switch::{DType, Form, LinearOptions, Mat, Routes, linear, linear_workspace_bytes, measure};
 use std::collections::BTreeSet;
 
 pub fn cases() -> Vec<Case> {
@@ -20,8 +20,8 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// The buffers of the passes with `apply`; without adapters, the routes have no entries.
-struct Fused<'l> {
-    pass: Pass<'l>,
+pub struct Fused<'l> {
+    pub pass: Pass<'l>,
     k: u64,
     workspace: Buffer,
     /// Of the reads.
@@ -29,14 +29,11 @@ struct Fused<'l> {
 }
 
 fn run(lab: &Lab, timing: &Timing, tokens: u64, rank: Option<u64>) -> Result<Outcome> {
-    let (pass, k) = (Pass::new(lab, tokens, rank.unwrap_or(8))?, if rank.is_some() { K } else { 0 });
-    let needed =
-        |group: &std::ops::Range<usize>| linear_workspace_bytes(pass.model.bank(), group.start as u64..group.end as u64, tokens, k);
-    let bytes = GROUPS.iter().map(needed).collect::<lora_switch::Result<Vec<u64>>>()?.into_iter().max().unwrap_or(0);
-    let fused = Fused { workspace: lab.upload(DType::U8, &vec![0u8; bytes as usize])?, sink: lab.upload(DType::I32, &[0i32])?, pass, k };
+    let (pass, k) = (Pass::new(lab, tokens, rank.unwrap_or(8), Form::InPlace)?, if rank.is_some() { K } else { 0 });
+    let fused = Fused::new(pass, k)?;
     fused.pass.products(0..32)?; // cuBLAS loads its kernels at their first use, which a capture forbids
     let works = vec![
-        (Role::Case, Work::new(vec![lab.capture(|| fused.pass.for_each(0..32, |layer, group| fused.linear(layer, group)))?], 1)),
+        (Role::Case, Work::new(vec![lab.capture(|| fused.all())?], 1)),
         (Role::Base, Work::new(vec![lab.capture(|| fused.pass.products(0..32))?], 1)),
         (Role::Floor, Work::new(vec![fused.floor()?], 1)),
     ];
@@ -44,7 +41,20 @@ fn run(lab: &Lab, timing: &Timing, tokens: u64, rank: Option<u64>) -> Result<Out
     Ok(Outcome { figures, checked: Some(fused.check()?) })
 }
 
-impl Fused<'_> {
+impl<'l> Fused<'l> {
+    pub fn new(pass: Pass<'l>, k: u64) -> Result<Self> {
+        let needed =
+            |group: &std::ops::Range<usize>| linear_workspace_bytes(pass.model.bank(), group.start as u64..group.end as u64, pass.rows, k);
+        let bytes = GROUPS.iter().map(needed).collect::<lora_switch::Result<Vec<u64>>>()?.into_iter().max().unwrap_or(0);
+        let (workspace, sink) = (pass.lab.upload(DType::U8, &vec![0u8; bytes as usize])?, pass.lab.upload(DType::I32, &[0i32])?);
+        Ok(Self { pass, k, workspace, sink })
+    }
+
+    /// Every product of a token.
+    pub fn all(&self) -> Result<()> {
+        self.pass.for_each(0..32, |layer, group| self.linear(layer, group))
+    }
+
     fn linear(&self, layer: usize, group: usize) -> Result<()> {
         let Pass { lab, model, rows, ids, gates, .. } = &self.pass;
         let first = LAYER * layer + GROUPS[group].start;
@@ -61,7 +71,8 @@ impl Fused<'_> {
         };
         let (ids, gates) = (entries(ids), entries(gates));
         let routes = Routes { ids: &ids, gates: &gates, row_map: None };
-        let (options, x) = (LinearOptions { only_x_is_new: true, alone: false }, self.pass.mat(self.pass.x(group)));
+        // Before a token's first product stands what may have written the weights.
+        let (options, x) = (LinearOptions { only_x_is_new: (layer, group) != (0, 0), alone: false }, self.pass.mat(self.pass.x(group)));
         let (mut y, workspace) = (self.pass.outputs(group), &mut self.workspace.all_mut());
         Ok(linear(&lab.stream, options, model.bank(), first as u64, &weights, &x, &routes, &mut y, workspace)?)
     }
@@ -81,7 +92,7 @@ impl Fused<'_> {
     }
 
     /// The last layer, some rows and some columns of each target.
-    fn check(&self) -> Result<bool> {
+    pub fn check(&self) -> Result<bool> {
         let (Pass { lab, model, rows, .. }, mut rng, mut good) = (&self.pass, Rng(21), true);
         let last = model.spec.shapes.len() / LAYER - 1;
         for (group, targets) in GROUPS.iter().enumerate() {

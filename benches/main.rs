@@ -6,6 +6,7 @@
 mod accuracy;
 mod apply;
 mod check;
+mod crossover;
 mod floor;
 mod lab;
 mod linear;
@@ -64,7 +65,7 @@ pub(crate) struct Outcome {
 }
 
 fn all_cases() -> Vec<Case> {
-    let cases = [floor::cases(), route::cases(), permute::cases(), switch::cases(), apply::cases(), linear::cases()];
+    let cases = [floor::cases(), route::cases(), permute::cases(), switch::cases(), apply::cases(), linear::cases(), crossover::cases()];
     cases.into_iter().flatten().collect()
 }
 

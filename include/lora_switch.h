@@ -6,6 +6,7 @@
  * lsw_apply leaves W alone and gives every row of a batch a route of its own; lsw_linear does the same
  * beside the product with W, for up to 8 rows.
  * lsw_permute, lsw_gather and lsw_combine group a batch's tokens by expert and add up the results.
+ * lsw_advise predicts which of these serves a workload fastest.
  * lsw_measure_... say what the machine allows.
  * ffi-examples/ holds whole programs.
  *
@@ -164,6 +165,21 @@
  * switch rounds W once, so errors build up.
  */
 #define LSW_IN_PLACE 1
+
+/**
+ * Merge each route into the weights (lsw_switch_to), then multiply by them.
+ */
+#define LSW_STRATEGY_SWITCH 0
+
+/**
+ * Multiply by the base weights, then add what the adapters make of x (lsw_apply).
+ */
+#define LSW_STRATEGY_APPLY 1
+
+/**
+ * Both in one launch, for at most 8 rows (lsw_linear).
+ */
+#define LSW_STRATEGY_LINEAR 2
 
 /**
  * exp(x) over the sum of exp(x) of all experts.
@@ -469,6 +485,157 @@ typedef struct lsw_linear_options {
      */
     int32_t alone;
 } lsw_linear_options;
+
+/**
+ * What a machine does, and the engine's product on it: measured by lsw_calibrate, or written by
+ * hand. All are positive and finite, but that times may be 0 and product_tflops infinite. GB are
+ * 10^9 bytes. NULL, or what a smaller struct_size leaves out: those of an NVIDIA H200.
+ */
+typedef struct lsw_calibration {
+    /**
+     * sizeof(lsw_calibration).
+     */
+    uint64_t struct_size;
+    /**
+     * Memory is read at this rate.
+     */
+    double read_gb_per_s;
+    /**
+     * Memory is read and written at this rate, both counted.
+     */
+    double copy_gb_per_s;
+    /**
+     * A launch that does next to nothing, as a node of a graph.
+     */
+    double launch_us;
+    /**
+     * A switch from base passes over W and W_base at this rate, both and the adapters counted.
+     */
+    double switch_gb_per_s;
+    /**
+     * A call of lsw_apply, bytes aside.
+     */
+    double apply_call_us;
+    /**
+     * lsw_apply to up to 64 rows, and in LSW_F32: the bytes of a row's adapters pass at this rate,
+     * for each row.
+     */
+    double few_rows_gb_per_s;
+    /**
+     * The same above 64 rows in 16 bits.
+     */
+    double many_rows_gb_per_s;
+    /**
+     * A call of lsw_linear without adapters, bytes aside.
+     */
+    double linear_call_us;
+    /**
+     * What adapters add to that, bytes aside.
+     */
+    double linear_adapters_us;
+    /**
+     * lsw_linear streams weights at this rate.
+     */
+    double linear_gb_per_s;
+    /**
+     * The part of read_gb_per_s that the engine's base product reaches with few rows.
+     */
+    double product_share;
+    /**
+     * 10^12 operations a second of the engine's base product with many rows; an addition and a
+     * multiplication are two.
+     */
+    double product_tflops;
+} lsw_calibration;
+
+/**
+ * What is to be served. What a smaller struct_size leaves out is 0.
+ */
+typedef struct lsw_workload {
+    /**
+     * sizeof(lsw_workload).
+     */
+    uint64_t struct_size;
+    /**
+     * The adapted matrices, in a bank's order. Where rank_cap is below a slot's rank, the slot's
+     * adapter has that rank there; 0: none.
+     */
+    const struct lsw_target_shape *targets;
+    /**
+     * Their number.
+     */
+    uint64_t count;
+    /**
+     * How many consecutive targets share each input, and so a call: 3, 1, 2, 1 for each layer of a
+     * Llama. Each at most 8, in sum count.
+     */
+    const uint64_t *groups;
+    /**
+     * Their number.
+     */
+    uint64_t group_count;
+    /**
+     * The rank of each slot's adapter: 0 to 256.
+     */
+    const uint64_t *ranks;
+    /**
+     * Their number, at least 1.
+     */
+    uint64_t slots;
+    /**
+     * Of W, A and B: LSW_F32, LSW_F16 or LSW_BF16.
+     */
+    int32_t dtype;
+    /**
+     * 0.
+     */
+    int32_t reserved;
+    /**
+     * Adapters a token: 0 to 32.
+     */
+    uint64_t k;
+    /**
+     * Tokens that are multiplied at a time, at least 1: sequences in a decode step, or tokens of a
+     * prompt.
+     */
+    uint64_t batch;
+    /**
+     * How many tokens, on average, a route serves before another is needed, at least 1. 1: a router
+     * decides anew for every token of every sequence.
+     */
+    double tokens_per_route;
+} lsw_workload;
+
+/**
+ * What each strategy costs, in microseconds a token. struct_size is set by the caller; fields that
+ * it leaves out are not written.
+ */
+typedef struct lsw_advice {
+    /**
+     * sizeof(lsw_advice), set before the call.
+     */
+    uint64_t struct_size;
+    /**
+     * The cheapest: LSW_STRATEGY_... Of equal ones, the lowest number.
+     */
+    int32_t best;
+    /**
+     * 0.
+     */
+    int32_t reserved;
+    /**
+     * Switch for every route, then multiply the tokens that it serves, at most a batch at a time.
+     */
+    double switch_us;
+    /**
+     * Multiply the whole batch, then add the adapters.
+     */
+    double apply_us;
+    /**
+     * Both in one launch a group; infinite for batches above 8.
+     */
+    double linear_us;
+} lsw_advice;
 
 /**
  * How experts are chosen, and how scores become gates. NULL: renormalize 1. Every other member's
@@ -975,6 +1142,51 @@ lsw_status lsw_linear(const struct lsw_bank *bank,
                       uint64_t count,
                       void *workspace,
                       uint64_t workspace_bytes);
+
+/**
+ * Measures all of calibration but its last two fields on the stream's device, in LSW_BF16: reading
+ * and copying a large vector, an empty launch, a switch of large matrices, lsw_apply to one row and
+ * to more, and lsw_linear at matrices of two sizes; with 8 adapters of rank 16 at matrices of 4096
+ * columns (512 on the CPU). calibration->struct_size is set by the caller; what it leaves out is
+ * not written.
+ *
+ * The base product is the engine's, so its two figures are not measured: on CUDA they are set to
+ * what cuBLAS reaches on an H200 (0.79 of Llama-2-7B's, q k v and gate up fused, and 750 in 16
+ * bits), on the CPU to 1 and 0.1. An engine that knows better overwrites them.
+ *
+ * To be called once, cold, while nothing else runs: it allocates 1 GiB (64 MiB on the CPU) and
+ * frees it, and takes about 0.1 s. On CUDA it works on a stream of its own, synchronises, and cannot
+ * be captured.
+ */
+lsw_status lsw_calibrate(const struct lsw_context *context,
+                         void *stream,
+                         struct lsw_calibration *calibration);
+
+/**
+ * Predicts what each strategy costs, in microseconds a token. Pure arithmetic on the host, which
+ * needs no device.
+ *
+ * With W the bytes of all matrices, E those of one token's k adapters (the mean over the slots), Y
+ * those of a row's inputs and twice its outputs, C the number of groups, B the batch, R the tokens
+ * per route, and the figures of the calibration:
+ *
+ * - product(n) = max(W / (product_share * read), 2 n * weights / product_tflops): the engine's own
+ *   product of n rows; up to 8 rows lsw_linear without adapters in its place if that is less:
+ *   C * linear_call + W / linear_rate;
+ * - switch = (launch + (2 W + E) / switch_rate) / R + product(m) / m, with m = min(B, R): merged weights
+ *   serve one route at a time, so a batch of more routes falls apart;
+ * - apply = (product(B) + C * apply_call + D / read + B (E / rows + Y / copy)) / B, where D is what
+ *   the batch's adapters come to if each is read once: N (1 - (1 - k/N)^(B/R)) of N slots for B/R
+ *   random routes, and rows is few_rows up to 64 rows and in LSW_F32, many_rows above;
+ * - linear = (C * (linear_call + linear_adapters) + W / linear_rate + D / read + B E / few_rows)
+ *   / B, up to 8 rows.
+ *
+ * So a switch is right from R = (launch + (2 W + E) / switch_rate) / (min(apply, linear) -
+ * product(B) / B) on, where that is at least B.
+ */
+lsw_status lsw_advise(const struct lsw_calibration *calibration,
+                      const struct lsw_workload *workload,
+                      struct lsw_advice *advice);
 
 /**
  * Routes each token to its k best experts (LoRA-Switch, arXiv 2405.17741, section 4.1, and the

@@ -21,6 +21,18 @@ pub struct TargetShape {
     pub rank_cap: u64,
 }
 
+impl TargetShape {
+    /// Its fields, in order, of the target with this index.
+    pub(crate) fn check(&self, index: usize) -> Result<[u32; 3]> {
+        let at = |field: &str| format!("targets[{index}].{field}");
+        Ok([
+            narrow(&at("out_features"), self.out_features, MAX_COUNT)?,
+            narrow(&at("in_features"), self.in_features, MAX_COUNT)?,
+            narrow(&at("rank_cap"), self.rank_cap, u64::from(LSW_MAX_RANK))?,
+        ])
+    }
+}
+
 /// A LoRA pair as PEFT stores it: the weight's change is `scale * B A`.
 #[derive(Debug, Clone)]
 pub struct Factor {
@@ -100,10 +112,7 @@ impl AdapterBank {
         }
         let entries = Self::table_len(slots, targets.len() as u64)?;
         for (i, t) in targets.iter().enumerate() {
-            let at = |field: &str| format!("targets[{i}].{field}");
-            narrow(&at("out_features"), t.out_features, MAX_COUNT)?;
-            narrow(&at("in_features"), t.in_features, MAX_COUNT)?;
-            narrow(&at("rank_cap"), t.rank_cap, u64::from(LSW_MAX_RANK))?;
+            t.check(i)?;
         }
         let device = match &stream.0 {
             StreamKind::Cpu(_) => None,

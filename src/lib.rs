@@ -1,7 +1,9 @@
 #![doc = include_str!("../README.md")]
 
+mod advise;
 mod apply;
 mod bank;
+mod calibrate;
 mod check;
 mod cpu;
 mod cuda;
@@ -19,8 +21,10 @@ mod stream;
 mod switch;
 mod view;
 
+pub use advise::{Advice, Strategy, Workload, advise};
 pub use apply::{Routes, apply, apply_expand, apply_shrink, apply_workspace_bytes};
 pub use bank::{AdapterBank, Factor, TargetShape};
+pub use calibrate::Calibration;
 pub use dtype::{DType, Element, Float};
 pub use error::{Error, Result};
 pub use gate::{GateWeight, gate, gate_workspace_bytes};

@@ -236,38 +236,73 @@ fn alignment_does_not_matter(backend: &Backend) {
 
 /// Merge, then multiply; or multiply, then apply. W x is exact here; merged, W is rounded once an element.
 fn agrees_with_the_switch(backend: &Backend) {
-    for dtype in FLOATS {
-        let mut model = Model::new(backend, &group(small(dtype, Form::FromBase), &[48, 33], 80));
-        let (ids, gates) = ([2, 0, 3], [0.6f32, -0.3, 0.7]);
-        let mut rng = Rng(14);
-        let mut batch = Batch::random(&model, &mut rng, 4, 3, DType::F32, Layout::dense);
-        batch.ids.set_bits(&ids.map(|id| id as u32).repeat(4));
-        batch.gates.set_bits(&gates.map(f32::to_bits).repeat(4));
+    let sizes = ((0..COLS.len() - 3).prop_map(|i| COLS[i]), (0..RANKS.len()).prop_map(|i| RANKS[i]));
+    let routes = (1usize..9, 0usize..9, prop_oneof![1usize..9, 65usize..80]);
+    proptest!(cases(30), |(d in 0usize..3, (cols, max_rank) in sizes, (slots, k, rows) in routes, aligned: bool, seed: u64)| {
+        let dtype = FLOATS[d];
+        let spec = Spec { dtype, form: Form::FromBase, slots, k_max: 8, shapes: Vec::new(), aligned, max_rank, seed };
+        let mut model = Model::new(backend, &group(spec, &[48, 33], cols));
+        let mut rng = Rng(seed ^ 4);
+        let mut batch = Batch::random(&model, &mut rng, rows, k, DType::F32, Layout::dense);
+        // One route, which a merge can serve.
+        let (ids, gates) = random_routes(&mut rng, slots, k);
+        batch.ids.set_bits(&ids.repeat(rows));
+        batch.gates.set_bits(&gates.repeat(rows));
+        let (ids, gates): (Vec<i32>, Vec<f32>) = ids.into_iter().zip(gates).map(|(id, gate)| (id as i32, f32::from_bits(gate))).unzip();
         let x = batch.x.values();
-        let product = |w: &[f64], row: usize, o: usize| (0..80).map(|c| w[o * 80 + c] * x[row * 80 + c]).sum::<f64>();
+        let product = |w: &[f64], row: usize, o: usize| (0..cols).map(|c| w[o * cols + c] * x[row * cols + c]).sum::<f64>();
         for (y, base) in batch.y.iter_mut().zip(&model.bases) {
             let base = base.values();
-            let start = (0..4 * y.cols).map(|i| (product(&base, i / y.cols, i % y.cols) as f32).to_bits()).collect::<Vec<_>>();
+            let start = (0..rows * y.cols).map(|i| (product(&base, i / y.cols, i % y.cols) as f32).to_bits()).collect::<Vec<_>>();
             y.set_bits(&start);
         }
         batch.run(&model, Call::Whole);
         model.to(&ids, &gates);
         for (t, y) in batch.y.iter().enumerate() {
-            let (merged, got) = (model.weights[t].values(), y.values());
-            let (exact, merge_bounds) = model.exact(t, &model.list(t, &ids, &gates));
+            let (merged, got, list) = (model.weights[t].values(), y.values(), model.list(t, &ids, &gates));
+            let (exact, merge_bounds) = model.exact(t, &list);
+            // The bounds of the oracle are roundings of one sum of magnitudes each: so many in a merge, so many in an apply.
+            let ranks: usize = list.iter().map(|(slot, _)| model.pairs[*slot][t].as_ref().unwrap().exact_a.rows).sum();
+            let (of_merge, of_apply) = (ranks + 2 * list.len() + 1, cols + 2 * ranks + 4 * list.len() + 2);
             for (i, got) in got.iter().enumerate() {
                 let (row, o) = (i / y.cols, i % y.cols);
-                // What the merge may err by; what apply may, from the same magnitudes (at most 200 additions more); y's own roundings.
-                let bound: f64 = (0..80)
+                // What the merge may err by; what apply may, from the same magnitudes; y's own roundings.
+                let bound: f64 = (0..cols)
                     .map(|c| {
-                        let bound = merge_bounds[o * 80 + c];
-                        (oracle::half_ulp(dtype, exact.at(o, c).abs() + bound) + 200.0 * bound) * x[row * 80 + c].abs()
+                        let bound = merge_bounds[o * cols + c];
+                        let of_apply = bound * of_apply as f64 / of_merge as f64;
+                        (oracle::half_ulp(dtype, exact.at(o, c).abs() + bound) + bound + of_apply) * x[row * cols + c].abs()
                     })
                     .sum();
                 let want = product(&merged, row, o);
                 let allowed = bound + 4.0 * oracle::half_ulp(DType::F32, want.abs() + bound);
                 assert!((got - want).abs() <= allowed, "{dtype}: target {t}, {row}, {o}: {got}, merged {want}, off more than {allowed}");
             }
+        }
+    });
+}
+
+/// Routes that name nothing in as many ways as there are leave every bit of y alone, NaNs and negative zeros too.
+fn routes_of_nothing(backend: &Backend) {
+    let odd = |dtype| [-0.0, f64::NAN, f64::INFINITY, 1.0].map(|value| encode(dtype, value));
+    for (dtype, rows) in FLOATS.into_iter().flat_map(|dtype| [0, 3, 70].map(|rows| (dtype, rows))) {
+        let mut model = Model::new(backend, &group(small(dtype, Form::FromBase), &[48, 33], 80));
+        let mut rng = Rng(20);
+        // Slot 1 has a rank of 0 at one target and no adapter at the other.
+        let empty = vec![Some(model.pair_of(&mut rng, 48, 80, 0)), None];
+        model.set_slot(1, empty);
+        let (none, zero, one) = (u32::MAX, 0f32.to_bits(), 1f32.to_bits());
+        for (ids, gates) in [(vec![], vec![]), (vec![none; 3], vec![one; 3]), (vec![0, 2, 3], vec![zero; 3]), (vec![1; 3], vec![one; 3])] {
+            let mut batch = Batch::random(&model, &mut rng, rows, ids.len(), dtype, Layout::dense);
+            batch.ids.set_bits(&ids.repeat(rows));
+            batch.gates.set_bits(&gates.repeat(rows));
+            for y in &mut batch.y {
+                let bits: Vec<u32> = odd(dtype).into_iter().cycle().take(rows * y.cols).collect();
+                y.set_bits(&bits);
+            }
+            let before = batch.bits();
+            batch.run(&model, Call::Whole);
+            assert_eq!(batch.bits(), before, "{dtype}: {rows} rows, ids {ids:?}");
         }
     }
 }
@@ -471,6 +506,7 @@ on_backends!(
     bits_depend_on_the_row_alone,
     alignment_does_not_matter,
     agrees_with_the_switch,
+    routes_of_nothing,
     rows_are_kept_apart,
     odd_values,
     largest_rank_and_k,

@@ -103,14 +103,17 @@ fn cpp_example() {
     with_shared(cpp_compiler(), "ffi-examples/cpp/switch.cpp", "switch_cpp");
 }
 
-/// On the CPU it needs no package; on the GPU it runs where there is torch.
+/// On the CPU they need no package; on the GPU they run where there is torch.
 #[test]
-fn python_example() {
+fn python_examples() {
     if Command::new("python3").arg("--version").output().is_err() {
         return skip("there is no python3");
     }
-    let mut python = Command::new("python3");
-    eprintln!("{}", run(python.args(["ffi-examples/python/route_and_permute.py", "--library"]).arg(library("liblora_switch.so"))));
+    for name in ["route_and_permute", "adapters"] {
+        let mut python = Command::new("python3");
+        let source = format!("ffi-examples/python/{name}.py");
+        eprintln!("{}", run(python.args([&source, "--library"]).arg(library("liblora_switch.so"))));
+    }
 }
 
 #[test]

@@ -126,7 +126,7 @@ fn prints_a_line_for_each_token() {
     let text = good(&program, &["--model", BASE, "--adapters", ADAPTERS, "--tokens", "5", "--backend", "cpu"]);
     let starts_with_number = |line: &&str| line.split_whitespace().next().is_some_and(|w| w.parse::<u64>().is_ok());
     assert_eq!(text.lines().filter(starts_with_number).count(), 5, "{text}");
-    for word in ["14 adapted projections", "1 plain-r4", "converted to f32, once: regex-bf16", "GB/s", "x the floor"] {
+    for word in ["14 adapted projections", "1 plain-r4", "converted to f32, once: regex-bf16", "switch, from base", "GB/s", "x the floor"] {
         assert!(text.contains(word), "{word} is missing in:\n{text}");
     }
     let quiet = good(&program, &["--model", BASE, "--adapters", ADAPTERS, "--backend", "cpu", "--quiet"]);
@@ -142,10 +142,45 @@ fn json_is_an_object_a_line() {
             let args = ["--backend", "cpu", "--tokens", "6", "--k", "3", "--dtype", dtype, "--form", form];
             let (tokens, summary) = json(&program, &args);
             check_lines(&tokens, &summary, "cpu", 6, 3);
-            assert_eq!(summary["dtype"], dtype);
-            assert!(tokens.iter().all(|token| token["multiply_us"].is_number()));
+            assert_eq!((&summary["dtype"], &summary["strategy"]), (&dtype.into(), &"switch".into()));
+            assert!(tokens.iter().chain([&summary]).all(|line| line["switch_us"].as_f64().unwrap() > 0.0));
         }
     }
+}
+
+/// Adapters that are not merged: as many tokens, the same routes, and no switch.
+#[test]
+fn every_strategy_decodes() {
+    let Some(program) = program() else { return };
+    for dtype in ["f32", "f16", "bf16"] {
+        unmerged(&program, "cpu", dtype);
+    }
+    let (_, summary) = json(&program, &["--backend", "cpu", "--tokens", "2", "--strategy", "auto", "--dtype", "bf16"]);
+    chosen(&summary);
+    let text = good(&program, &["--model", BASE, "--adapters", ADAPTERS, "--backend", "cpu", "--strategy", "auto", "--tokens", "2"]);
+    assert!(text.contains("predicted for a token: switch"), "{text}");
+}
+
+fn unmerged(program: &Path, backend: &str, dtype: &str) {
+    let run =
+        |strategy: &str| json(program, &["--backend", backend, "--tokens", "6", "--k", "3", "--dtype", dtype, "--strategy", strategy]);
+    let (switched, _) = run("switch");
+    for strategy in ["apply", "linear"] {
+        let (tokens, summary) = run(strategy);
+        check_lines(&tokens, &summary, backend, 6, 3);
+        assert_eq!(ids(&tokens), ids(&switched), "{strategy}");
+        assert_eq!(summary["strategy"], strategy);
+        assert!(tokens.iter().chain([&summary]).all(|line| line.get("switch_us").is_none()), "{summary}");
+        // Less to move than to read W and to write it.
+        assert!(tokens.iter().zip(&switched).all(|(a, b)| a["bytes"].as_u64() < b["bytes"].as_u64()));
+    }
+}
+
+/// `auto` takes the least of what it predicts.
+fn chosen(summary: &Value) {
+    let us = |strategy: &str| summary["predicted"][format!("{strategy}_us")].as_f64().unwrap();
+    let least = ["switch", "apply", "linear"].into_iter().min_by(|a, b| us(a).total_cmp(&us(b))).unwrap();
+    assert_eq!(summary["strategy"], least, "{summary}");
 }
 
 fn check_lines(tokens: &[Value], summary: &Value, backend: &str, count: usize, k: usize) {
@@ -158,7 +193,7 @@ fn check_lines(tokens: &[Value], summary: &Value, backend: &str, count: usize, k
         assert!(token["error"].as_f64().unwrap() <= 1.0 && token["bytes"].as_u64().unwrap() > 0, "{token}");
     }
     assert_eq!((&summary["backend"], &summary["targets"]), (&backend.into(), &14.into()));
-    for key in ["route_us", "switch_us", "floor_us", "bytes", "gb_per_s", "floor_gb_per_s", "over_floor"] {
+    for key in ["route_us", "multiply_us", "floor_us", "bytes", "gb_per_s", "floor_gb_per_s", "over_floor"] {
         assert!(summary[key].as_f64().unwrap() > 0.0, "{key}: {summary}");
     }
 }
@@ -198,6 +233,8 @@ fn a_wrong_command_line_is_named() {
     wrong(&["--k", "0"], &["--k is 0", "1 to 32"]);
     wrong(&["--k", "6", "--backend", "cpu"], &["--k is 6", "5, the number of adapters"]);
     wrong(&["--tokens", "many"], &["--tokens is many"]);
+    wrong(&["--strategy", "merge"], &["--strategy is merge", "switch or apply or linear or auto"]);
+    wrong(&["--strategy", "apply", "--form", "in-place"], &["--form goes with --strategy switch"]);
     wrong(&["--dtype", "f64"], &["--dtype is f64", "bf16"]);
     wrong(&["--backend", "tpu"], &["--backend is tpu", "cuda"]);
     wrong(&["--shape", "llama-2-7b"], &["--shape", "--model"]);
@@ -274,9 +311,12 @@ fn on_a_gpu_or_why_not() {
             assert_eq!(ids(&tokens), ids(&on_cpu), "the backends route alike");
         }
     }
+    unmerged(&program, "cuda", "bf16");
+    let (_, summary) = json(&program, &["--backend", "cuda", "--tokens", "2", "--strategy", "auto"]);
+    chosen(&summary);
     // A layer of the large shape takes the fast paths, which the small model's sizes miss.
-    for form in ["from-base", "in-place"] {
+    for rest in [["--form", "from-base"], ["--form", "in-place"], ["--strategy", "apply"], ["--strategy", "linear"]] {
         let shape = ["--shape", "llama-2-7b", "--layers", "1", "--tokens", "3", "--backend", "cuda"];
-        good(&program, &[&shape[..], &["--form", form]].concat());
+        good(&program, &[&shape[..], &rest].concat());
     }
 }

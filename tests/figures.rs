@@ -1,7 +1,8 @@
-//! README's tables of figures are made from benches/record: of each case the newest row. Compared with what the records say now;
-//! LORA_SWITCH_REGENERATE=1 (`make gen`) writes them instead.
+//! README's tables of figures and its plot are made from benches/record: of each case the newest row. Compared with what the records say
+//! now; LORA_SWITCH_REGENERATE=1 (`make gen`) writes them instead.
 
 use crate::generated::check;
+use crate::plot::{Plot, Series, draw};
 use serde::Deserialize;
 use std::collections::BTreeSet;
 use std::fs;
@@ -67,8 +68,12 @@ fn table(prefix: &str, rows: &[Row]) -> String {
             ratio(row.peer_us, row.us, "x"),
         );
     }
+    text + "\n" + &source(&rows) + ".\n"
+}
+
+fn source(rows: &[&Row]) -> String {
     let sources: BTreeSet<_> = rows.iter().map(|row| format!("{} of commit {} on {}", row.record, row.commit, row.gpu)).collect();
-    text + "\nFrom benches/record: " + &Vec::from_iter(sources).join("; ") + ".\n"
+    "From benches/record: ".to_owned() + &Vec::from_iter(sources).join("; ")
 }
 
 const BEGIN: &str = "<!-- figures: ";
@@ -87,4 +92,41 @@ fn are_those_of_the_record() {
     }
     assert!(fresh.contains(END), "README.md has figures");
     check("README.md", &fresh, str::to_owned);
+}
+
+const CROSSOVER: &str = "crossover/7b/r16/k2/";
+/// Strategies as the cases name them, with what the plot calls them.
+const STRATEGIES: [(&str, &str, &str); 4] = [
+    ("switch", "switch, cuBLAS products", "#c0392b"),
+    ("switch-linear", "switch, linear without adapters", "#e67e22"),
+    ("apply", "cuBLAS products, apply", "#2471a3"),
+    ("linear", "linear", "#1e8449"),
+];
+
+/// Milliseconds a token, by how many tokens a route serves.
+fn crossover(rows: &[Row]) -> String {
+    let rows: Vec<&Row> = rows.iter().filter(|row| row.case.starts_with(CROSSOVER)).collect();
+    let points = |strategy: &str, of: fn(&Row) -> Option<f64>| {
+        let tokens = |row: &Row| row.case[CROSSOVER.len()..].strip_prefix(strategy)?.strip_prefix("/R")?.parse::<f64>().ok();
+        let mut points: Vec<(f64, f64)> = rows.iter().filter_map(|row| Some((tokens(row)?, of(row).expect("a time") / 1e3))).collect();
+        points.sort_by(|a, b| a.0.total_cmp(&b.0));
+        points
+    };
+    let mut series: Vec<Series> = (STRATEGIES.into_iter())
+        .map(|(strategy, name, color)| Series { name: name.into(), color, points: points(strategy, |row| row.us) })
+        .collect();
+    series.push(Series { name: "cuBLAS products, no adapters".into(), color: "#7f8c8d", points: points("apply", |row| row.base_us) });
+    assert!(series.iter().all(|series| !series.points.is_empty()), "a strategy without rows in benches/record");
+    draw(&Plot {
+        title: "Llama-2-7B, one sequence, bf16, 2 adapters of rank 16 a token",
+        x_axis: "tokens that a route serves",
+        y_axis: "milliseconds a token",
+        source: &source(&rows),
+        series: &series,
+    })
+}
+
+#[test]
+fn crossover_is_that_of_the_record() {
+    check("docs/crossover.svg", &crossover(&newest_rows()), str::to_owned);
 }

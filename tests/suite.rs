@@ -7,6 +7,7 @@ mod common;
 mod oracle;
 mod values;
 
+mod advise;
 mod apply;
 mod backend;
 mod c_examples;
@@ -19,6 +20,7 @@ mod linear;
 mod peft;
 mod peft_loader;
 mod permute;
+mod plot;
 mod resources;
 mod route;
 mod safe_api;

@@ -1,17 +1,17 @@
 //! The command line.
 
-use lora_switch::{DType, Form};
+use lora_switch::{DType, Form, Strategy};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 pub const HELP: &str = "\
-Decodes with LoRA adapters that a router chooses anew for each token, and checks every switch.
+Decodes with LoRA adapters that a router chooses anew for each token, and checks what becomes of each.
 
     decode --model PATH --adapters DIR [options]
     decode --shape llama-2-7b [options]
 
-What to switch:
+What to decode with:
     --model PATH         a .safetensors file, or a directory with model.safetensors or its index
     --adapters DIR       adapters as PEFT saves them, a directory each (slots in the order of their names)
     --shape llama-2-7b   random data of that shape instead, made on the device:
@@ -19,7 +19,12 @@ What to switch:
         --rank N             rank of every adapter                     [16]
         --experts N          adapters                                  [8]
     --dtype TYPE         bf16, f16 or f32                              [the base's; bf16 with --shape]
-    --form FORM          from-base (a second copy of the weights) or in-place [from-base]
+    --strategy NAME      how adapters get to a token:                  [switch]
+                         switch  merged into the weights, for each token
+                         apply   added behind the products
+                         linear  beside the products, in one launch
+                         auto    what is predicted to be the fastest here
+    --form FORM          of a switch: from-base (a second copy of the weights) or in-place [from-base]
 
 What to route:
     --k N                adapters a token                              [2]
@@ -43,6 +48,8 @@ Exit status: 0, all checks passed; 1, something failed; 2, a wrong command line.
 pub struct Args {
     pub input: Input,
     pub dtype: Option<DType>,
+    /// None: auto.
+    pub strategy: Option<Strategy>,
     pub form: Form,
     pub k: u64,
     pub tokens: u64,
@@ -75,6 +82,7 @@ struct Given {
     layers: Option<usize>,
     rank: Option<usize>,
     experts: Option<usize>,
+    form: Option<Form>,
 }
 
 /// None: help was asked for.
@@ -83,6 +91,7 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Option<Args>, St
     let mut args = Args {
         input: Input::Shape { layers: 0, rank: 0, experts: 0 },
         dtype: None,
+        strategy: Some(Strategy::Switch),
         form: Form::FromBase,
         k: 2,
         tokens: 32,
@@ -112,6 +121,12 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Option<Args>, St
             unknown => return Err(format!("unknown argument {unknown}")),
         }
     }
+    if let Some(form) = given.form {
+        if !matches!(args.strategy, None | Some(Strategy::Switch)) {
+            return Err("--form goes with --strategy switch or auto".into());
+        }
+        args.form = form;
+    }
     args.input = finish(given, args.k)?;
     Ok(Some(args))
 }
@@ -124,6 +139,7 @@ const TAKE_VALUE: &[&str] = &[
     "--rank",
     "--experts",
     "--dtype",
+    "--strategy",
     "--form",
     "--k",
     "--tokens",
@@ -145,8 +161,13 @@ fn set(args: &mut Args, given: &mut Given, flag: &str, value: &str) -> Result<()
             let types = [("bf16", DType::Bf16), ("f16", DType::F16), ("f32", DType::F32)];
             args.dtype = Some(one_of(flag, value, &types)?);
         }
+        "--strategy" => {
+            let named = Strategy::ALL.map(|strategy| (strategy.to_string(), Some(strategy)));
+            let named = named.iter().map(|(name, strategy)| (name.as_str(), *strategy));
+            args.strategy = one_of(flag, value, &named.chain([("auto", None)]).collect::<Vec<_>>())?;
+        }
         "--form" => {
-            args.form = one_of(flag, value, &[("from-base", Form::FromBase), ("in-place", Form::InPlace)])?;
+            given.form = Some(one_of(flag, value, &[("from-base", Form::FromBase), ("in-place", Form::InPlace)])?);
         }
         "--k" => args.k = number(flag, value, 1..=32)?,
         "--tokens" => args.tokens = number(flag, value, 1..=1_000_000)?,

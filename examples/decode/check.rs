@@ -1,17 +1,19 @@
-//! Is W what the route says? Answered after every token, in float64 and without the crate.
+//! Is a token's product what the route says, and W after a switch? Answered after every token, in float64 and
+//! without the crate.
 //!
-//! On the CPU each projection multiplies a vector, and all outputs are compared with W_base x + sum of c B (A
-//! x). On a GPU that would need a product on the device, so there, as on the CPU, some rows of some
-//! projections are compared element by element.
+//! Outputs are compared with W_base x + sum of c B (A x): on the CPU all of them, on a GPU, where the host would
+//! take too long, some of some projections. After a switch, so are some rows of W, element by element.
 //!
-//! How far a value may be off follows from how W is made: sums in f32, and one rounding to W's type.
+//! How far a value may be off follows from how it is made: sums in f32, and one rounding to W's type where W is
+//! switched.
 
 use crate::Failure;
 use crate::machine::{Buffer, Machine, Scalar};
-use crate::model::{Pair, Target, padded};
-use lora_switch::{DType, Float, Form};
+use crate::model::{Choice, Pair, Target, padded};
+use crate::products::input;
+use lora_switch::{DType, Float, Form, Strategy};
 use rayon::prelude::*;
-use std::time::Instant;
+use std::ops::Range;
 
 /// Unit roundoff of the f32 sums; doubled, since tensor cores cut where IEEE rounds.
 const SUMS: f64 = 2.0 / (1u64 << 24) as f64;
@@ -40,22 +42,13 @@ impl Route {
     }
 }
 
-/// What was found.
-#[derive(Clone, Copy)]
-pub struct Checked {
-    /// The largest error, as a fraction of what is allowed.
-    pub error: f64,
-    /// What the products took, where there are products.
-    pub multiply_us: Option<f64>,
-}
-
 pub struct Check {
+    strategy: Strategy,
     in_place: bool,
-    multiplies: bool,
     probes: Vec<Probe>,
 }
 
-/// Values of one target: its rows times x, or without x the rows' elements.
+/// Values of one target: some outputs for the input x, or without x the elements of some rows of W.
 struct Probe {
     target: usize,
     rows: Vec<usize>,
@@ -63,7 +56,7 @@ struct Probe {
     base: Vec<Value>,
     /// For each slot with a pair, what B A gives in place of W.
     slots: Vec<Option<Vec<Value>>>,
-    /// How far the values may be off already: in place, every switch rounds W anew.
+    /// How far what W makes of it may be off already: in place, every switch rounds W anew.
     drift: Vec<f64>,
     /// Magnitudes that enter the next switch besides those of the new route.
     before: Vec<f64>,
@@ -73,25 +66,37 @@ struct Probe {
 
 impl Check {
     /// `base` holds every W_base.
-    pub fn new<T: Scalar + Float>(machine: &Machine, targets: &[Target], base: &Buffer<T>, form: Form, seed: u64) -> Result<Self, Failure> {
-        let multiplies = machine.cuda.is_none();
-        let mut probes = Vec::new();
-        for (index, target) in targets.iter().enumerate().filter(|_| multiplies) {
-            let x = uniform(seed ^ index as u64).take(target.cols).collect();
-            probes.push(Probe::new(index, (0..target.rows).collect(), Some(x), target, base)?);
-        }
+    pub fn new<T: Scalar + Float>(
+        machine: &Machine,
+        targets: &[Target],
+        groups: &[Range<usize>],
+        base: &Buffer<T>,
+        choice: Choice,
+        seed: u64,
+    ) -> Result<Self, Failure> {
         // A step of about an eighth that shares no factor with the 7 projections of a layer: samples of all
         // kinds and layers.
         let step = targets.len().div_ceil(SAMPLED_TARGETS);
-        let step = if step > 1 && step.is_multiple_of(7) { step + 1 } else { step };
-        for (index, target) in targets.iter().enumerate().step_by(step.max(1)) {
+        let step = if step > 1 && step.is_multiple_of(7) { step + 1 } else { step }.max(1);
+        let all = machine.cuda.is_none();
+        let mut probes = Vec::new();
+        for (index, target) in targets.iter().enumerate() {
             let random = uniform(!seed ^ index as u64).map(|u| ((u + 1.0) / 2.0 * target.rows as f64) as usize);
             let mut rows: Vec<usize> = [0, target.rows - 1].into_iter().chain(random).take(SAMPLED_ROWS).collect();
             rows.sort_unstable();
             rows.dedup();
-            probes.push(Probe::new(index, rows, None, target, base)?);
+            let is_sampled = index.is_multiple_of(step);
+            if is_sampled && choice.strategy == Strategy::Switch {
+                probes.push(Probe::new(index, rows.clone(), None, target, base)?);
+            }
+            if is_sampled || all {
+                let group = groups.iter().find(|group| group.contains(&index)).expect("every target is in a group");
+                let x = input::<T>(seed, group, target.cols).into_iter().map(exact).collect();
+                let rows = if all { (0..target.rows).collect() } else { rows };
+                probes.push(Probe::new(index, rows, Some(x), target, base)?);
+            }
         }
-        Ok(Self { in_place: form == Form::InPlace, multiplies, probes })
+        Ok(Self { strategy: choice.strategy, in_place: choice.form == Form::InPlace, probes })
     }
 
     /// The next slot's pair for a target, if there is one.
@@ -103,19 +108,29 @@ impl Check {
         Ok(())
     }
 
-    /// After a switch to `route`, when the stream's work is done.
-    pub fn verify<T: Scalar + Float>(&mut self, targets: &[Target], weights: &Buffer<T>, route: &Route) -> Result<Checked, Failure> {
-        let mut checked = Checked { error: 0.0, multiply_us: self.multiplies.then_some(0.0) };
+    /// After a token with `route`, when the stream's work is done. Returns the largest error, as a fraction of
+    /// what is allowed.
+    pub fn verify<T: Scalar + Float>(
+        &mut self,
+        targets: &[Target],
+        weights: &Buffer<T>,
+        y: &Buffer<f32>,
+        route: &Route,
+    ) -> Result<f64, Failure> {
+        let mut worst = 0f64;
         for probe in &mut self.probes {
             let target = &targets[probe.target];
-            let started = Instant::now();
-            let got = probe.observe(target, weights)?;
-            if let (Some(us), Some(_)) = (&mut checked.multiply_us, &probe.x) {
-                *us += started.elapsed().as_nanos() as f64 / 1e3;
-            }
-            checked.error = checked.error.max(probe.judge(target, T::DTYPE, self.in_place, route, &got)?);
+            let got = match &probe.x {
+                None => probe.observe(target, weights)?.into_iter().map(|(value, _)| value).collect(),
+                Some(_) => {
+                    let y = y.read(target.y..target.y + target.rows)?;
+                    probe.rows.iter().map(|row| exact(y[*row])).collect::<Vec<f64>>()
+                }
+            };
+            let is_merged = self.strategy == Strategy::Switch;
+            worst = worst.max(probe.judge(target, T::DTYPE, is_merged, self.in_place, route, &got)?);
         }
-        Ok(checked)
+        Ok(worst)
     }
 }
 
@@ -171,19 +186,32 @@ impl Probe {
     }
 
     /// Compares; returns the largest error as a fraction of what is allowed.
-    fn judge(&mut self, target: &Target, dtype: DType, in_place: bool, route: &Route, got: &[Value]) -> Result<f64, Failure> {
+    fn judge(
+        &mut self,
+        target: &Target,
+        dtype: DType,
+        is_merged: bool,
+        in_place: bool,
+        route: &Route,
+        got: &[f64],
+    ) -> Result<f64, Failure> {
         let terms: Vec<(f64, &[Value])> =
             (route.at(target)).map(|(slot, c)| (f64::from(c), self.slots[slot].as_deref().expect("a pair of rank > 0"))).collect();
         let new: usize = route.at(target).map(|(slot, _)| target.slots[slot].0 + 2).sum();
         let (unit, least) = rounding(dtype);
-        // The products that are compared are themselves float64 sums over the columns.
+        // The products that are compared with are themselves float64 sums over the columns.
         let sums = (new + self.held + 1) as f64 * SUMS + target.cols as f64 * f64::EPSILON;
+        // W x, A x and B (A x), each a sum in f32.
+        let product = if self.x.is_some() { (target.cols + 2 * new + 4) as f64 * SUMS } else { 0.0 };
         let mut worst = 0f64;
-        for (i, &(value, magnitude)) in got.iter().enumerate() {
+        for (i, &value) in got.iter().enumerate() {
             let exact = self.base[i].0 + terms.iter().map(|(c, values)| c * values[i].0).sum::<f64>();
             let merged = terms.iter().map(|(c, values)| c.abs() * values[i].1).sum::<f64>();
+            let magnitude = self.base[i].1 + merged + self.drift[i];
+            // A switch's sums and its rounding of W; weights that are left alone are exact.
             let step = sums * (self.before[i] + merged) + unit * magnitude + least * target.cols as f64;
-            let (allowed, error) = (self.drift[i] + step, (value - exact).abs());
+            let of_w = if is_merged { self.drift[i] + step } else { 0.0 };
+            let (allowed, error) = (of_w + product * magnitude, (value - exact).abs());
             if error.is_nan() || error > allowed {
                 let what = self.describe(target, i);
                 return Err(Failure::Run(format!(
@@ -191,11 +219,11 @@ impl Probe {
                 )));
             }
             worst = worst.max(error / allowed);
-            if in_place {
-                (self.drift[i], self.before[i]) = (allowed, magnitude + merged);
+            if is_merged && in_place {
+                (self.drift[i], self.before[i]) = (of_w, magnitude + merged);
             }
         }
-        if in_place {
+        if is_merged && in_place {
             self.held = new;
         }
         Ok(worst)

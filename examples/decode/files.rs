@@ -68,6 +68,11 @@ impl Files {
         bar.with_style(ProgressStyle::with_template(style).expect("a valid template"))
     }
 
+    /// 0 where the adapter has no pair.
+    pub fn rank(&self, target: usize, slot: usize) -> usize {
+        self.adapters[slot].modules.get(self.weights[target].module()).map_or(0, |factor| factor.rank)
+    }
+
     pub fn pair<T: Scalar + Float>(&self, machine: &Machine, target: usize, slot: usize) -> Result<Option<Pair<T>>, Failure> {
         let (adapter, module) = (&self.adapters[slot], self.weights[target].module());
         let Some(factor) = adapter.modules.get(module) else { return Ok(None) };

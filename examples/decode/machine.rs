@@ -157,20 +157,23 @@ impl<T: Scalar> Buffer<T> {
     }
 }
 
+/// Before and after each of a token's three steps.
+const MARKS: usize = 4;
+
 /// Marks on a stream's timeline. Calls on the CPU return when the work is done, so there the time of day will
 /// do.
 pub enum Clock {
-    Host([Instant; 3]),
+    Host([Instant; MARKS]),
     Cuda(Arc<CudaStream>, Vec<CudaEvent>),
 }
 
 impl Clock {
     pub fn new(machine: &Machine) -> Result<Self, Failure> {
-        let Some(stream) = &machine.cuda else { return Ok(Self::Host([Instant::now(); 3])) };
+        let Some(stream) = &machine.cuda else { return Ok(Self::Host([Instant::now(); MARKS])) };
         // Without flags, cudarc makes events that keep no time.
         let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
         let event = |_| stream.context().new_event(flags);
-        Ok(Self::Cuda(stream.clone(), (0..3).map(event).collect::<Result<_, _>>()?))
+        Ok(Self::Cuda(stream.clone(), (0..MARKS).map(event).collect::<Result<_, _>>()?))
     }
 
     pub fn mark(&mut self, which: usize) -> Result<(), Failure> {

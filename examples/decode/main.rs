@@ -1,8 +1,9 @@
-//! Decoding with token-wise switching: for each token, a router picks some of many LoRA adapters, and all
-//! weights of the model are brought to that mixture in one launch. `--help` tells how to run it.
+//! Decoding with token-wise adapters: for each token, a router picks some of many LoRA adapters. Then all
+//! weights of the model are brought to that mixture in one launch, or the adapters are added to the products.
+//! `--help` tells how to run it.
 //!
-//! `model.rs` builds a bank and a switch set out of a base model and PEFT adapters; `run.rs` is the loop:
-//! route, switch, multiply. These two show how an engine uses the crate. The rest reads files (`files.rs`,
+//! `model.rs` builds a bank and a switch set out of a base model and PEFT adapters, `products.rs` multiplies;
+//! `run.rs` is the loop: route, switch, multiply. These three show how an engine uses the crate. The rest reads files (`files.rs`,
 //! `peft.rs`), makes random data (`shape.rs`), holds memory and clocks (`machine.rs`), checks results
 //! (`check.rs`) and prints them (`report.rs`).
 
@@ -12,6 +13,7 @@ mod files;
 mod machine;
 mod model;
 mod peft;
+mod products;
 mod report;
 mod router;
 mod run;
@@ -101,7 +103,7 @@ fn run() -> Result<(), Failure> {
         return Ok(std::io::stdout().write_all(args::HELP.as_bytes())?);
     };
     let machine = machine::Machine::open(args.backend, args.threads)?;
-    // The products that check the CPU's switches use as many threads.
+    // The products that check the CPU's use as many threads.
     rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global().map_err(|e| Failure::Run(e.to_string()))?;
     let source = model::Source::open(&args.input, args.seed, args.quiet)?;
     let mut report = report::Report::new(&args);

@@ -2,12 +2,16 @@
 //! model.
 
 use crate::Failure;
-use crate::args::Input;
+use crate::args::{Args, Input};
 use crate::check::Check;
 use crate::files::Files;
 use crate::machine::{Buffer, Machine, Scalar};
+use crate::products::{Products, group};
 use crate::shape::Shape;
-use lora_switch::{AdapterBank, DType, Factor, Float, Form, StateMemory, SwitchOptions, SwitchSet, TargetShape, Tensor, Weight};
+use lora_switch::{
+    AdapterBank, Advice, Calibration, DType, Factor, Float, Form, StateMemory, Strategy, SwitchOptions, SwitchSet, TargetShape, Tensor,
+    Weight, Workload, advise,
+};
 
 /// A linear module that adapters change.
 pub struct Projection {
@@ -16,6 +20,12 @@ pub struct Projection {
     pub rows: usize,
     /// Inputs.
     pub cols: usize,
+}
+
+impl Projection {
+    fn shape(&self, rank_cap: u64) -> TargetShape {
+        TargetShape { out_features: self.rows as u64, in_features: self.cols as u64, rank_cap }
+    }
 }
 
 /// A LoRA pair in the machine's memory: A [rank, cols] and B [rows, rank], their rows padded.
@@ -33,6 +43,8 @@ pub struct Target {
     pub cols: usize,
     /// Its first element in the buffers; its rows lie one after the other.
     pub start: usize,
+    /// Its first output in the vector of all outputs.
+    pub y: usize,
     /// Rank and scale of each slot's pair; rank 0 where it has none.
     pub slots: Vec<(usize, f32)>,
 }
@@ -44,13 +56,46 @@ impl Target {
 }
 
 pub struct Model<T> {
-    /// Before the buffers, since it writes to them until it is dropped.
-    pub set: SwitchSet,
-    /// Every W.
+    /// Where the strategy is to switch. Before the buffers, since it writes to them until it is dropped.
+    pub set: Option<SwitchSet>,
+    pub bank: AdapterBank,
+    /// Every W that is multiplied by.
     pub weights: Buffer<T>,
-    /// Every W_base, if the form is from base.
+    /// Every W_base, if there is a switch from base.
     pub base: Option<Buffer<T>>,
+    pub products: Products<T>,
     pub targets: Vec<Target>,
+}
+
+/// How adapters get to a token.
+#[derive(Clone, Copy)]
+pub struct Choice {
+    pub strategy: Strategy,
+    /// Where the machine was asked for advice: microseconds a token, predicted.
+    pub advice: Option<Advice>,
+    pub form: Form,
+    pub k: u64,
+}
+
+impl Choice {
+    /// What is asked for, or the best here for one sequence whose every token gets a route of its own.
+    pub fn new(args: &Args, machine: &Machine, source: &Source, dtype: DType) -> Result<Self, Failure> {
+        let choice = |strategy, advice| Self { strategy, advice, form: args.form, k: args.k };
+        if let Some(strategy) = args.strategy {
+            return Ok(choice(strategy, None));
+        }
+        let (projections, slots) = (source.projections(), source.adapters().len());
+        let rank = |target: usize, slot: usize| source.rank(target, slot) as u64;
+        let most = |target: usize| (0..slots).map(|slot| rank(target, slot)).max().unwrap_or(0);
+        let targets: Vec<TargetShape> = projections.iter().enumerate().map(|(i, p)| p.shape(most(i))).collect();
+        let ranks: Vec<u64> = (0..slots).map(|slot| (0..targets.len()).map(|i| rank(i, slot)).max().unwrap_or(0)).collect();
+        let groups: Vec<u64> = group(&projections).iter().map(|group| group.len() as u64).collect();
+        let workload = Workload { targets: &targets, groups: &groups, dtype, ranks: &ranks, k: args.k, batch: 1, tokens_per_route: 1.0 };
+        // This program's own product is `linear` without adapters, which the model reckons with where the engine's is slower.
+        let calibration = Calibration { product_share: 1e-3, ..Calibration::measure(&machine.stream)? };
+        let advice = advise(&calibration, &workload)?;
+        Ok(choice(advice.best, Some(advice)))
+    }
 }
 
 /// Columns of a row that ends at a multiple of 16 bytes: with such rows, an adapter takes the fast path.
@@ -92,6 +137,14 @@ impl Source {
         }
     }
 
+    /// Of an adapter's pair for a projection; 0 where it has none.
+    fn rank(&self, target: usize, slot: usize) -> usize {
+        match self {
+            Self::Files(files) => files.rank(target, slot),
+            Self::Shape(shape) => shape.rank,
+        }
+    }
+
     fn fill<T: Scalar + Float>(&self, machine: &Machine, targets: &[Target], buffer: &mut Buffer<T>) -> Result<(), Failure> {
         match self {
             Self::Files(files) => files.fill(targets, buffer),
@@ -107,33 +160,39 @@ impl Source {
     }
 }
 
-/// Loads everything. Also returns what is needed to check each switch.
-pub fn build<T: Scalar + Float>(machine: &Machine, source: &Source, form: Form, k: u64, seed: u64) -> Result<(Model<T>, Check), Failure> {
+/// Loads everything. Also returns what is needed to check each token.
+pub fn build<T: Scalar + Float>(machine: &Machine, source: &Source, choice: Choice, seed: u64) -> Result<(Model<T>, Check), Failure> {
     // All weights in one buffer, so that one launch can measure what the machine allows; each at a multiple
     // of 16 bytes.
+    let groups = group(&source.projections());
     let (mut targets, len) = lay_out::<T>(source.projections());
     let mut loaded = machine.zeros(len)?;
     source.fill(machine, &targets, &mut loaded)?;
-    let mut check = Check::new(machine, &targets, &loaded, form, seed)?;
+    let mut check = Check::new(machine, &targets, &groups, &loaded, choice, seed)?;
 
     let factors = load_adapters::<T>(machine, source, &mut targets, &mut check)?;
     let bank = fill_bank::<T>(machine, &targets, factors)?;
-    let (mut weights, mut base) = match form {
-        Form::FromBase => (machine.zeros(len)?, Some(loaded)),
-        Form::InPlace => (loaded, None),
+    let Choice { strategy, form, k, .. } = choice;
+    let (mut weights, mut base) = match (strategy, form) {
+        (Strategy::Switch, Form::FromBase) => (machine.zeros(len)?, Some(loaded)),
+        _ => (loaded, None),
     };
-    let of_set = targets.iter().map(|target| switch_target(machine, target, &mut weights, base.as_mut())).collect();
-    let options = SwitchOptions { form, k_max: k, ..SwitchOptions::default() };
-    let set = SwitchSet::new(&machine.stream, &bank, of_set, options)?;
-    Ok((Model { set, weights, base, targets }, check))
+    let mut set = None;
+    if strategy == Strategy::Switch {
+        let of_set = targets.iter().map(|target| switch_target(machine, target, &mut weights, base.as_mut())).collect();
+        let options = SwitchOptions { form, k_max: k, ..SwitchOptions::default() };
+        set = Some(SwitchSet::new(&machine.stream, &bank, of_set, options)?);
+    }
+    let products = Products::new(machine, &bank, &targets, groups, strategy, k, seed)?;
+    Ok((Model { set, bank, weights, base, products, targets }, check))
 }
 
 fn lay_out<T>(projections: Vec<Projection>) -> (Vec<Target>, usize) {
-    let mut len = 0;
+    let (mut len, mut outputs) = (0, 0);
     let place = |Projection { name, rows, cols }| {
-        let start = len;
-        len = padded::<T>(start + rows * cols);
-        Target { name, rows, cols, start, slots: Vec::new() }
+        let (start, y) = (len, outputs);
+        (len, outputs) = (padded::<T>(start + rows * cols), y + rows);
+        Target { name, rows, cols, start, y, slots: Vec::new() }
     };
     (projections.into_iter().map(place).collect(), len)
 }

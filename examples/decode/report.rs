@@ -3,14 +3,15 @@
 use crate::Failure;
 use crate::args::{Args, Input};
 use crate::machine::Machine;
-use crate::model::{Source, Target};
-use lora_switch::{DType, Form};
+use crate::model::{Choice, Source, Target};
+use lora_switch::{Advice, DType, Form, Strategy};
 use serde::Serialize;
 use std::io::{Stdout, Write};
 
 /// What is about to run.
 pub struct Header<'a> {
     pub args: &'a Args,
+    pub choice: Choice,
     pub machine: &'a Machine,
     pub source: &'a Source,
     pub dtype: DType,
@@ -25,13 +26,29 @@ pub struct Token {
     pub ids: Vec<i32>,
     pub gates: Vec<f32>,
     pub route_us: f64,
-    pub switch_us: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub multiply_us: Option<f64>,
-    /// Read and written by the switch.
+    pub switch_us: Option<f64>,
+    /// The products, with adapters where they are not merged.
+    pub multiply_us: f64,
+    /// Read and written by the switch; without one, read by the products.
     pub bytes: u64,
     /// The largest, as a fraction of what rounding may cost.
     pub error: f64,
+}
+
+/// Microseconds a token.
+#[derive(Serialize)]
+pub struct Predicted {
+    switch_us: f64,
+    apply_us: f64,
+    linear_us: f64,
+}
+
+impl From<Advice> for Predicted {
+    fn from(advice: Advice) -> Self {
+        let Advice { switch_us, apply_us, linear_us, .. } = advice;
+        Self { switch_us, apply_us, linear_us }
+    }
 }
 
 /// What all tokens come to; times and bytes are medians.
@@ -41,26 +58,31 @@ pub struct Summary {
     pub backend: &'static str,
     pub device: String,
     pub dtype: String,
-    pub form: &'static str,
+    pub strategy: String,
+    /// What `auto` chose by.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub predicted: Option<Predicted>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub form: Option<&'static str>,
     pub targets: usize,
     pub adapters: usize,
     pub k: u64,
     pub tokens: u64,
     pub seed: u64,
     pub route_us: f64,
-    pub switch_us: f64,
-    /// Route and switch as one CUDA graph.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub switch_us: Option<f64>,
+    pub multiply_us: f64,
+    /// All steps of a token as one CUDA graph.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub graph_us: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub multiply_us: Option<f64>,
     pub bytes: f64,
     pub gb_per_s: f64,
-    /// Reading and writing all weights once.
+    /// Reading and writing all weights once; without a switch, reading them.
     pub floor_us: f64,
     pub floor_bytes: f64,
     pub floor_gb_per_s: f64,
-    /// switch_us / floor_us
+    /// (switch_us, or without one multiply_us) / floor_us
     pub over_floor: f64,
     pub error: f64,
 }
@@ -80,7 +102,7 @@ impl Report {
         if self.json || self.quiet {
             return Ok(());
         }
-        let Header { args, machine, source, dtype, targets } = header;
+        let Header { args, choice, machine, source, dtype, targets } = header;
         let elements: usize = targets.iter().map(|target| target.rows * target.cols).sum();
         let (name, converted) = match (&args.input, source) {
             (Input::Files { model, .. }, Source::Files(files)) => (model.display().to_string(), files.converted(*dtype)),
@@ -95,15 +117,23 @@ impl Report {
         if !converted.is_empty() {
             writeln!(out, "          converted to {dtype}, once: {}", shortened(&converted))?;
         }
-        writeln!(out, "switch    {}, {} of {} adapters a token", form(args.form), args.k, adapters.len())?;
+        let strategy = match choice.strategy {
+            Strategy::Switch => format!("switch, {}", form(args.form)),
+            other => other.to_string(),
+        };
+        writeln!(out, "strategy  {strategy}; {} of {} adapters a token", args.k, adapters.len())?;
+        if let Some(advice) = choice.advice {
+            let each = Strategy::ALL.map(|strategy| format!("{strategy} {}", time(advice.us(strategy))));
+            writeln!(out, "          predicted for a token: {}", each.join(", "))?;
+        }
         writeln!(out, "backend   {}: {}", machine.backend, machine.name)?;
         if let Some(why) = &machine.no_gpu {
             writeln!(out, "          ({why})")?;
         }
         writeln!(out)?;
         let (ids, gates) = widths(args.k as usize);
-        let multiply = if machine.cuda.is_none() { format!(" {:>10}", "multiply") } else { String::new() };
-        let columns = format!("token  {:<ids$}  {:<gates$} {:>10} {:>10}{multiply}", "ids", "gates", "route", "switch");
+        let switch = if choice.strategy == Strategy::Switch { format!(" {:>10}", "switch") } else { String::new() };
+        let columns = format!("token  {:<ids$}  {:<gates$} {:>10}{switch} {:>10}", "ids", "gates", "route", "multiply");
         Ok(writeln!(out, "{columns} {:>10} {:>7}", "moved", "error")?)
     }
 
@@ -117,7 +147,7 @@ impl Report {
         let (ids_width, gates_width) = widths(token.ids.len());
         let ids: String = token.ids.iter().map(|id| format!("{id:<4}")).collect();
         let gates: String = token.gates.iter().map(|gate| format!("{gate:<6.3}")).collect();
-        let times = [Some(token.route_us), Some(token.switch_us), token.multiply_us];
+        let times = [Some(token.route_us), token.switch_us, Some(token.multiply_us)];
         let times: String = times.into_iter().flatten().map(|us| format!(" {:>10}", time(us))).collect();
         let (moved, error) = (bytes(token.bytes as f64), token.error);
         let route = format!("{:>5}  {ids:<ids_width$}  {gates:<gates_width$}", token.token);
@@ -134,20 +164,24 @@ impl Report {
         }
         let moving = |us: f64, moved: f64| format!("{:>10} {:>10} {:>7.1} GB/s", time(us), bytes(moved), gb_per_s(moved, us));
         let (floor_us, moved) = (summary.floor_us, summary.bytes);
-        let over = |us: f64| format!("{:.3} x the floor", us / floor_us);
+        let over = |us: f64| format!("{}   {:.3} x the floor", moving(us, moved), us / floor_us);
         writeln!(out, "a token, median of {}", summary.tokens)?;
         writeln!(out, "  route     {:>10}", time(summary.route_us))?;
-        let us = summary.switch_us;
-        writeln!(out, "  switch    {}   {}", moving(us, moved), over(us))?;
+        match summary.switch_us {
+            Some(us) => {
+                writeln!(out, "  switch    {}", over(us))?;
+                writeln!(out, "  multiply  {:>10}", time(summary.multiply_us))?;
+            }
+            None => writeln!(out, "  multiply  {}", over(summary.multiply_us))?,
+        }
         if let Some(us) = summary.graph_us {
-            writeln!(out, "  as graph  {}   {}, route and switch", moving(us, moved), over(us))?;
+            writeln!(out, "  as graph  {:>10}   all of it", time(us))?;
         }
-        if let Some(us) = summary.multiply_us {
-            writeln!(out, "  multiply  {:>10}", time(us))?;
-        }
-        let floor = moving(floor_us, summary.floor_bytes);
-        writeln!(out, "floor       {floor}   all weights read and written once, no adapters")?;
-        let what = if summary.multiply_us.is_some() { "all products and sampled rows" } else { "sampled rows" };
+        let what = if summary.switch_us.is_some() { "read and written" } else { "read" };
+        writeln!(out, "floor       {}   all weights {what} once, no adapters", moving(floor_us, summary.floor_bytes))?;
+        let products = if summary.graph_us.is_some() { "sampled products" } else { "all products" };
+        let weights = if summary.switch_us.is_some() { " and sampled rows of the weights" } else { "" };
+        let what = format!("{products}{weights}");
         let error = summary.error;
         Ok(writeln!(out, "checked     {what} of each token; largest error {error:.3} of what rounding may cost")?)
     }

@@ -1,15 +1,16 @@
-//! The decoding loop: route, switch, multiply. Then the same as a CUDA graph, and the floor.
+//! The decoding loop: route, switch if that is the strategy, multiply. Then the same as a CUDA graph, and the
+//! floor.
 
 use crate::Failure;
 use crate::args::{Args, check_k};
-use crate::check::{Check, Checked, Route};
+use crate::check::{Check, Route};
 use crate::machine::{Buffer, Clock, Machine, Scalar};
-use crate::model::{self, Model, Source, Target};
-use crate::report::{Header, Report, Summary, Token, form, gb_per_s};
+use crate::model::{self, Choice, Model, Source, Target};
+use crate::report::{Header, Predicted, Report, Summary, Token, form, gb_per_s};
 use crate::router::Router;
 use cudarc::driver::CudaGraph;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use lora_switch::{Float, Form, RouteOptions, measure, route};
+use lora_switch::{Float, Form, RouteOptions, Strategy, measure, route};
 
 /// Launches of the floor: a few give a steady median.
 const FLOORS: usize = 16;
@@ -17,17 +18,19 @@ const FLOORS: usize = 16;
 pub fn decode<T: Scalar + Float>(args: &Args, machine: &Machine, source: &Source, report: &mut Report) -> Result<(), Failure> {
     let adapters = source.adapters().len();
     check_k(args.k, adapters).map_err(Failure::Usage)?;
-    let (model, check) = model::build::<T>(machine, source, args.form, args.k, args.seed)?;
+    let choice = Choice::new(args, machine, source, T::DTYPE)?;
+    let (model, check) = model::build::<T>(machine, source, choice, args.seed)?;
     let router = Router::open(args.gate.as_deref(), args.seed, adapters, &model.targets)?;
-    report.header(&Header { args, machine, source, dtype: T::DTYPE, targets: &model.targets })?;
+    report.header(&Header { args, choice, machine, source, dtype: T::DTYPE, targets: &model.targets })?;
 
     let mut decoder = Decoder {
-        traffic: Traffic::new(model.targets.len(), args.form),
+        traffic: Traffic::new(model.targets.len(), choice),
         logits: machine.zeros(adapters)?,
         ids: machine.zeros(args.k as usize)?,
         gates: machine.zeros(args.k as usize)?,
         clock: Clock::new(machine)?,
         machine,
+        choice,
         model,
         router,
         check,
@@ -44,6 +47,7 @@ pub fn decode<T: Scalar + Float>(args: &Args, machine: &Machine, source: &Source
 
 struct Decoder<'m, T> {
     machine: &'m Machine,
+    choice: Choice,
     model: Model<T>,
     router: Router,
     logits: Buffer<f32>,
@@ -55,8 +59,8 @@ struct Decoder<'m, T> {
 }
 
 impl<T: Scalar + Float> Decoder<'_, T> {
-    /// One token: logits to a route to switched weights, which are then checked. A graph does both steps at
-    /// once.
+    /// One token: logits to a route to switched weights to products, which are then checked. A graph does all
+    /// steps at once.
     fn token(&mut self, index: u64, graph: Option<&CudaGraph>) -> Result<Token, Failure> {
         self.router.logits(self.machine, index, &mut self.logits)?;
         self.clock.mark(0)?;
@@ -69,15 +73,20 @@ impl<T: Scalar + Float> Decoder<'_, T> {
             self.switch()?;
         }
         self.clock.mark(2)?;
+        if graph.is_none() {
+            self.multiply()?;
+        }
+        self.clock.mark(3)?;
 
         // From here on the host waits, to check. An engine would not: its next launches follow on the stream.
         let (ids, gates) = (self.ids.read(0..self.ids.len())?, self.gates.read(0..self.gates.len())?);
         let route = Route { ids: ids.into_owned(), gates: gates.into_owned() };
         self.refuse_odd(index)?;
-        let checked = self.check.verify(&self.model.targets, &self.model.weights, &route);
-        let Checked { error, multiply_us } = checked.map_err(|e| e.at(format!("token {index}")))?;
+        let Model { targets, weights, products, .. } = &self.model;
+        let error = self.check.verify(targets, weights, &products.y, &route).map_err(|e| e.at(format!("token {index}")))?;
         let bytes = self.traffic.elements(&self.model.targets, &route) as u64 * T::DTYPE.size();
-        let (route_us, switch_us) = (self.clock.us(0, 1)?, self.clock.us(1, 2)?);
+        let (route_us, multiply_us) = (self.clock.us(0, 1)?, self.clock.us(2, 3)?);
+        let switch_us = self.model.set.is_some().then(|| self.clock.us(1, 2)).transpose()?;
         let Route { ids, gates } = route;
         Ok(Token { token: index, ids, gates, route_us, switch_us, multiply_us, bytes, error })
     }
@@ -91,14 +100,20 @@ impl<T: Scalar + Float> Decoder<'_, T> {
 
     /// The route is read where the router wrote it: the host need not know it.
     fn switch(&mut self) -> Result<(), Failure> {
-        let stream = &self.machine.stream;
-        Ok(self.model.set.to(stream, &self.ids.vector(stream)?, &self.gates.vector(stream)?)?)
+        let (stream, Some(set)) = (&self.machine.stream, &mut self.model.set) else { return Ok(()) };
+        Ok(set.to(stream, &self.ids.vector(stream)?, &self.gates.vector(stream)?)?)
+    }
+
+    fn multiply(&mut self) -> Result<(), Failure> {
+        let Model { bank, weights, products, targets, .. } = &mut self.model;
+        products.run(self.machine, bank, targets, weights, (&self.ids, &self.gates))
     }
 
     /// To the crate, values on the device are never errors. To this program they are: it makes no odd ones.
     fn refuse_odd(&self, index: u64) -> Result<(), Failure> {
         let stream = &self.machine.stream;
-        for (what, odd) in [("router", stream.take_odd()?), ("switch", self.model.set.odd(stream)?)] {
+        let of_set = self.model.set.as_ref().map(|set| set.odd(stream)).transpose()?.unwrap_or_default();
+        for (what, odd) in [("router or the products", stream.take_odd()?), ("switch", of_set)] {
             if !odd.is_none() {
                 return Err(Failure::Run(format!("token {index}: the {what} met {odd}")));
             }
@@ -111,7 +126,7 @@ impl<T: Scalar + Float> Decoder<'_, T> {
     fn replay(&mut self, tokens: u64) -> Result<Option<f64>, Failure> {
         let Some(stream) = self.machine.cuda.clone() else { return Ok(None) };
         stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
-        let captured = self.route().and_then(|()| self.switch());
+        let captured = self.route().and_then(|()| self.switch()).and_then(|()| self.multiply());
         // Ended after a failure too: what cannot work on a capturing stream would hide it.
         let graph = stream.end_capture(CUgraphInstantiate_flags(0));
         captured?;
@@ -122,24 +137,26 @@ impl<T: Scalar + Float> Decoder<'_, T> {
         Ok(Some(median(times?)))
     }
 
-    /// What the machine needs to read and write all weights once, in one launch: adapters aside, a switch
-    /// does just that.
+    /// What the machine needs to read and write all weights once, in one launch: adapters aside, a switch does
+    /// just that. Or to read them once: products do that.
     fn floor(&mut self) -> Result<f64, Failure> {
         let stream = &self.machine.stream;
         let mut times = Vec::new();
+        let mut sink = self.machine.zeros::<i32>(1)?;
         for _ in 0..=FLOORS {
             self.clock.mark(0)?;
-            let mut weights = self.model.weights.vector_mut(stream)?;
+            let weights = &mut self.model.weights;
             match &self.model.base {
-                Some(base) => measure::scale(stream, 1.0, &base.vector(stream)?, &mut weights)?,
-                None => measure::scale_in_place(stream, 1.0, &mut weights)?,
+                _ if self.model.set.is_none() => measure::read(stream, &weights.vector(stream)?, &mut sink.vector_mut(stream)?)?,
+                Some(base) => measure::scale(stream, 1.0, &base.vector(stream)?, &mut weights.vector_mut(stream)?)?,
+                None => measure::scale_in_place(stream, 1.0, &mut weights.vector_mut(stream)?)?,
             }
             self.clock.mark(1)?;
             times.push(self.clock.us(0, 1)?);
         }
-        if self.model.base.is_some() {
+        if let (Some(set), Some(_)) = (&mut self.model.set, &self.model.base) {
             // W holds the base now, which the set could not know.
-            self.model.set.invalidate(stream)?;
+            set.invalidate(stream)?;
             self.machine.synchronize()?;
         }
         times.remove(0); // It warmed up.
@@ -148,14 +165,18 @@ impl<T: Scalar + Float> Decoder<'_, T> {
 
     fn summary(&self, args: &Args, adapters: usize, tokens: &[Token], graph_us: Option<f64>, floor_us: f64) -> Summary {
         let of = |value: fn(&Token) -> f64| median(tokens.iter().map(value).collect());
-        let products: Option<Vec<f64>> = tokens.iter().map(|token| token.multiply_us).collect();
-        let (switch_us, bytes) = (of(|token| token.switch_us), of(|token| token.bytes as f64));
-        let floor_bytes = 2.0 * self.model.weights.len() as f64 * T::DTYPE.size() as f64;
+        let switches: Option<Vec<f64>> = tokens.iter().map(|token| token.switch_us).collect();
+        let (switch_us, multiply_us, bytes) = (switches.map(median), of(|token| token.multiply_us), of(|token| token.bytes as f64));
+        let step_us = switch_us.unwrap_or(multiply_us);
+        let passes = if switch_us.is_some() { 2.0 } else { 1.0 };
+        let floor_bytes = passes * self.model.weights.len() as f64 * T::DTYPE.size() as f64;
         Summary {
             backend: self.machine.backend,
             device: self.machine.name.clone(),
             dtype: T::DTYPE.to_string(),
-            form: form(args.form),
+            strategy: self.choice.strategy.to_string(),
+            predicted: self.choice.advice.map(Predicted::from),
+            form: switch_us.map(|_| form(args.form)),
             targets: self.model.targets.len(),
             adapters,
             k: args.k,
@@ -164,36 +185,42 @@ impl<T: Scalar + Float> Decoder<'_, T> {
             route_us: of(|token| token.route_us),
             switch_us,
             graph_us,
-            multiply_us: products.map(median),
+            multiply_us,
             bytes,
-            gb_per_s: gb_per_s(bytes, switch_us),
+            gb_per_s: gb_per_s(bytes, step_us),
             floor_us,
             floor_bytes,
             floor_gb_per_s: gb_per_s(floor_bytes, floor_us),
-            over_floor: switch_us / floor_us,
+            over_floor: step_us / floor_us,
             error: tokens.iter().fold(0.0, |error, token| error.max(token.error)),
         }
     }
 }
 
-/// What a switch cannot do without.
+/// What a switch cannot do without, or where none is, the products.
 struct Traffic {
     /// What each target holds: slots with the bits of their coefficients. None: unknown.
     held: Vec<Option<Vec<(usize, u32)>>>,
+    strategy: Strategy,
     in_place: bool,
 }
 
 impl Traffic {
-    fn new(targets: usize, form: Form) -> Self {
-        let in_place = form == Form::InPlace;
-        Self { held: vec![in_place.then(Vec::new); targets], in_place }
+    fn new(targets: usize, choice: Choice) -> Self {
+        let in_place = choice.form == Form::InPlace;
+        Self { held: vec![in_place.then(Vec::new); targets], strategy: choice.strategy, in_place }
     }
 
     /// Elements read and written: W twice (from base, its first half is W_base), and each pair that enters
-    /// or, in place, leaves. A target that holds the route already costs nothing.
+    /// or, in place, leaves. A target that holds the route already costs nothing. Products read W and each pair.
     fn elements(&mut self, targets: &[Target], route: &Route) -> usize {
         let mut elements = 0;
         for (target, held) in targets.iter().zip(&mut self.held) {
+            if self.strategy != Strategy::Switch {
+                let ranks: usize = route.at(target).map(|(slot, _)| target.slots[slot].0).sum();
+                elements += target.rows * target.cols + ranks * (target.rows + target.cols);
+                continue;
+            }
             let mut new: Vec<(usize, u32)> = route.at(target).map(|(slot, c)| (slot, c.to_bits())).collect();
             new.sort_unstable();
             let old = held.replace(new.clone());

@@ -217,7 +217,7 @@ impl<'a> World<'a> {
             if self.bytes.0.is_empty() {
                 break;
             }
-            match self.bytes.below(21) {
+            match self.bytes.below(22) {
                 0 => self.contexts(),
                 1 => self.create_bank(),
                 2 | 3 => self.set_slot(),
@@ -234,6 +234,7 @@ impl<'a> World<'a> {
                 16 => self.gate(),
                 17 | 18 => self.apply(),
                 19 => self.linear(),
+                20 => self.advise(),
                 _ => self.destroy(),
             }
         }
@@ -556,6 +557,48 @@ impl<'a> World<'a> {
             let (rows, k) = (w.bytes.size(rows), w.bytes.size(k));
             unsafe { c::lsw_apply_workspace_bytes(handle, first, shapes.len() as u64, rows, k, out) }
         });
+    }
+
+    /// Pure arithmetic: no calibration, which is slow and cannot go wrong.
+    fn advise(&mut self) {
+        let which = self.which();
+        let shapes = self.banks[which].shapes.clone();
+        let groups: Vec<u64> = shapes.iter().map(|_| self.bytes.size(1)).collect();
+        let ranks: Vec<u64> = (0..1 + self.bytes.below(3)).map(|_| self.bytes.size(4)).collect();
+        let float = |w: &mut Self, right: f64| match w.bytes.next() {
+            248.. => f64::from_bits(w.bytes.word()),
+            _ => right,
+        };
+        let mut calibration = c::lsw_calibration { launch_us: float(self, 1.0), apply_call_us: float(self, 1.0), ..Default::default() };
+        (calibration.linear_call_us, calibration.linear_adapters_us) = (float(self, 1.0), float(self, 1.0));
+        (calibration.linear_gb_per_s, calibration.switch_gb_per_s) = (float(self, 1e3), float(self, 1e3));
+        let rates = [&mut calibration.read_gb_per_s, &mut calibration.copy_gb_per_s, &mut calibration.few_rows_gb_per_s];
+        rates.into_iter().for_each(|rate| *rate = float(self, 1e3));
+        let rates = [&mut calibration.many_rows_gb_per_s, &mut calibration.product_share, &mut calibration.product_tflops];
+        rates.into_iter().for_each(|rate| *rate = float(self, 0.5));
+        let workload = c::lsw_workload {
+            targets: self.bytes.pointer(shapes.as_ptr()),
+            count: self.bytes.count(&shapes),
+            groups: self.bytes.pointer(groups.as_ptr()),
+            group_count: self.bytes.count(&groups),
+            ranks: self.bytes.pointer(ranks.as_ptr()),
+            slots: self.bytes.count(&ranks),
+            dtype: self.bytes.number(c::LSW_BF16 as i32),
+            reserved: self.bytes.number(0),
+            k: self.bytes.size(2),
+            batch: self.bytes.size(8),
+            tokens_per_route: float(self, 2.0),
+            ..Default::default()
+        };
+        let mut advice = c::lsw_advice { struct_size: self.bytes.size(size_of::<c::lsw_advice>() as u64), best: -1, ..Default::default() };
+        let out = self.bytes.pointer(&raw mut advice);
+        let is_ok = self.call(|w| {
+            w.with_options(calibration, |w, calibration| {
+                w.with_options(workload, |_, workload| unsafe { c::lsw_advise(calibration, workload, out) })
+            })
+        });
+        assert_eq!(is_ok && advice.struct_size > 8, advice.best >= 0);
+        assert!(!is_ok || !(advice.switch_us.is_nan() || advice.apply_us.is_nan() || advice.linear_us.is_nan()));
     }
 
     fn linear(&mut self) {

@@ -1,6 +1,7 @@
 //! The CPU backend: plain Rust on checked plans. Calls return when the work is done.
 
 pub(crate) mod apply;
+pub(crate) mod calibrate;
 pub(crate) mod gate;
 pub(crate) mod linear;
 pub(crate) mod measure;

@@ -6,6 +6,7 @@
 pub(crate) mod args;
 pub(crate) mod apply;
 pub(crate) mod bank;
+pub(crate) mod calibrate;
 mod context;
 pub(crate) mod gate;
 mod images;

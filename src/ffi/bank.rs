@@ -125,7 +125,7 @@ pub unsafe extern "C" fn lsw_bank_create(
     })
 }
 
-fn shape(given: &lsw_target_shape) -> TargetShape {
+pub(super) fn shape(given: &lsw_target_shape) -> TargetShape {
     TargetShape { out_features: given.out_features, in_features: given.in_features, rank_cap: given.rank_cap }
 }
 

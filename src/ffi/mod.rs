@@ -18,6 +18,8 @@ mod apply;
 
 mod linear;
 
+mod advise;
+
 mod route;
 
 mod gate;
@@ -303,7 +305,7 @@ unsafe fn slice<'a, T>(ptr: *const T, count: u64, name: &str) -> Result<&'a [T]>
     Ok(unsafe { std::slice::from_raw_parts(ptr, count as usize) })
 }
 
-/// A `#[repr(C)]` struct whose first field is `struct_size`, whose fields are integers and
+/// A `#[repr(C)]` struct whose first field is `struct_size`, whose fields are numbers and
 /// pointers, and whose 4-byte fields come in pairs, so that a size that is a multiple of 8 ends
 /// between fields.
 trait Options: Copy {
@@ -320,27 +322,66 @@ const MAX_OPTIONS: u64 = 4096;
 /// # Safety
 /// The conventions: a pointer that is neither null nor misaligned points to struct_size bytes.
 unsafe fn options<T: Options>(ptr: *const T) -> Result<T> {
+    // SAFETY: the caller's promise.
+    unsafe { named_options(ptr, "options") }
+}
+
+/// # Safety
+/// As for [`options`].
+unsafe fn named_options<T: Options>(ptr: *const T, name: &str) -> Result<T> {
     let mut options = T::DEFAULT;
     if ptr.is_null() {
         return Ok(options);
     }
-    check_pointer(ptr, "options")?;
-    // SAFETY: every struct of options begins with its size.
-    let size = unsafe { ptr.cast::<u64>().read() };
-    if !(8..=MAX_OPTIONS).contains(&size) || size % 8 != 0 {
-        let bound = "the size of the struct (a multiple of 8)";
-        return Err(Error::argument("options.struct_size", size, bound));
-    }
-    let (size, known) = (size as usize, size_of::<T>());
+    // SAFETY: the caller's promise.
+    let size = unsafe { struct_size(ptr, name) }?;
+    let known = size_of::<T>();
     // SAFETY: the caller's promise. Padding there is none (see the trait), so every byte is initialised.
     let bytes = unsafe { std::slice::from_raw_parts(ptr.cast::<u8>(), size) };
     if bytes.iter().skip(known).any(|&byte| byte != 0) {
         let bound = format!("{known}, or larger with zeros behind: this version knows no further options");
-        return Err(Error::argument("options.struct_size", size, bound));
+        return Err(Error::argument(format!("{name}.struct_size"), size, bound));
     }
     // SAFETY: a prefix of a struct for which all bit patterns are values.
     unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), (&raw mut options).cast::<u8>(), size.min(known)) };
     Ok(options)
+}
+
+/// What a struct says of its size.
+///
+/// # Safety
+/// As for [`options`].
+unsafe fn struct_size<T: Options>(ptr: *const T, name: &str) -> Result<usize> {
+    check_pointer(ptr, name)?;
+    // SAFETY: every struct of options begins with its size.
+    let size = unsafe { ptr.cast::<u64>().read() };
+    if !(8..=MAX_OPTIONS).contains(&size) || size % 8 != 0 {
+        let bound = "the size of the struct (a multiple of 8)";
+        return Err(Error::argument(format!("{name}.struct_size"), size, bound));
+    }
+    Ok(size as usize)
+}
+
+/// Where a result goes that another version of the header may have laid out, by the struct_size in
+/// it: of a shorter one what it has is written, of a longer one what is known here.
+struct SizedOut<T> {
+    ptr: *mut T,
+    size: usize,
+}
+
+impl<T: Options> SizedOut<T> {
+    /// # Safety
+    /// As for [`options`], and the struct can be written during the call.
+    unsafe fn new(ptr: *mut T, name: &str) -> Result<Self> {
+        // SAFETY: the caller's promise.
+        Ok(Self { ptr, size: unsafe { struct_size(ptr, name) }?.min(size_of::<T>()) })
+    }
+
+    fn set(self, value: T) {
+        let (from, to) = ((&raw const value).cast::<u8>(), self.ptr.cast::<u8>());
+        // SAFETY: the promise that `new` got; as much of both structs as they share, without their sizes.
+        unsafe { std::ptr::copy_nonoverlapping(from.add(8), to.add(8), self.size - 8) };
+    }
 }
 
 fn check_reserved(value: i32) -> Result<()> {

@@ -410,6 +410,48 @@ static void unmerged(void) {
     lsw_bank_destroy(bank);
 }
 
+static void advice(void) {
+    lsw_target_shape shapes[2] = {{1000, 500, 8}, {200, 500, 8}};
+    uint64_t groups[1] = {2}, ranks[2] = {4, 8};
+    lsw_calibration c = {.struct_size = sizeof c}, bad;
+    lsw_workload load = {sizeof load, shapes, 2, groups, 1, ranks, 2, LSW_BF16, 0, 1, 1, 1.0}, wrong = load;
+    lsw_advice advice = {sizeof advice, 77, 77, 77, 77, 77}, short_one = advice;
+    short_one.struct_size = 16;
+    REFUSED(lsw_calibrate(context, NULL, NULL), "calibration is null");
+    c.struct_size = 12;
+    REFUSED(lsw_calibrate(context, NULL, &c), "calibration.struct_size is 12");
+    c.struct_size = 24; /* an older header's: no more than that is written */
+    OK(lsw_calibrate(context, NULL, &c));
+    EXPECT(c.struct_size == 24 && c.read_gb_per_s > 0 && c.copy_gb_per_s > 0 && c.launch_us == 0);
+    c.struct_size = sizeof c;
+    OK(lsw_calibrate(context, NULL, &c));
+    EXPECT(c.launch_us > 0 && c.apply_call_us >= 0 && c.few_rows_gb_per_s > 0 && c.linear_gb_per_s > 0 && c.product_share > 0 && c.product_tflops > 0);
+    REFUSED(lsw_calibrate(NULL, NULL, &c), "context is null");
+
+    REFUSED(lsw_advise(&c, NULL, &advice), "workload is null");
+    REFUSED(lsw_advise(&c, &load, NULL), "advice is null");
+    wrong.struct_size = 4;
+    REFUSED(lsw_advise(&c, &wrong, &advice), "workload.struct_size is 4");
+    wrong = load, wrong.targets = NULL;
+    REFUSED(lsw_advise(&c, &wrong, &advice), "targets is null");
+    wrong = load, wrong.dtype = 9;
+    REFUSED(lsw_advise(&c, &wrong, &advice), "workload.dtype is 9");
+    wrong = load, wrong.slots = 0;
+    REFUSED(lsw_advise(&c, &wrong, &advice), "ranks is empty; it must be at least one slot");
+    wrong = load, wrong.tokens_per_route = 0.5;
+    REFUSED(lsw_advise(&c, &wrong, &advice), "tokens_per_route is 0.5; it must be finite, at least 1");
+    bad = c, bad.copy_gb_per_s = 0;
+    REFUSED(lsw_advise(&bad, &load, &advice), "calibration.copy_gb_per_s is 0; it must be above 0 and finite");
+    advice.struct_size = 0;
+    REFUSED(lsw_advise(&c, &load, &advice), "advice.struct_size is 0");
+    EXPECT(advice.best == 77 && advice.apply_us == 77);
+    advice.struct_size = sizeof advice;
+    OK(lsw_advise(NULL, &load, &advice));
+    EXPECT(advice.best >= LSW_STRATEGY_SWITCH && advice.reserved == 0 && advice.switch_us > 0 && advice.apply_us > 0 && advice.linear_us > 0);
+    OK(lsw_advise(&c, &load, &short_one));
+    EXPECT(short_one.struct_size == 16 && short_one.reserved == 0 && short_one.switch_us == 77);
+}
+
 static void gather_scatter(void) {
     static int32_t offsets[5], row_map[6], inverse[3][2], padded[16], block_experts[4];
     static float rows[6][8], y[3][8];
@@ -548,6 +590,7 @@ int main(void) {
     banks();
     sets();
     unmerged();
+    advice();
     gather_scatter();
     measure();
     lsw_context_destroy(context);
