@@ -1,7 +1,8 @@
 //! The driver, probed; a device with its kernels; its streams.
 
 use super::args::{
-    LSW_GATE_SHARED_WIDE, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS, LSW_SWITCH90_SHARED, LswTakeArgs,
+    LSW_FEW_SHARED, LSW_GATE_SHARED_WIDE, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS, LSW_SWITCH90_SHARED,
+    LswTakeArgs,
 };
 use super::images::{BUILT_WITH, IMAGES};
 use super::launch::{Grid, launch};
@@ -63,6 +64,7 @@ pub(super) struct Kernels {
     /// By bytes a unit: 16, 4, 2, 1.
     pub gather: [Function; 4],
     pub combine: [Function; 3],
+    /// f32 for any number of rows, f16 and bf16 for few.
     pub apply: [Apply; 3],
     /// Of many rows: f16, bf16.
     pub apply_many: [Apply; 2],
@@ -168,6 +170,12 @@ impl Modules {
         Ok(Apply { shrink: function("shrink")?, expand: function("expand")? })
     }
 
+    fn apply_few(&self, suffix: &str) -> Result<Apply> {
+        let apply = self.apply("apply", suffix)?;
+        allow_shared(apply.expand, LSW_FEW_SHARED)?;
+        Ok(apply)
+    }
+
     fn gate_wide(&self, floats: [&str; 3]) -> Result<[Function; 3]> {
         let functions = self.functions("gate", "gate_wide", floats)?;
         for function in functions {
@@ -194,7 +202,7 @@ impl Modules {
             permute_scatter: self.function("permute", "permute_scatter")?,
             gather: self.functions("permute", "gather", ["16", "4", "2", "1"])?,
             combine: self.functions("permute", "combine", floats)?,
-            apply: [self.apply("apply", "f32")?, self.apply("apply", "f16")?, self.apply("apply", "bf16")?],
+            apply: [self.apply("apply_f32", "f32")?, self.apply_few("f16")?, self.apply_few("bf16")?],
             apply_many: [self.apply("apply_mma", "many_f16")?, self.apply("apply_mma", "many_bf16")?],
             apply_order: self.function("apply_mma", "apply_order")?,
             measure_scale: self.functions("measure", "measure_scale", floats)?,
