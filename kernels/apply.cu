@@ -184,9 +184,7 @@ constexpr uint16_t kNone = 0xffff;
 // A slot of a group of rows at a target.
 struct Term {
     uint64_t b;
-    uint32_t b_stride;
-    uint16_t rank;
-    uint16_t is_whole;  // its rows are whole aligned packs
+    uint32_t b_stride, rank;
 };
 
 struct ExpandShared {
@@ -208,6 +206,7 @@ struct ExpandShared {
     Term terms[kMaxEntries];
     uint32_t users[kMaxEntries];
     uint32_t count, rank, rows;  // of terms; the largest rank; rows that anything is added to, a bit each
+    uint32_t ragged;             // not 0: some rows of B are not whole aligned packs
 };
 static_assert(sizeof(ExpandShared) <= LSW_FEW_SHARED, "shared memory of expand");
 
@@ -219,7 +218,7 @@ __device__ __forceinline__ void load_terms(const LswApplyArgs& args, const LswAp
     int* firsts = reinterpret_cast<int*>(shared.firsts);
     // What a slot's factor waits for is the slot: bring all of few closer meanwhile.
     if (threadIdx.x < args.slots) prefetch(&factor_of(target, threadIdx.x));
-    if (threadIdx.x == 0) shared.count = shared.rank = shared.rows = 0;
+    if (threadIdx.x == 0) shared.count = shared.rank = shared.rows = shared.ragged = 0;
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < 4 * fours; i += LSW_EXPAND_THREADS) {
         const Entry entry = load_entry(args, row0 + (i >> bits), i < entries ? i & ((1u << bits) - 1) : args.k);
@@ -267,8 +266,8 @@ __device__ __forceinline__ void load_terms(const LswApplyArgs& args, const LswAp
         }
         if (!is_first) continue;
         if (firsts[i] == slot) {
-            const bool is_whole = (f.flags & LSW_B_ALIGNED) && f.rank % 8 == 0;
-            shared.terms[term] = {f.b, f.b_stride, static_cast<uint16_t>(f.rank), is_whole};
+            shared.terms[term] = {f.b, f.b_stride, f.rank};
+            if (!(f.flags & LSW_B_ALIGNED) || f.rank % 8 != 0) atomicOr(&shared.ragged, 1u);
         }
         const float c = gate * f.scale;
         if (reports) report_coefficient(args, f.rank, c);
@@ -282,17 +281,35 @@ __device__ __forceinline__ void load_terms(const LswApplyArgs& args, const LswAp
     __syncthreads();
 }
 
-// One warp: 16 ranks of its 32 outputs, on their way to shared memory.
+// One warp: some steps of its 32 outputs of B, on their way to shared memory. Where all are whole aligned packs, terms are looked up
+// before the first copy and nothing is decided between copies: in a single warp every branch and every look-up is a wait.
 template <class T>
-__device__ __forceinline__ void copy_b(const Term& term, uint32_t rank0, uint32_t first, uint32_t out, uint4 (&b)[LSW_EXPAND_THREADS][2]) {
-    const uint32_t lane = threadIdx.x % 32, rank = rank0 + 8 * (lane % 2);
+__device__ __forceinline__ void copy_b(uint32_t step0, uint32_t steps, uint32_t step_bits, uint32_t first, uint32_t out,
+                                       ExpandShared& shared) {
+    const uint32_t lane = threadIdx.x % 32, row = threadIdx.x / 32 * 32 + lane / 2, o = first + lane / 2;
+    const auto rank_at = [&](uint32_t s) { return 16 * ((step0 + s) & ((1u << step_bits) - 1)) + 8 * (lane % 2); };
+    if (shared.ragged == 0) {
+        Term terms[kSteps];
 #pragma unroll
-    for (uint32_t o = lane / 2; o < 32; o += 16) {
-        const T* p = reinterpret_cast<const T*>(term.b) + (first + o) * static_cast<uint64_t>(term.b_stride) + rank;
-        uint4* to = &b[threadIdx.x / 32 * 32 + o][lane % 2];
-        const uint32_t left = first + o < out && rank < term.rank ? term.rank - rank : 0;
-        if (left > 0 && term.is_whole) copy16_async(to, p);
-        else *to = load_eight(p, left, false).part[0].bits;
+        for (uint32_t s = 0; s < kSteps; ++s) terms[s] = shared.terms[min(step0 + s, step0 + steps - 1) >> step_bits];
+#pragma unroll
+        for (uint32_t s = 0; s < kSteps; ++s) {
+            if (s >= steps) break;
+            const T* p = reinterpret_cast<const T*>(terms[s].b) + o * static_cast<uint64_t>(terms[s].b_stride) + rank_at(s);
+            const uint32_t bytes = rank_at(s) < terms[s].rank ? 16 : 0;
+            copy16_async_or_zero(&shared.b[s][row][lane % 2], p, o < out ? bytes : 0);
+            copy16_async_or_zero(&shared.b[s][row + 16][lane % 2], p + 16 * static_cast<uint64_t>(terms[s].b_stride),
+                                 o + 16 < out ? bytes : 0);
+        }
+        return;
+    }
+#pragma unroll 1
+    for (uint32_t i = 0; i < 2 * steps; ++i) {
+        const uint32_t s = i / 2, half = 16 * (i % 2);
+        const Term& term = shared.terms[(step0 + s) >> step_bits];
+        const T* p = reinterpret_cast<const T*>(term.b) + (o + half) * static_cast<uint64_t>(term.b_stride) + rank_at(s);
+        const uint32_t left = o + half < out && rank_at(s) < term.rank ? term.rank - rank_at(s) : 0;
+        shared.b[s][row + half][lane % 2] = load_eight(p, left, false).part[0].bits;
     }
 }
 
@@ -341,16 +358,22 @@ __device__ __forceinline__ void multiply(const uint4 (&b)[LSW_EXPAND_THREADS][2]
             low[h][i] = is_finite(high[h][i]) ? round_tf32(p[i] - high[h][i]) : 0.0f;
         }
     }
+    float2 b01[4], b23[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         const uint4* row = b[threadIdx.x / 32 * 32 + 8 * (g / 2) + 2 * j + g % 2];
         const uint2 four = reinterpret_cast<const uint2*>(row)[q];
-        const float2 b01 = unpack(four.x, T{}), b23 = unpack(four.y, T{});
-        mma1688(sum[j], {low[0][0], low[1][0], low[0][1], low[1][1]}, b01.x, b01.y);
-        mma1688(sum[j], {low[0][2], low[1][2], low[0][3], low[1][3]}, b23.x, b23.y);
-        mma1688(sum[j], {high[0][0], high[1][0], high[0][1], high[1][1]}, b01.x, b01.y);
-        mma1688(sum[j], {high[0][2], high[1][2], high[0][3], high[1][3]}, b23.x, b23.y);
+        b01[j] = unpack(four.x, T{}), b23[j] = unpack(four.y, T{});
     }
+    // Four sums take turns: an mma that needs the one before would wait for it.
+#pragma unroll
+    for (int j = 0; j < 4; ++j) mma1688(sum[j], {low[0][0], low[1][0], low[0][1], low[1][1]}, b01[j].x, b01[j].y);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) mma1688(sum[j], {low[0][2], low[1][2], low[0][3], low[1][3]}, b23[j].x, b23[j].y);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) mma1688(sum[j], {high[0][0], high[1][0], high[0][1], high[1][1]}, b01[j].x, b01[j].y);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) mma1688(sum[j], {high[0][2], high[1][2], high[0][3], high[1][3]}, b23[j].x, b23[j].y);
 }
 
 // A block: a group of rows and LSW_EXPAND_THREADS outputs of one target. A warp does 32 outputs; a lane owns eight of them in rows g
@@ -374,10 +397,7 @@ template <class T, class Y> __device__ __forceinline__ void expand(const LswAppl
     for (uint32_t step0 = 0; step0 < steps; step0 += kSteps) {
         const uint32_t here = min(kSteps, steps - step0);
         if (step0 > 0) __syncthreads();
-#pragma unroll 1
-        for (uint32_t s = 0; s < here; ++s) {
-            copy_b<T>(shared.terms[(step0 + s) >> step_bits], 16 * ((step0 + s) & step_mask), first, target.out, shared.b[s]);
-        }
+        copy_b<T>(step0, here, step_bits, first, target.out, shared);
         if (step0 == 0) {
             // Of what came before, nothing but the products and y is still being written.
             dependency_wait();

@@ -1,31 +1,26 @@
-// Unmerged adapters: every row of a batch under its own route, the weights left as they are.
+// Unmerged adapters of f32: every row of a batch under its own route, the weights left as they are.
 //
 //   shrink  products[r, p, i] = A_p[i] . x[r]                     for entry p of row r's canonical route, i below the rank of its slot
 //   expand  y[r, o] = round(y[r, o] + sum over p of c_p (B_p[o] . products[r, p]))        c = gate * scale
 //
-// for all targets of a group that share x (q, k, v; gate, up) in one launch each. The products stay in f32: y is rounded once.
+// for all targets of a group that share x (q, k, v; gate, up) in one launch each. Row by row, in plain f32: tensor cores would round x,
+// A and B. Of 16 bits: apply.cu and, for more than 64 rows, apply_mma.cu.
 //
-// This file: batches of up to 64 rows, and f32, which tensor cores would round. Larger batches of 16 bits: apply_mma.cu.
-//
-// Floor of one token: the chosen adapters, read once (Llama-2-7B, rank 16, two of them: 0.16 GB, 35 us of an H200's bandwidth, in 128
-// groups of targets). So latency is all that counts: launches, and loads that wait for loads (ids -> factor -> A -> sum -> products
-// -> y). Hence:
+// Floor of one token: the chosen adapters, read once. So latency is all that counts: launches, and loads that wait for loads (ids ->
+// factor -> A -> sum -> products -> y). Hence:
 //
 // - A row of A is a block's: every thread has its packs in flight at once, and one exchange through shared memory ends it. With
 //   many rows a block takes four rows of A, so that x is read a quarter as often; each row's sum has the same order either way.
 // - expand is a dependent launch. shrink lets it start as soon as shrink itself has passed its own wait: from then on all that came
 //   before shrink is complete, and shrink writes the products alone. So expand reads route, factors and B (into registers) while
 //   shrink runs, and waits before the first product and y only.
-// - A warp of expand owns 32 rows of B. It reads them in passes of consecutive 16-byte packs, as many lanes a row as its rank has
-//   eights: loads are dense whatever the rank is, and eight are in flight whatever the order of entries. With many rows a block goes
-//   on to further outputs, so that the chain up to the first B is paid for once.
+// - A warp of expand owns 32 rows of B. It reads them in passes of consecutive eights, as many lanes a row as its rank has eights:
+//   loads are dense whatever the rank is, and four are in flight whatever the order of entries. With many rows a block goes on to
+//   further outputs, so that the chain up to the first B is paid for once.
 //
 // The order of all sums depends on the shape and on the row's own route only: no atomics, the same bits in every run and in any batch.
 // Where addresses are not multiples of 16 bytes the same packs are gathered element by element: the same bits again. What lies
 // behind a row's end or rank is not read, or read and not used.
-//
-// Tried for few rows and dropped: the tensor cores, with 16 rows a product and A x in 16 slices over the blocks (one token 1.33 of
-// the base, 32 tokens 1.77, where this took 1.18 and 1.61): the walk over a group's slots is a longer chain than it saves in bytes.
 #include "common/apply.cuh"
 #include "common/ptx.cuh"
 #include "common/route.cuh"
@@ -42,19 +37,19 @@ __device__ __forceinline__ RouteEntry load_entry(const LswApplyArgs& args, uint6
 }
 
 // A thread's part of the dot products of x with some rows of A: its columns in ascending order. kWhole: all are whole aligned packs.
-template <bool kWhole, int kRows, class T>
-__device__ __forceinline__ void multiply_rows(const T* x, const T* a, uint32_t in, uint64_t a_stride, uint32_t rows, float (&sum)[kRows]) {
+template <bool kWhole, int kRows>
+__device__ __forceinline__ void multiply_rows(const float* x, const float* a, uint32_t in, uint64_t a_stride, uint32_t rows, float (&sum)[kRows]) {
     constexpr uint32_t kStep = 8 * LSW_SHRINK_THREADS;
     constexpr int kAhead = kWhole ? 2 : 1;
     for (uint32_t col0 = 8 * threadIdx.x; col0 < in; col0 += kAhead * kStep) {
-        Eight<T> x_eight[kAhead], a_eight[kAhead][kRows];
+        Eight<float> x_eight[kAhead], a_eight[kAhead][kRows];
 #pragma unroll
         for (int s = 0; s < kAhead; ++s) {
             const uint32_t col = col0 + s * kStep, left = col < in ? in - col : 0;
             x_eight[s] = kWhole ? load_eight_if(left > 0, x + col) : load_eight(x + col, left, false);
 #pragma unroll
             for (int r = 0; r < kRows; ++r) {
-                const T* row = a + r * a_stride + col;
+                const float* row = a + r * a_stride + col;
                 a_eight[s][r] = kWhole ? load_eight_if(left > 0 && r < rows, row) : load_eight(row, r < rows ? left : 0, false);
             }
         }
@@ -67,7 +62,7 @@ __device__ __forceinline__ void multiply_rows(const T* x, const T* a, uint32_t i
 }
 
 // A block: kRows rows of A of one entry of one row's route. All threads share each dot product.
-template <int kRows, class T> __device__ __forceinline__ void shrink(const LswApplyArgs& args) {
+template <int kRows> __device__ __forceinline__ void shrink(const LswApplyArgs& args) {
     dependency_wait();
     dependency_release();
     uint32_t unit = blockIdx.x % args.units;
@@ -86,8 +81,8 @@ template <int kRows, class T> __device__ __forceinline__ void shrink(const LswAp
     const float c = gate * f.scale;
     if (c == 0.0f || first >= f.rank) return;
 
-    const T* x = reinterpret_cast<const T*>(args.x) + row * args.x_stride;
-    const T* a = reinterpret_cast<const T*>(f.a) + static_cast<uint64_t>(first) * f.a_stride;
+    const float* x = reinterpret_cast<const float*>(args.x) + row * args.x_stride;
+    const float* a = reinterpret_cast<const float*>(f.a) + static_cast<uint64_t>(first) * f.a_stride;
     float sum[kRows] = {};
     if (args.x_aligned && (f.flags & LSW_A_ALIGNED) && args.in % 8 == 0) multiply_rows<true>(x, a, args.in, f.a_stride, f.rank - first, sum);
     else multiply_rows<false>(x, a, args.in, f.a_stride, f.rank - first, sum);
@@ -144,8 +139,8 @@ __device__ __forceinline__ uint32_t load_terms(const LswApplyArgs& args, const L
 }
 
 // A block: LSW_EXPAND_THREADS x chunks elements of one row of one target's y. Lane l of a warp owns the l-th of 32 at a time.
-template <class T> __device__ __forceinline__ void expand(const LswApplyArgs& args) {
-    constexpr uint32_t kAhead = 16 / sizeof(T);  // eights in flight a lane
+__device__ __forceinline__ void expand(const LswApplyArgs& args) {
+    constexpr uint32_t kAhead = 4;  // eights in flight a lane
     __shared__ Term terms[LSW_MAX_K];
     __shared__ uint32_t shared_count, shared_rank;
     uint32_t unit = blockIdx.x % args.units;
@@ -171,14 +166,14 @@ template <class T> __device__ __forceinline__ void expand(const LswApplyArgs& ar
         const uint64_t at = row * target.y_stride + first + lane;
         float sum = 0.0f, y = 0.0f;
         for (uint32_t step0 = 0; step0 < steps; step0 += kAhead) {
-            Eight<T> b[kAhead];
+            Eight<float> b[kAhead];
 #pragma unroll
             for (uint32_t i = 0; i < kAhead; ++i) {
                 const uint32_t step = step0 + i, pass = step & ((1u << shift) - 1);
                 const uint32_t o = first + (pass << (5 - shift)) + (lane >> shift);
                 if (step >= steps) break;
                 const Term& term = terms[step >> shift];
-                const T* p = reinterpret_cast<const T*>(term.b) + o * static_cast<uint64_t>(term.b_stride) + part;
+                const float* p = reinterpret_cast<const float*>(term.b) + o * static_cast<uint64_t>(term.b_stride) + part;
                 const uint32_t left = o < target.out && term.rank > part ? term.rank - part : 0;
                 b[i] = term.is_whole ? load_eight_if(left > 0, p) : load_eight(p, left, false);
             }
@@ -218,15 +213,11 @@ template <class T> __device__ __forceinline__ void expand(const LswApplyArgs& ar
 }  // namespace
 
 // Without rows there may be no units to divide by. Two blocks a multiprocessor are enough: without the hint ptxas spills for more.
-#define LSW_APPLY(suffix, T)                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(LSW_SHRINK_THREADS, 2)                                                      \
-        lsw_apply_shrink_##suffix(const __grid_constant__ LswApplyArgs args) {                                               \
-        if (args.rows == 0) return;                                                                                          \
-        if (args.shrink_rows == 1) return shrink<1, T>(args);                                                                \
-        shrink<LSW_SHRINK_ROWS, T>(args);                                                                                    \
-    }                                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(LSW_EXPAND_THREADS)                                                         \
-        lsw_apply_expand_##suffix(const __grid_constant__ LswApplyArgs args) {                                               \
-        if (args.rows > 0) expand<T>(args);                                                                                  \
-    }
-LSW_APPLY(f32, float)
+extern "C" __global__ void __launch_bounds__(LSW_SHRINK_THREADS, 2) lsw_apply_shrink_f32(const __grid_constant__ LswApplyArgs args) {
+    if (args.rows == 0) return;
+    if (args.shrink_rows == 1) return shrink<1>(args);
+    shrink<LSW_SHRINK_ROWS>(args);
+}
+extern "C" __global__ void __launch_bounds__(LSW_EXPAND_THREADS) lsw_apply_expand_f32(const __grid_constant__ LswApplyArgs args) {
+    if (args.rows > 0) expand(args);
+}

@@ -15,8 +15,8 @@ use crate::error::Result;
 const BUSY: u32 = 8;
 /// Blocks of expand that a multiprocessor holds: with more of them, each does more outputs.
 const RESIDENT: u32 = 4;
-/// A bank of so many slots: a block for each, used or not, waits for less than one that looks for its slot.
-const FEW_SLOTS: u32 = 16;
+/// Up to so many blocks of few rows a multiprocessor, each slot has its own, used or not: one that has to look for its slot waits longer.
+const FEW_BLOCKS: u32 = 2;
 /// Blocks that share the slots of a group of many rows.
 const SPLITS: u32 = 4;
 
@@ -110,7 +110,9 @@ pub(crate) fn shrink(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
         }
         Path::Few(few) => {
             let (units, begins) = begins(plan, |t| t.rank_cap.div_ceil(LSW_FEW_RANKS));
-            let candidates = if all.slots <= entries.max(FEW_SLOTS) { all.slots } else { entries };
+            let blocks = |candidates: u32| u64::from(candidates) * u64::from(units) * u64::from(LSW_FEW_SPLITS);
+            let is_small = blocks(all.slots) <= u64::from(FEW_BLOCKS * device.processors);
+            let candidates = if all.slots <= entries || is_small { all.slots } else { entries };
             let args = LswApplyArgs { units, begins, candidates, ..all };
             (few.shrink, args, candidates * units * LSW_FEW_SPLITS, LSW_FEW_THREADS)
         }

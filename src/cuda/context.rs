@@ -173,6 +173,12 @@ impl Modules {
     fn apply_few(&self, suffix: &str) -> Result<Apply> {
         let apply = self.apply("apply", suffix)?;
         allow_shared(apply.expand, LSW_FEW_SHARED)?;
+        // A multiprocessor divides its memory anew only when it is empty: expand could not start beside shrink.
+        let carveout = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+        for function in [apply.shrink, apply.expand] {
+            // SAFETY: functions of a loaded module. 100: as much shared memory as there can be.
+            unsafe { driver!(cuFuncSetAttribute(function, carveout, 100)) }?;
+        }
         Ok(apply)
     }
 
