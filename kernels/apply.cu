@@ -197,7 +197,8 @@ struct ExpandShared {
         };
         uint4 b[kSteps][LSW_EXPAND_THREADS][2];
     };
-    float products[kSteps][kGroup][16];
+    // In two parts that an mma takes as they are, and that lose nothing but the last bits of an f32.
+    float high[kSteps][kGroup][16], low[kSteps][kGroup][16];
     float step_c[kSteps][kGroup];
     // Of entries that are the first of their row to name their slot: the coefficient and the term. kNone: the entry adds nothing.
     float c[kMaxEntries];
@@ -243,6 +244,7 @@ __device__ __forceinline__ void load_terms(const LswApplyArgs& args, const LswAp
         if (is_first) atomicAdd(&shared.count, 1);
     }
     __syncthreads();
+    uint32_t rank = 0, rows = 0;
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < entries; i += LSW_EXPAND_THREADS) {
         const int slot = slots[i];
@@ -275,8 +277,15 @@ __device__ __forceinline__ void load_terms(const LswApplyArgs& args, const LswAp
         shared.c[i] = c;
         shared.term[i] = term;
         atomicOr(&shared.users[term], 1u << row);
-        atomicOr(&shared.rows, 1u << row);
-        atomicMax(&shared.rank, f.rank);
+        rank = max(rank, f.rank);
+        rows |= 1u << row;
+    }
+    // A warp first: atomics on one word take turns.
+    rank = __reduce_max_sync(kFullWarp, rank);
+    rows = __reduce_or_sync(kFullWarp, rows);
+    if (threadIdx.x % 32 == 0 && rank > 0) {
+        atomicMax(&shared.rank, rank);
+        atomicOr(&shared.rows, rows);
     }
     __syncthreads();
 }
@@ -313,6 +322,9 @@ __device__ __forceinline__ void copy_b(uint32_t step0, uint32_t steps, uint32_t 
     }
 }
 
+// What the high part leaves of x, rounded as it is.
+__device__ __forceinline__ float rest(float x, float high) { return is_finite(high) ? round_tf32(x - high) : 0.0f; }
+
 // Brings the products of some steps to shared memory, their slices added up, zeros behind the rank. One block.
 __device__ __forceinline__ void load_products(const LswApplyArgs& args, const LswApplyTarget& target, uint32_t row0, uint32_t entries,
                                               uint32_t step0, uint32_t step_bits, ExpandShared& shared) {
@@ -338,42 +350,39 @@ __device__ __forceinline__ void load_products(const LswApplyArgs& args, const Ls
             if (rank + 2 >= max_rank) sum.z = 0.0f;
             if (rank + 3 >= max_rank) sum.w = 0.0f;
         }
-        *reinterpret_cast<float4*>(&shared.products[s][row][4 * (i % 4)]) = sum;
+        const float4 high = {round_tf32(sum.x), round_tf32(sum.y), round_tf32(sum.z), round_tf32(sum.w)};
+        *reinterpret_cast<float4*>(&shared.high[s][row][4 * (i % 4)]) = high;
+        *reinterpret_cast<float4*>(&shared.low[s][row][4 * (i % 4)]) = {rest(sum.x, high.x), rest(sum.y, high.y), rest(sum.z, high.z),
+                                                                        rest(sum.w, high.w)};
         if (i % 4 == 0) shared.step_c[s][row] = shared.c[entry];
     }
 }
 
-// One warp: sum += B products, of 16 ranks, the products in two parts that lose nothing.
-template <class T>
-__device__ __forceinline__ void multiply(const uint4 (&b)[LSW_EXPAND_THREADS][2], const float (&rows)[kGroup][16], float (&sum)[4][4]) {
+// One warp: sum += B products, of 16 ranks.
+template <class T> __device__ __forceinline__ void multiply(const ExpandShared& shared, uint32_t s, float (&sum)[4][4]) {
     const uint32_t lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    float high[2][4], low[2][4];
+    float4 high[2], low[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const float4 four = *reinterpret_cast<const float4*>(&rows[g + 8 * h][4 * q]);
-        const float p[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            high[h][i] = round_tf32(p[i]);
-            low[h][i] = is_finite(high[h][i]) ? round_tf32(p[i] - high[h][i]) : 0.0f;
-        }
+        high[h] = *reinterpret_cast<const float4*>(&shared.high[s][g + 8 * h][4 * q]);
+        low[h] = *reinterpret_cast<const float4*>(&shared.low[s][g + 8 * h][4 * q]);
     }
     float2 b01[4], b23[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-        const uint4* row = b[threadIdx.x / 32 * 32 + 8 * (g / 2) + 2 * j + g % 2];
+        const uint4* row = shared.b[s][threadIdx.x / 32 * 32 + 8 * (g / 2) + 2 * j + g % 2];
         const uint2 four = reinterpret_cast<const uint2*>(row)[q];
         b01[j] = unpack(four.x, T{}), b23[j] = unpack(four.y, T{});
     }
     // Four sums take turns: an mma that needs the one before would wait for it.
 #pragma unroll
-    for (int j = 0; j < 4; ++j) mma1688(sum[j], {low[0][0], low[1][0], low[0][1], low[1][1]}, b01[j].x, b01[j].y);
+    for (int j = 0; j < 4; ++j) mma1688(sum[j], {low[0].x, low[1].x, low[0].y, low[1].y}, b01[j].x, b01[j].y);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) mma1688(sum[j], {low[0][2], low[1][2], low[0][3], low[1][3]}, b23[j].x, b23[j].y);
+    for (int j = 0; j < 4; ++j) mma1688(sum[j], {low[0].z, low[1].z, low[0].w, low[1].w}, b23[j].x, b23[j].y);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) mma1688(sum[j], {high[0][0], high[1][0], high[0][1], high[1][1]}, b01[j].x, b01[j].y);
+    for (int j = 0; j < 4; ++j) mma1688(sum[j], {high[0].x, high[1].x, high[0].y, high[1].y}, b01[j].x, b01[j].y);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) mma1688(sum[j], {high[0][2], high[1][2], high[0][3], high[1][3]}, b23[j].x, b23[j].y);
+    for (int j = 0; j < 4; ++j) mma1688(sum[j], {high[0].z, high[1].z, high[0].w, high[1].w}, b23[j].x, b23[j].y);
 }
 
 // A block: a group of rows and LSW_EXPAND_THREADS outputs of one target. A warp does 32 outputs; a lane owns eight of them in rows g
@@ -412,7 +421,7 @@ template <class T, class Y> __device__ __forceinline__ void expand(const LswAppl
 #pragma unroll 1
         for (uint32_t s = 0; s < here; ++s) {
             const uint32_t term = (step0 + s) >> step_bits;
-            if (16 * ((step0 + s) & step_mask) < shared.terms[term].rank) multiply<T>(shared.b[s], shared.products[s], sum);
+            if (16 * ((step0 + s) & step_mask) < shared.terms[term].rank) multiply<T>(shared, s, sum);
             if (((step0 + s) & step_mask) != step_mask) continue;
 #pragma unroll
             for (uint32_t h = 0; h < 2; ++h) {

@@ -61,9 +61,9 @@ enum {
     /* Of few rows of 16 bits. */
     LSW_FEW_THREADS = 512,     /* a block of shrink, */
     LSW_FEW_RANKS = 16,        /* with so many rows of A */
-    LSW_FEW_SPLITS = 8,        /* and one of so many slices of x, which expand adds up */
+    LSW_FEW_SPLITS = 4,        /* and one of so many slices of x, which expand adds up */
     LSW_FEW_STEPS = 8,         /* expand: of 16 ranks, in shared memory at a time */
-    LSW_FEW_SHARED = 56 * 1024,
+    LSW_FEW_SHARED = 64 * 1024,
 
     /* Of many rows of 16 bits, on the tensor cores. */
     LSW_APPLY_MANY = 64,   /* there are more */
