@@ -8,21 +8,23 @@
 //
 // Floor: each adapter that a route names, read once (Llama-2-7B, rank 16, two of them: 0.16 GB, 35 us of an H200's bandwidth in 128
 // groups of targets; eight: 140 us). So latency is what counts: loads that wait for loads (ids -> factor -> A -> products -> y), and
-// reading an adapter again for each of its rows. Hence:
+// what a single warp does between them, where each branch, look-up in shared memory or product waits for the one before. Hence:
 //
 // - Tensor cores, not for their speed but for what they share: a block of shrink has 16 ranks of one slot as M and its rows of the
-//   batch, eight at a time, as N; one of expand has 16 rows of the batch as M and the outputs as N. Nobody walks over a route: a
-//   block of shrink knows its slot from its number and asks who uses it; expand sorts its entries by comparing each with all others.
+//   batch, eight at a time, as N; one of expand has 16 rows of the batch as M and the outputs as N. So an adapter is read once for
+//   all its rows (in expand: of 16). Nobody walks over a route: a block of shrink knows its slot from its number and asks who uses
+//   it; expand sorts its entries by comparing each with all others.
 // - An element of an mma's result depends on its own row and column alone. So a row's bits are the same in any batch, and what its
 //   neighbours hold, NaN included, does not matter; the order of every sum depends on the shape and on the row's own route.
-// - x has LSW_APPLY_SPLITS slices, a block each, so that few slots still keep many multiprocessors loading, all at once. expand adds
+// - x has LSW_FEW_SPLITS slices, a block each, so that few slots still keep many multiprocessors loading, all at once. expand adds
 //   the slices up, in order, as it brings the products to shared memory.
 // - expand is a dependent launch. shrink lets it start as soon as shrink itself has passed its own wait: from then on all that came
-//   before shrink is complete, and shrink writes the products alone. So expand sorts its entries and reads factors and B (into
-//   registers) while shrink runs, and waits before the first product and y only.
-// - Operands come straight from memory into registers: the order of k within a step is free as long as both operands agree on it, so
-//   a lane takes eight (four) consecutive elements of a row where the layout of the mma asks for pairs eight apart. In the same way a
-//   lane owns eight consecutive outputs of a row: y is read and written 16 bytes at a time.
+//   before shrink is complete, and shrink writes the products alone. So expand sorts its entries, reads factors and sends for B while
+//   shrink runs, and waits before the first product and y only. Both ask for as much shared memory as there is: a multiprocessor
+//   that has to divide its memory anew first runs empty, and expand would start when shrink has ended.
+// - shrink's operands come straight from memory into registers: the order of k within a step is free as long as both agree on it, so
+//   a lane takes eight consecutive elements of a row where the layout of the mma asks for pairs eight apart. In the same way a lane
+//   of expand owns eight consecutive outputs of a row: y is read and written 16 bytes at a time.
 // - B is exact in tf32, and the products enter as two tf32 of 11 bits each: nothing is lost but the last bits of an f32.
 //
 // Where addresses are not multiples of 16 bytes the same packs are gathered element by element: the same bits again. What lies behind
