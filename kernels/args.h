@@ -66,6 +66,14 @@ enum {
     LSW_EXPAND_THREADS = 128, /* a row of B each */
     LSW_EXPAND_CHUNKS = 8,    /* at most as many times LSW_EXPAND_THREADS outputs a block */
 
+
+    /* Of few rows of 16 bits. */
+    LSW_FEW_THREADS = 512,     /* a block of shrink, */
+    LSW_FEW_RANKS = 16,        /* with so many rows of A */
+    LSW_FEW_SPLITS = 4,        /* and one of so many slices of x, which expand adds up */
+    LSW_FEW_STEPS = 8,         /* expand: of 16 ranks, in shared memory at a time */
+    LSW_FEW_SHARED = 64 * 1024,
+
     /* Of many rows of 16 bits, on the tensor cores. */
     LSW_APPLY_MANY = 64,   /* there are more */
     LSW_APPLY_GROUP = 16,  /* rows that share a product */
@@ -303,7 +311,8 @@ typedef struct LswApplyArgs {
     uint32_t chunks;      /* expand: of LSW_EXPAND_THREADS outputs a block */
     uint32_t y_type;      /* 0 f32, 1 f16, 2 bf16 */
     uint32_t x_aligned;   /* address and row bytes are multiples of 16 */
-    uint32_t padding;
+    uint32_t candidates;  /* few rows of 16 bits, shrink: all slots, or the entries of all routes if they are fewer */
+    uint32_t begins[LSW_APPLY_TARGETS]; /* few rows of 16 bits: units before each target; behind the last, all ones */
     LswApplyTarget targets[LSW_APPLY_TARGETS];
 } LswApplyArgs;
 

@@ -2,7 +2,7 @@
 
 use crate::bank::AdapterBank;
 use crate::check::{Checked, MAX_COUNT, Named, narrow};
-use crate::cuda::args::{LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_MAX_K};
+use crate::cuda::args::{LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_FEW_SPLITS, LSW_MAX_K};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::stream::{Stream, StreamKind};
@@ -87,7 +87,8 @@ impl Plan<'_> {
     }
 }
 
-/// Bytes of workspace that [`apply`] needs for these targets, which share their input, and for `rows` rows with routes of `k`.
+/// Bytes of workspace that [`apply`] needs for these targets, which share their input, and for `rows` rows with routes of `k`. Fewer
+/// rows never need more.
 ///
 /// # Errors
 /// On targets or sizes that `apply` would refuse.
@@ -95,7 +96,7 @@ pub fn apply_workspace_bytes(bank: &AdapterBank, targets: Range<u64>, rows: u64,
     let group = check_group(bank, targets)?;
     let rows = narrow("rows", rows, MAX_COUNT)?;
     let k = narrow("k", k, u64::from(LSW_MAX_K))?;
-    Ok(Sizes::new(&group, rows, k)?.bytes())
+    Ok(Sizes::new(bank.dtype(), &group, rows, k)?.bytes())
 }
 
 /// Adds to each row what its adapters make of its input, for a group of targets that share it (q, k, v; gate, up):
@@ -119,7 +120,7 @@ pub fn apply_workspace_bytes(bank: &AdapterBank, targets: Range<u64>, rows: u64,
 ///
 /// On CUDA two launches are enqueued (three above 64 rows in 16 bits), each as a dependent of the one before where the card knows that
 /// (9.0 and newer). Captured in a graph, they serve every route and every refill of a slot; nothing of a route is ever on the host.
-/// Up to 64 rows, and in f32, the adapters are read again for each row.
+/// In f32 the adapters are read again for each row.
 /// [`take_odd`](Stream::take_odd) tells of ids out of range and of coefficients that are not finite.
 ///
 /// # Errors
@@ -227,18 +228,22 @@ fn check_group(bank: &AdapterBank, targets: Range<u64>) -> Result<Group> {
 struct Sizes {
     /// Of all routes.
     entries: u64,
+    /// Of up to 64 rows in 16 bits: what A x is while it lies in slices. Counted for more rows as well, so that they never need less.
+    sliced_entries: u64,
     width: u64,
     ordered_rows: u32,
 }
 
 impl Sizes {
     /// No launch has more blocks than its grid can count.
-    fn new(group: &Group, rows: u32, k: u32) -> Result<Self> {
+    fn new(dtype: DType, group: &Group, rows: u32, k: u32) -> Result<Self> {
         let (entries, width) = (u64::from(rows) * u64::from(k), u64::from(group.width));
         narrow("rows * k * the targets' rank_cap", entries * width, MAX_COUNT)?;
         let outputs: u64 = group.targets.iter().flatten().map(|t| u64::from(t.out_features)).sum();
         narrow("rows * the targets' out_features", u64::from(rows) * outputs, MAX_OUTPUTS)?;
-        Ok(Self { entries, width, ordered_rows: if rows > LSW_APPLY_MANY { rows } else { 0 } })
+        let slices = if dtype == DType::F32 { 0 } else { u64::from(LSW_FEW_SPLITS) };
+        let sliced_entries = u64::from(rows.min(LSW_APPLY_MANY) * k) * slices;
+        Ok(Self { entries, sliced_entries, width, ordered_rows: if rows > LSW_APPLY_MANY { rows } else { 0 } })
     }
 
     fn products_bytes(&self) -> u64 {
@@ -246,7 +251,7 @@ impl Sizes {
     }
 
     fn bytes(&self) -> u64 {
-        self.products_bytes() + u64::from(self.ordered_rows) * 4
+        (self.products_bytes() + u64::from(self.ordered_rows) * 4).max(self.sliced_entries * self.width * 4)
     }
 }
 
@@ -277,7 +282,7 @@ pub(crate) fn check<'b>(
         Some(map) => map.dtype_in(&[DType::I32])?.rows(1, "a vector")?.cols(u64::from(rows), "the rows of the batch")?,
         None => ids.rows(u64::from(rows), "the rows of the batch, since there is no row_map")?,
     };
-    let sizes = Sizes::new(&group, rows, k)?;
+    let sizes = Sizes::new(bank.dtype(), &group, rows, k)?;
     let products = check_workspace(workspace, &sizes)?;
     for mat in [ids, gates, workspace].into_iter().chain(x).chain(row_map) {
         mat.memory()?.on(stream)?;

@@ -495,8 +495,9 @@ fn bad_arguments_are_named(backend: &Backend) {
     for (result, name) in [(bytes(1..3, 5, 2), "targets[2].in_features"), (bytes(0..2, 1 << 31, 2), "rows"), (bytes(0..2, 5, 33), "k")] {
         assert!(matches!(&result, Err(Error::Argument { name: n, .. }) if n == name), "{result:?} should name {name}");
     }
-    assert_eq!(bytes(0..2, 5, 2).unwrap(), 5 * 2 * 2 * 24 * 4, "ranks of at most 20, in steps of 8");
-    assert_eq!(bytes(0..2, 65, 2).unwrap(), 65 * 2 * 2 * 24 * 4 + 65 * 4, "and an order of the rows");
+    assert_eq!(bytes(0..2, 5, 2).unwrap(), 4 * 5 * 2 * 2 * 24 * 4, "four slices; ranks of at most 20, in steps of 8");
+    assert_eq!(bytes(0..2, 65, 2).unwrap(), bytes(0..2, 64, 2).unwrap(), "never less for more rows");
+    assert_eq!(bytes(0..2, 650, 2).unwrap(), 650 * 2 * 2 * 24 * 4 + 650 * 4, "and an order of the rows");
     assert_eq!(bytes(0..2, 0, 2).unwrap(), 0);
 }
 

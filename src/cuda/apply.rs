@@ -1,8 +1,9 @@
 //! Launches of unmerged adapters.
 
 use super::args::{
-    LSW_APPLY_GROUP, LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_EXPAND_CHUNKS, LSW_EXPAND_THREADS, LSW_MANY_RANKS, LSW_MANY_ROWS,
-    LSW_ORDER_THREADS, LSW_SHRINK_ROWS, LSW_SHRINK_THREADS, LswApplyArgs, LswApplyTarget, LswFactor,
+    LSW_APPLY_GROUP, LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_EXPAND_CHUNKS, LSW_EXPAND_THREADS, LSW_FEW_RANKS, LSW_FEW_SHARED,
+    LSW_FEW_SPLITS, LSW_FEW_THREADS, LSW_MANY_RANKS, LSW_MANY_ROWS, LSW_ORDER_THREADS, LSW_SHRINK_ROWS, LSW_SHRINK_THREADS, LswApplyArgs,
+    LswApplyTarget, LswFactor,
 };
 use super::context::{Apply, DeviceStream, by_dtype};
 use super::launch::{Grid, launch_dependent};
@@ -14,6 +15,8 @@ use crate::error::Result;
 const BUSY: u32 = 8;
 /// Blocks of expand that a multiprocessor holds: with more of them, each does more outputs.
 const RESIDENT: u32 = 4;
+/// Up to so many blocks of few rows a multiprocessor, each slot has its own, used or not: one that has to look for its slot waits longer.
+const FEW_BLOCKS: u32 = 2;
 /// Blocks that share the slots of a group of many rows.
 const SPLITS: u32 = 4;
 
@@ -59,34 +62,69 @@ pub(super) fn args(stream: &DeviceStream, plan: &Plan<'_>) -> LswApplyArgs {
         chunks: 1,
         y_type: plan.targets().find_map(|t| t.y).map_or(0, |y| by_dtype(y.dtype) as u32),
         x_aligned: plan.x.is_some_and(|x| x.aligned16()).into(),
-        padding: 0,
+        candidates: 0,
+        begins: [u32::MAX; LSW_APPLY_TARGETS as usize],
         targets,
     }
 }
 
-/// The tensor cores' kernels, for many rows of 16 bits.
-fn many(stream: &DeviceStream, plan: &Plan<'_>) -> Option<Apply> {
-    let is_many = plan.rows > LSW_APPLY_MANY && plan.bank.dtype() != DType::F32;
-    is_many.then(|| stream.device().kernels.apply_many[by_dtype(plan.bank.dtype()) - 1])
+/// Which kernels serve a call.
+enum Path {
+    /// f32: row by row.
+    Rows(Apply),
+    /// Up to 64 rows of 16 bits.
+    Few(Apply),
+    Many(Apply),
+}
+
+/// Units of all targets, and those before each.
+fn begins(plan: &Plan<'_>, units: impl Fn(&GroupTarget) -> u32) -> (u32, [u32; LSW_APPLY_TARGETS as usize]) {
+    let (mut begins, mut all) = ([u32::MAX; LSW_APPLY_TARGETS as usize], 0);
+    for (begin, target) in begins.iter_mut().zip(plan.targets()) {
+        *begin = all;
+        all += units(target);
+    }
+    (all, begins)
+}
+
+impl Path {
+    fn of(stream: &DeviceStream, plan: &Plan<'_>) -> Self {
+        let (kernels, dtype) = (&stream.device().kernels, by_dtype(plan.bank.dtype()));
+        match plan.bank.dtype() {
+            DType::F32 => Self::Rows(kernels.apply[dtype]),
+            _ if plan.rows <= LSW_APPLY_MANY => Self::Few(kernels.apply[dtype]),
+            _ => Self::Many(kernels.apply_many[dtype - 1]),
+        }
+    }
 }
 
 pub(crate) fn shrink(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
-    let (device, all) = (stream.device(), args(stream, plan));
-    let (function, args, blocks) = if let Some(many) = many(stream, plan) {
-        let args = LswApplyArgs { units: all.width.div_ceil(LSW_MANY_RANKS), splits: SPLITS, ..all };
-        let grid = Grid { blocks: 1, threads: LSW_ORDER_THREADS, shared: 0 };
-        // SAFETY: as below.
-        unsafe { launch_dependent(stream, device.kernels.apply_order, grid, &args) }?;
-        (many.shrink, args, plan.rows.div_ceil(LSW_MANY_ROWS) * SPLITS * args.units)
-    } else {
-        let entries = plan.rows * plan.k;
-        let units = |rows: u32| plan.targets().map(|t| t.rank_cap.div_ceil(rows)).sum::<u32>();
-        let is_busy = u64::from(entries) * u64::from(units(1)) > u64::from(BUSY * device.processors);
-        let shrink_rows = if is_busy { LSW_SHRINK_ROWS } else { 1 };
-        let args = LswApplyArgs { units: units(shrink_rows), shrink_rows, ..all };
-        (device.kernels.apply[by_dtype(plan.bank.dtype())].shrink, args, entries * args.units)
+    let (device, all, entries) = (stream.device(), args(stream, plan), plan.rows * plan.k);
+    let units = |ranks: u32| plan.targets().map(|t| t.rank_cap.div_ceil(ranks)).sum::<u32>();
+    let (function, args, blocks, threads) = match Path::of(stream, plan) {
+        Path::Rows(rows) => {
+            let is_busy = u64::from(entries) * u64::from(units(1)) > u64::from(BUSY * device.processors);
+            let shrink_rows = if is_busy { LSW_SHRINK_ROWS } else { 1 };
+            let args = LswApplyArgs { units: units(shrink_rows), shrink_rows, ..all };
+            (rows.shrink, args, entries * args.units, LSW_SHRINK_THREADS)
+        }
+        Path::Few(few) => {
+            let (units, begins) = begins(plan, |t| t.rank_cap.div_ceil(LSW_FEW_RANKS));
+            let blocks = |candidates: u32| u64::from(candidates) * u64::from(units) * u64::from(LSW_FEW_SPLITS);
+            let is_small = blocks(all.slots) <= u64::from(FEW_BLOCKS * device.processors);
+            let candidates = if all.slots <= entries || is_small { all.slots } else { entries };
+            let args = LswApplyArgs { units, begins, candidates, ..all };
+            (few.shrink, args, candidates * units * LSW_FEW_SPLITS, LSW_FEW_THREADS)
+        }
+        Path::Many(many) => {
+            let args = LswApplyArgs { units: all.width.div_ceil(LSW_MANY_RANKS), splits: SPLITS, ..all };
+            let grid = Grid { blocks: 1, threads: LSW_ORDER_THREADS, shared: 0 };
+            // SAFETY: as below.
+            unsafe { launch_dependent(stream, device.kernels.apply_order, grid, &args) }?;
+            (many.shrink, args, plan.rows.div_ceil(LSW_MANY_ROWS) * SPLITS * args.units, LSW_SHRINK_THREADS)
+        }
     };
-    let grid = Grid { blocks, threads: LSW_SHRINK_THREADS, shared: 0 };
+    let grid = Grid { blocks, threads, shared: 0 };
     // SAFETY: a checked plan: device memory of the stated shapes, kept by the caller's views; the bank's table, and adapters that the
     // bank keeps alive. The kernels wait first of all.
     unsafe { launch_dependent(stream, function, grid, &args) }
@@ -97,13 +135,17 @@ pub(crate) fn expand(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
     if units(1) == 0 {
         return Ok(());
     }
-    let many = many(stream, plan);
-    let groups = if many.is_some() { plan.rows.div_ceil(LSW_APPLY_GROUP) } else { plan.rows };
+    let grouped = plan.rows.div_ceil(LSW_APPLY_GROUP);
     let resident = u64::from(RESIDENT * stream.device().processors);
-    let chunks = (u64::from(groups) * u64::from(units(1)) / resident).clamp(1, u64::from(LSW_EXPAND_CHUNKS)) as u32;
-    let args = LswApplyArgs { units: units(chunks), chunks, ..args(stream, plan) };
-    let grid = Grid { blocks: groups * args.units, threads: LSW_EXPAND_THREADS, shared: 0 };
-    let function = many.unwrap_or(stream.device().kernels.apply[by_dtype(plan.bank.dtype())]).expand;
+    let chunks = |groups| (u64::from(groups) * u64::from(units(1)) / resident).clamp(1, u64::from(LSW_EXPAND_CHUNKS)) as u32;
+    let (kernels, groups, chunks, shared) = match Path::of(stream, plan) {
+        Path::Rows(rows) => (rows, plan.rows, chunks(plan.rows), 0),
+        Path::Few(few) => (few, grouped, 1, LSW_FEW_SHARED),
+        Path::Many(many) => (many, grouped, chunks(grouped), 0),
+    };
+    let (_, begins) = begins(plan, |t| t.out_features.div_ceil(LSW_EXPAND_THREADS));
+    let args = LswApplyArgs { units: units(chunks), begins, chunks, ..args(stream, plan) };
+    let grid = Grid { blocks: groups * args.units, threads: LSW_EXPAND_THREADS, shared };
     // SAFETY: as above. Before it waits, the kernel reads what nobody writes between the two halves (apply_shrink's contract).
-    unsafe { launch_dependent(stream, function, grid, &args) }
+    unsafe { launch_dependent(stream, kernels.expand, grid, &args) }
 }

@@ -48,6 +48,11 @@ pub const LSW_SHRINK_THREADS: _bindgen_ty_1 = 256;
 pub const LSW_SHRINK_ROWS: _bindgen_ty_1 = 4;
 pub const LSW_EXPAND_THREADS: _bindgen_ty_1 = 128;
 pub const LSW_EXPAND_CHUNKS: _bindgen_ty_1 = 8;
+pub const LSW_FEW_THREADS: _bindgen_ty_1 = 512;
+pub const LSW_FEW_RANKS: _bindgen_ty_1 = 16;
+pub const LSW_FEW_SPLITS: _bindgen_ty_1 = 4;
+pub const LSW_FEW_STEPS: _bindgen_ty_1 = 8;
+pub const LSW_FEW_SHARED: _bindgen_ty_1 = 65536;
 pub const LSW_APPLY_MANY: _bindgen_ty_1 = 64;
 pub const LSW_APPLY_GROUP: _bindgen_ty_1 = 16;
 pub const LSW_APPLY_SLICES: _bindgen_ty_1 = 16;
@@ -614,12 +619,13 @@ pub struct LswApplyArgs {
     pub chunks: u32,
     pub y_type: u32,
     pub x_aligned: u32,
-    pub padding: u32,
+    pub candidates: u32,
+    pub begins: [u32; 8usize],
     pub targets: [LswApplyTarget; 8usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of LswApplyArgs"][::core::mem::size_of::<LswApplyArgs>() - 456usize];
+    ["Size of LswApplyArgs"][::core::mem::size_of::<LswApplyArgs>() - 488usize];
     ["Alignment of LswApplyArgs"][::core::mem::align_of::<LswApplyArgs>() - 8usize];
     ["Offset of field: LswApplyArgs::x"][::core::mem::offset_of!(LswApplyArgs, x) - 0usize];
     ["Offset of field: LswApplyArgs::ids"][::core::mem::offset_of!(LswApplyArgs, ids) - 8usize];
@@ -644,8 +650,9 @@ const _: () = {
     ["Offset of field: LswApplyArgs::chunks"][::core::mem::offset_of!(LswApplyArgs, chunks) - 120usize];
     ["Offset of field: LswApplyArgs::y_type"][::core::mem::offset_of!(LswApplyArgs, y_type) - 124usize];
     ["Offset of field: LswApplyArgs::x_aligned"][::core::mem::offset_of!(LswApplyArgs, x_aligned) - 128usize];
-    ["Offset of field: LswApplyArgs::padding"][::core::mem::offset_of!(LswApplyArgs, padding) - 132usize];
-    ["Offset of field: LswApplyArgs::targets"][::core::mem::offset_of!(LswApplyArgs, targets) - 136usize];
+    ["Offset of field: LswApplyArgs::candidates"][::core::mem::offset_of!(LswApplyArgs, candidates) - 132usize];
+    ["Offset of field: LswApplyArgs::begins"][::core::mem::offset_of!(LswApplyArgs, begins) - 136usize];
+    ["Offset of field: LswApplyArgs::targets"][::core::mem::offset_of!(LswApplyArgs, targets) - 168usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]

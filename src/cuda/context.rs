@@ -1,8 +1,8 @@
 //! The driver, probed; a device with its kernels; its streams.
 
 use super::args::{
-    LSW_GATE_SHARED_MANY, LSW_GATE_SHARED_TILE, LSW_LINEAR_SHARED_MAX, LSW_LINEAR_THREADS, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT,
-    LSW_SWITCH_THREADS, LSW_SWITCH90_SHARED, LswTakeArgs,
+    LSW_FEW_SHARED, LSW_GATE_SHARED_MANY, LSW_GATE_SHARED_TILE, LSW_LINEAR_SHARED_MAX, LSW_LINEAR_THREADS, LSW_SWITCH_SHARED_16BIT,
+    LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS, LSW_SWITCH90_SHARED, LswTakeArgs,
 };
 use super::images::{BUILT_WITH, IMAGES};
 use super::launch::{Grid, launch};
@@ -66,6 +66,7 @@ pub(super) struct Kernels {
     /// By bytes a unit: 16, 4, 2, 1.
     pub gather: [Function; 4],
     pub combine: [Function; 3],
+    /// f32 for any number of rows, f16 and bf16 for few.
     pub apply: [Apply; 3],
     /// Of many rows: f16, bf16.
     pub apply_many: [Apply; 2],
@@ -182,6 +183,18 @@ impl Modules {
         Ok(Apply { shrink: function("shrink")?, expand: function("expand")? })
     }
 
+    fn apply_few(&self, suffix: &str) -> Result<Apply> {
+        let apply = self.apply("apply", suffix)?;
+        allow_shared(apply.expand, LSW_FEW_SHARED)?;
+        // A multiprocessor divides its memory anew only when it is empty: expand could not start beside shrink.
+        let carveout = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+        for function in [apply.shrink, apply.expand] {
+            // SAFETY: functions of a loaded module. 100: as much shared memory as there can be.
+            unsafe { driver!(cuFuncSetAttribute(function, carveout, 100)) }?;
+        }
+        Ok(apply)
+    }
+
     fn routers<const N: usize>(&self, kind: &str, items: [u32; N]) -> Result<[[Function; 3]; N]> {
         let mut found = [[ptr::null_mut(); 3]; N];
         for (found, items) in found.iter_mut().zip(items) {
@@ -226,7 +239,7 @@ impl Modules {
             permute_scatter: self.function("permute", "permute_scatter")?,
             gather: self.functions("permute", "gather", ["16", "4", "2", "1"])?,
             combine: self.functions("permute", "combine", floats)?,
-            apply: [self.apply("apply", "f32")?, self.apply("apply", "f16")?, self.apply("apply", "bf16")?],
+            apply: [self.apply("apply_f32", "f32")?, self.apply_few("f16")?, self.apply_few("bf16")?],
             apply_many: [self.apply("apply_mma", "many_f16")?, self.apply("apply_mma", "many_bf16")?],
             apply_order: self.function("apply_mma", "apply_order")?,
             linear: self.functions_with_shared("linear", "linear", floats, linear_shared()?)?,
