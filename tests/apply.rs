@@ -461,7 +461,7 @@ fn bad_arguments_are_named(backend: &Backend) {
         assert!(matches!(&result, Err(Error::Argument { name: n, .. }) if n == name), "{result:?} should name {name}");
     }
     assert_eq!(bytes(0..2, 5, 2).unwrap(), 5 * 2 * 2 * 24 * 4, "ranks of at most 20, in steps of 8");
-    assert_eq!(bytes(0..2, 65, 2).unwrap(), 65 * 2 * 2 * 24 * 4 + 65 * 4, "and an order of the rows");
+    assert_eq!(bytes(0..2, 65, 2).unwrap(), 65 * 2 * 2 * 24 * 8 + 65 * 4, "in parts, and an order of the rows");
     assert_eq!(bytes(0..2, 0, 2).unwrap(), 0);
 }
 

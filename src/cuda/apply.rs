@@ -1,8 +1,9 @@
 //! Launches of unmerged adapters.
 
 use super::args::{
-    LSW_APPLY_GROUP, LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_EXPAND_CHUNKS, LSW_EXPAND_THREADS, LSW_MANY_RANKS, LSW_MANY_ROWS,
-    LSW_ORDER_THREADS, LSW_SHRINK_ROWS, LSW_SHRINK_THREADS, LswApplyArgs, LswApplyTarget, LswFactor,
+    LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_EXPAND_CHUNKS, LSW_EXPAND_THREADS, LSW_MANY_CHUNKS, LSW_MANY_EXPAND_ROWS,
+    LSW_MANY_EXPAND_THREADS, LSW_MANY_OUTPUTS, LSW_MANY_SHRINK_ROWS, LSW_MANY_SHRINK_THREADS, LSW_MANY_SPLITS, LSW_ORDER_THREADS,
+    LSW_SHRINK_ROWS, LSW_SHRINK_THREADS, LswApplyArgs, LswApplyTarget, LswFactor,
 };
 use super::context::{Apply, DeviceStream, by_dtype};
 use super::launch::{Grid, launch_dependent};
@@ -14,8 +15,8 @@ use crate::error::Result;
 const BUSY: u32 = 8;
 /// Blocks of expand that a multiprocessor holds: with more of them, each does more outputs.
 const RESIDENT: u32 = 4;
-/// Blocks that share the slots of a group of many rows.
-const SPLITS: u32 = 4;
+/// The same of many rows, which should come in several waves, so that no multiprocessor ends long before the others.
+const MANY_RESIDENT: u32 = 12;
 
 fn target(plan: &Plan<'_>, target: &GroupTarget) -> LswApplyTarget {
     let first_entry = u64::from(target.index) * plan.bank.slots();
@@ -72,38 +73,45 @@ fn many(stream: &DeviceStream, plan: &Plan<'_>) -> Option<Apply> {
 
 pub(crate) fn shrink(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
     let (device, all) = (stream.device(), args(stream, plan));
-    let (function, args, blocks) = if let Some(many) = many(stream, plan) {
-        let args = LswApplyArgs { units: all.width.div_ceil(LSW_MANY_RANKS), splits: SPLITS, ..all };
+    let (function, args, grid) = if let Some(many) = many(stream, plan) {
         let grid = Grid { blocks: 1, threads: LSW_ORDER_THREADS, shared: 0 };
         // SAFETY: as below.
-        unsafe { launch_dependent(stream, device.kernels.apply_order, grid, &args) }?;
-        (many.shrink, args, plan.rows.div_ceil(LSW_MANY_ROWS) * SPLITS * args.units)
+        unsafe { launch_dependent(stream, device.kernels.apply_order, grid, &all) }?;
+        let groups = plan.rows.div_ceil(LSW_MANY_SHRINK_ROWS);
+        let splits = (device.processors / groups).clamp(1, LSW_MANY_SPLITS);
+        let grid = Grid { blocks: groups * splits, threads: LSW_MANY_SHRINK_THREADS, shared: 0 };
+        (many.shrink, LswApplyArgs { splits, ..all }, grid)
     } else {
         let entries = plan.rows * plan.k;
         let units = |rows: u32| plan.targets().map(|t| t.rank_cap.div_ceil(rows)).sum::<u32>();
         let is_busy = u64::from(entries) * u64::from(units(1)) > u64::from(BUSY * device.processors);
         let shrink_rows = if is_busy { LSW_SHRINK_ROWS } else { 1 };
         let args = LswApplyArgs { units: units(shrink_rows), shrink_rows, ..all };
-        (device.kernels.apply[by_dtype(plan.bank.dtype())].shrink, args, entries * args.units)
+        let grid = Grid { blocks: entries * args.units, threads: LSW_SHRINK_THREADS, shared: 0 };
+        (device.kernels.apply[by_dtype(plan.bank.dtype())].shrink, args, grid)
     };
-    let grid = Grid { blocks, threads: LSW_SHRINK_THREADS, shared: 0 };
     // SAFETY: a checked plan: device memory of the stated shapes, kept by the caller's views; the bank's table, and adapters that the
     // bank keeps alive. The kernels wait first of all.
     unsafe { launch_dependent(stream, function, grid, &args) }
 }
 
 pub(crate) fn expand(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
-    let units = |chunks: u32| plan.targets().map(|t| t.out_features.div_ceil(LSW_EXPAND_THREADS * chunks)).sum::<u32>();
+    let (few, many) = (stream.device().kernels.apply[by_dtype(plan.bank.dtype())], many(stream, plan));
+    // A block of `threads` does `rows` rows and up to `most` times `outputs` outputs, while there are `resident` blocks a multiprocessor.
+    let (function, threads, rows, outputs, most, resident) = if let Some(many) = many {
+        (many.expand, LSW_MANY_EXPAND_THREADS, LSW_MANY_EXPAND_ROWS, LSW_MANY_OUTPUTS, LSW_MANY_CHUNKS, MANY_RESIDENT)
+    } else {
+        (few.expand, LSW_EXPAND_THREADS, 1, LSW_EXPAND_THREADS, LSW_EXPAND_CHUNKS, RESIDENT)
+    };
+    let units = |chunks: u32| plan.targets().map(|t| t.out_features.div_ceil(outputs * chunks)).sum::<u32>();
     if units(1) == 0 {
         return Ok(());
     }
-    let many = many(stream, plan);
-    let groups = if many.is_some() { plan.rows.div_ceil(LSW_APPLY_GROUP) } else { plan.rows };
-    let resident = u64::from(RESIDENT * stream.device().processors);
-    let chunks = (u64::from(groups) * u64::from(units(1)) / resident).clamp(1, u64::from(LSW_EXPAND_CHUNKS)) as u32;
+    let groups = plan.rows.div_ceil(rows);
+    let resident = u64::from(resident * stream.device().processors);
+    let chunks = (u64::from(groups) * u64::from(units(1)) / resident).clamp(1, u64::from(most)) as u32;
     let args = LswApplyArgs { units: units(chunks), chunks, ..args(stream, plan) };
-    let grid = Grid { blocks: groups * args.units, threads: LSW_EXPAND_THREADS, shared: 0 };
-    let function = many.unwrap_or(stream.device().kernels.apply[by_dtype(plan.bank.dtype())]).expand;
+    let grid = Grid { blocks: groups * args.units, threads, shared: 0 };
     // SAFETY: as above. Before it waits, the kernel reads what nobody writes between the two halves (apply_shrink's contract).
     unsafe { launch_dependent(stream, function, grid, &args) }
 }
