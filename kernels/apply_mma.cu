@@ -9,26 +9,31 @@
 //   order   a permutation that brings rows of like routes together, so that a group has few slots (with 8 slots, k = 2, 4096 rows:
 //           2.1 of 16 rows and 2.2 of 32 instead of 8). One block; buckets of the two lowest slots; atomics decide the order within a
 //           bucket, which no result depends on.
-//   shrink  products = A x. A block has 32 rows and up to 12 tiles of 8 ranks at a time, of whatever slots and targets; a warp has an
-//           eighth of in_features for all of them, and the eighths are added up in order. So x is read once where 12 tiles are enough
-//           (q, k, v at r = 16: two slots), and what is left is A, once a block, through L2.
-//   expand  y += c (B products). A warp has 16 rows and walks over outputs, 64 at a time; terms are scaled and added in f32. The four
-//           warps of a block go over the same outputs, and rows in order have the same slots: B comes from L1 for three of them.
+//   shrink  products = c A x. A block has 32 rows and up to 8 tiles of 8 ranks at a time, of whatever slots and targets; a warp has an
+//           eighth of in_features for all of them, and the eighths are added up in order. So x is read once where 8 tiles are enough,
+//           and what is left is A, once a block, through L2.
+//   expand  y += B products. A warp has 16 rows and walks over outputs; y is where the mma adds to. The four warps of a block go over
+//           the same outputs, and rows in order have the same slots: B comes from L1 for most of them. A row that does not use a
+//           slot keeps what it had before that slot's mma.
 //
 // The products are f32, and enter the second mma in parts that lose nothing: beside B in bf16 as three of 8 bits, beside B in f16 as
-// two tf32 of 11 bits (nothing but the last bits of an f32). Shrink stores them in parts, since expand reads them once a tile of y.
+// two tf32 of 11 bits (nothing but the last bits of an f32). Shrink stores them in parts, since expand reads them often.
 //
 // Operands come straight from memory into registers, without shared memory between: the order of k within a step is free as long
 // as both agree on it, so a lane takes eight (four) consecutive elements of a row where the layout of the mma asks for pairs eight
-// apart. In the same way a lane owns eight consecutive outputs of a row: y is read and written 16 bytes at a time. Shrink keeps a step
-// in flight by loading a register anew as soon as it was used. Expand fetches y two tiles ahead by asynchronous copies into shared
-// memory; each lane reads back what it copied itself, so that this needs no barrier.
+// apart. In the same way a lane owns eight consecutive outputs of a row: y is read and written 16 bytes at a time. Both kernels keep
+// loads in flight by loading a register anew as soon as it was used. Expand fetches y two tiles ahead by asynchronous copies into
+// shared memory; each lane reads back what it copied itself, so that this needs no barrier.
 #include "common/apply.cuh"
 #include "common/ptx.cuh"
 
 namespace {
 
 constexpr uint32_t kNone = 0x7fffffff;  // above every slot
+
+// A value that all lanes of the warp have. ptxas cannot know that of what comes from shared memory, and guards every mma behind a
+// branch that depends on it against lanes that are elsewhere.
+__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(kFullWarp, x, 0); }
 
 // Canonical routes of some rows: slots ascending, kNone behind the last. The odd width keeps rows in different banks.
 template <int kRows> struct Routes {
@@ -171,12 +176,14 @@ struct Tile {
     uint64_t a[8];  // of each rank; past the last, the last
     uint32_t column;
     uint32_t ranks;  // that exist, 1 to 8
+    float scale;
     uint16_t entry;  // of the listed slots
     uint16_t aligned;
 };
 
 struct ShrinkShared {
     Routes<kRows> routes;
+    uint64_t x[kRows];  // where a row begins; of one without adapters, where the first does
     uint32_t slots[kBatch];
     int position[kBatch][kRows];  // of a listed slot in a row's route; -1: it is not there
     Tile tiles[kBatch];
@@ -206,75 +213,78 @@ __device__ __forceinline__ void list_tiles(const LswApplyArgs& args, uint32_t fi
         f = factor_of(target, shared.slots[entry]);
         rank = column - target.column;
     }
-    const uint32_t exist = __ballot_sync(kFullWarp, rank < f.rank);
-    if (lane == 0) shared.tile_count = __popc(exist);
-    if (rank >= f.rank) return;
-    Tile& tile = shared.tiles[__popc(exist & ((1u << lane) - 1))];
+    const bool exists = rank < f.rank;
+    const uint32_t all = __ballot_sync(kFullWarp, exists), before = (1u << lane) - 1;
+    if (lane == 0) shared.tile_count = __popc(all);
+    // Behind the last, tiles whose ranks are a row of x: read with the others, and not looked at.
+    Tile& tile = shared.tiles[exists ? __popc(all & before) : __popc(all) + __popc(~all & before)];
     tile.column = column;
     tile.ranks = min(8, f.rank - rank);
+    tile.scale = f.scale;
     tile.entry = entry;
     tile.aligned = (f.flags & LSW_A_ALIGNED) != 0;
-    for (uint32_t i = 0; i < 8; ++i) tile.a[i] = f.a + 2 * min(rank + i, f.rank - 1) * static_cast<uint64_t>(f.a_stride);
+    for (uint32_t i = 0; i < 8; ++i) tile.a[i] = exists ? f.a + 2 * min(rank + i, f.rank - 1) * static_cast<uint64_t>(f.a_stride) : args.x;
 }
 
 // One warp: sums = a slice of A x of the block's rows and some tiles. What does not exist (a row without adapters, ranks past the
 // last) is computed from something that does, and not looked at. kWhole: all are whole aligned packs.
 template <bool kWhole, int kTiles, class T>
-__device__ __forceinline__ void multiply_slice(const LswApplyArgs& args, const Routes<kRows>& routes, const Tile* tiles, uint32_t count,
+__device__ __forceinline__ void multiply_slice(const LswApplyArgs& args, const ShrinkShared& shared, const Tile* tiles,
                                                float (&sums)[kTiles][kFrags][4]) {
     const uint32_t lane = threadIdx.x % 32, slice = threadIdx.x / 32;
     const uint32_t length = (args.in + 32 * kWarps - 1) / (32 * kWarps) * 32;
     const uint32_t end = min(args.in, (slice + 1) * length);
     const uint32_t mine = 8 * (lane % 4);
-    uint32_t col = slice * length;
-    const T* x[kFrags][2];
-    Eight<T> rows[kFrags][2], ranks[kTiles];
-    const auto load = [&](const T* p) {
-        return kWhole ? load_eight_if(col + mine < end, p + col) : load_eight(p + col, col + mine < end ? end - col - mine : 0, false);
+    const auto load = [&](const T* p, uint32_t col) {
+        Eight<T> eight;
+        if (!kWhole) return load_eight(p + col, col + mine < end ? end - col - mine : 0, false);
+        if (col + mine < end) eight.part[0].bits = __ldg(reinterpret_cast<const uint4*>(p + col));
+        return eight;
     };
     // From shared memory each time: kept, the addresses would take more registers than there are.
-    const auto a = [&](uint32_t t) { return reinterpret_cast<const T*>(tiles[t < count ? t : 0].a[lane / 4]) + mine; };
+    const auto x = [&](int f, int h) { return reinterpret_cast<const T*>(shared.x[16 * f + 8 * h + lane / 4]) + mine; };
+    const auto a = [&](uint32_t t) { return reinterpret_cast<const T*>(tiles[t].a[lane / 4]) + mine; };
+    constexpr int kAhead = kWhole ? 2 : 1;  // steps in flight
+    Eight<T> rows[kAhead][kFrags][2], ranks[kAhead][kTiles];
+    uint32_t col = slice * length;
 #pragma unroll
     for (int f = 0; f < kFrags; ++f) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const uint32_t i = 16 * f + 8 * h + lane / 4;
-            const bool exists = routes.slot[i][0] != kNone;
-            x[f][h] = reinterpret_cast<const T*>(args.x) + (exists ? routes.row[i] : 0) * args.x_stride + mine;
-            rows[f][h] = load(x[f][h]);
+#pragma unroll
+            for (int s = 0; s < kAhead; ++s) rows[s][f][h] = load(x(f, h), col + 32 * s);
         }
     }
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-        ranks[t] = load(a(t));
+#pragma unroll
+        for (int s = 0; s < kAhead; ++s) ranks[s][t] = load(a(t), col + 32 * s);
 #pragma unroll
         for (int i = 0; i < kFrags * 4; ++i) sums[t][i / 4][i % 4] = 0.0f;
     }
-    while (col < end) {
-        col += 32;
-        Eight<T> next[kFrags][2];
+    for (; col < end; col += 32 * kAhead) {
 #pragma unroll
-        for (int f = 0; f < kFrags; ++f) {
-            next[f][0] = load(x[f][0]);
-            next[f][1] = load(x[f][1]);
-        }
+        for (int s = 0; s < kAhead; ++s) {
+            Eight<T>(&row)[kFrags][2] = rows[s];
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
+            for (int t = 0; t < kTiles; ++t) {
+                Eight<T>& rank = ranks[s][t];
+#pragma unroll
+                for (int f = 0; f < kFrags; ++f) {
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const uint32_t m[4] = {word(row[f][0], 2 * half), word(row[f][1], 2 * half), word(row[f][0], 2 * half + 1),
+                                               word(row[f][1], 2 * half + 1)};
+                        mma16816(sums[t][f], m, word(rank, 2 * half), word(rank, 2 * half + 1), T{});
+                    }
+                }
+                rank = load(a(t), col + 32 * (s + kAhead));
+            }
 #pragma unroll
             for (int f = 0; f < kFrags; ++f) {
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const uint32_t m[4] = {word(rows[f][0], 2 * half), word(rows[f][1], 2 * half), word(rows[f][0], 2 * half + 1),
-                                           word(rows[f][1], 2 * half + 1)};
-                    mma16816(sums[t][f], m, word(ranks[t], 2 * half), word(ranks[t], 2 * half + 1), T{});
-                }
+                row[f][0] = load(x(f, 0), col + 32 * (s + kAhead));
+                row[f][1] = load(x(f, 1), col + 32 * (s + kAhead));
             }
-            ranks[t] = load(a(t));
-        }
-#pragma unroll
-        for (int f = 0; f < kFrags; ++f) {
-            rows[f][0] = next[f][0];
-            rows[f][1] = next[f][1];
         }
     }
 }
@@ -284,7 +294,7 @@ template <bool kWhole, int kTiles, class T>
 __device__ __forceinline__ void multiply_tiles(const LswApplyArgs& args, ShrinkShared& shared, const Tile* tiles, uint32_t count) {
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float sums[kTiles][kFrags][4];
-    multiply_slice<kWhole, kTiles, T>(args, shared.routes, tiles, count, sums);
+    multiply_slice<kWhole, kTiles, T>(args, shared, tiles, sums);
     // Four tiles at a time: a thread adds up four ranks of a row and a tile.
     static_assert(LSW_MANY_SHRINK_THREADS == 4 * kRows * 2, "four tiles, their rows, two fours of ranks");
     const uint32_t four = threadIdx.x % 2, row = threadIdx.x / 2 % kRows, t = threadIdx.x / 2 / kRows;
@@ -296,16 +306,20 @@ __device__ __forceinline__ void multiply_tiles(const LswApplyArgs& args, ShrinkS
         if (first + t < count) {
             const Tile& tile = tiles[first + t];
             const int position = shared.position[tile.entry][row];
-            float product[4];
+            if (position >= 0) {
+                const float c = shared.routes.gate[row][position] * tile.scale;
+                float product[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const uint32_t element = (t * kFrags + row / 16) * 4 + row / 8 % 2 * 2 + i % 2, owner = row % 8 * 4 + four * 2 + i / 2;
-                product[i] = shared.sums[0][element][owner];
+                for (int i = 0; i < 4; ++i) {
+                    const uint32_t element = (t * kFrags + row / 16) * 4 + row / 8 % 2 * 2 + i % 2;
+                    const uint32_t owner = row % 8 * 4 + four * 2 + i / 2;
+                    product[i] = shared.sums[0][element][owner];
 #pragma unroll
-                for (int w = 1; w < kWarps; ++w) product[i] += shared.sums[w][element][owner];
-                if (4 * four + i >= tile.ranks) product[i] = 0.0f;
+                    for (int w = 1; w < kWarps; ++w) product[i] += shared.sums[w][element][owner];
+                    product[i] = 4 * four + i < tile.ranks ? c * product[i] : 0.0f;
+                }
+                *parts_at(args, shared.routes.row[row], position, tile.column + 4 * four) = split(product, T{});
             }
-            if (position >= 0) *parts_at(args, shared.routes.row[row], position, tile.column + 4 * four) = split(product, T{});
         }
         __syncthreads();
     }
@@ -317,7 +331,11 @@ template <class T> __device__ __forceinline__ void shrink(const LswApplyArgs& ar
     dependency_wait();
     dependency_release();
     const uint32_t split = blockIdx.x % args.splits, group = blockIdx.x / args.splits;
-    if (threadIdx.x < kRows) load_route(args, group * kRows + threadIdx.x, threadIdx.x, shared.routes, false);
+    if (threadIdx.x < kRows) {
+        load_route(args, group * kRows + threadIdx.x, threadIdx.x, shared.routes, false);
+        const bool exists = shared.routes.slot[threadIdx.x][0] != kNone;
+        shared.x[threadIdx.x] = args.x + 2 * (exists ? shared.routes.row[threadIdx.x] : 0) * args.x_stride;
+    }
     __syncthreads();
     const bool in_packs = args.x_aligned && args.in % 8 == 0;
     Walk<kRows> walk;
@@ -335,13 +353,12 @@ template <class T> __device__ __forceinline__ void shrink(const LswApplyArgs& ar
                 const uint32_t left = shared.tile_count - first;
                 const uint32_t lane = threadIdx.x % 32;
                 const bool is_whole = in_packs && __all_sync(kFullWarp, lane >= left || tiles[lane < left ? lane : 0].aligned);
-                taken = !is_whole || args.splits > 1 || left <= 4 ? 4 : left <= 8 ? 8 : 12;
+                taken = !is_whole || args.splits > 1 || left <= 4 ? 4 : 8;
                 taken = min(taken, left);
                 if (pass % args.splits != split) continue;
                 if (!is_whole) multiply_tiles<false, 4, T>(args, shared, tiles, taken);
                 else if (taken <= 4) multiply_tiles<true, 4, T>(args, shared, tiles, taken);
-                else if (taken <= 8) multiply_tiles<true, 8, T>(args, shared, tiles, taken);
-                else multiply_tiles<true, 12, T>(args, shared, tiles, taken);
+                else multiply_tiles<true, 8, T>(args, shared, tiles, taken);
             }
             __syncthreads();
         }
@@ -353,6 +370,8 @@ constexpr uint32_t kExpandWarps = LSW_MANY_EXPAND_THREADS / 32;
 static_assert(LSW_MANY_EXPAND_ROWS == kGroup * kExpandWarps, "a group a warp");
 constexpr uint32_t kTerms = 32;   // that a warp keeps at hand: one a lane
 constexpr uint32_t kStages = 3;   // of tiles of y: one in use, the others on their way
+template <class T> constexpr int kKept = 2;  // steps of 16 ranks whose products stay in registers
+template <> constexpr int kKept<__half> = 1;  // whose parts take more of them
 constexpr uint32_t kPieces = 4;   // of 16 bytes, that a lane has of a tile
 template <class Y> constexpr int kHalves = kPieces / sizeof(Y);  // of a tile, 32 outputs each: a lane has 8 of each in rows g and g + 8
 static_assert(LSW_MANY_OUTPUTS % (32 * kHalves<__half>) == 0 && LSW_MANY_OUTPUTS % (32 * kHalves<float>) == 0, "whole tiles");
@@ -362,9 +381,9 @@ struct Term {
     uint64_t b;
     uint32_t b_stride;
     uint16_t rank;
-    uint16_t is_whole;           // its rows are whole aligned fours
-    float c[kGroup];             // 0: the row does not use it
-    int8_t position[kGroup];     // in the row's route
+    uint16_t is_whole;        // its rows are whole aligned fours
+    uint32_t users;           // bit i: row i takes it, with a coefficient that is not zero
+    int8_t position[kGroup];  // in the row's route
 };
 
 struct ExpandShared {
@@ -395,82 +414,215 @@ __device__ __forceinline__ uint32_t load_terms(const LswApplyArgs& args, const L
     __syncwarp();
     for (uint32_t i = 0; i < count; ++i) {
         const float s = __shfl_sync(kFullWarp, scale, i);
-        if (lane >= kGroup) continue;
-        const int position = terms[i].position[lane];
+        const int position = lane < kGroup ? terms[i].position[lane] : -1;
         const float c = position >= 0 ? routes.gate[lane][position] * s : 0.0f;
         if (reports && position >= 0) report_coefficient(args, terms[i].rank, c);
-        terms[i].c[lane] = c;
+        const uint32_t users = __ballot_sync(kFullWarp, c != 0.0f);
+        if (lane == 0) terms[i].users = terms[i].rank > 0 ? users : 0;
     }
     __syncwarp();
     return count;
 }
 
-// Four ranks of B for each of this lane's rows of the mma's second operand, from an output on.
-template <class T>
-__device__ __forceinline__ void load_b(uint2 (&b)[4], const Term& term, uint32_t first, uint32_t rank, uint32_t out) {
-    const uint32_t lane = threadIdx.x % 32, left = rank < term.rank ? term.rank - rank : 0;
-    const uint32_t row = first + lane / 8 * 8 + lane / 4 % 2;  // and every second one: the order that gives a lane consecutive outputs
-    const T* p = reinterpret_cast<const T*>(term.b) + row * static_cast<uint64_t>(term.b_stride) + rank;
-    if (term.is_whole) {
+// A place in the list of terms: 16 ranks of one of them that has users.
+struct Place {
+    uint32_t term = 0, rank = 0;
+
+    __device__ __forceinline__ void settle(const Term (&terms)[kTerms], uint32_t count) {
+        while (term < count && uniform(terms[term].users == 0 || rank >= terms[term].rank)) ++term, rank = 0;
+    }
+    __device__ __forceinline__ void advance(const Term (&terms)[kTerms], uint32_t count) {
+        rank += 16;
+        settle(terms, count);
+    }
+};
+
+// A lane's part of 16 ranks of a term: four products of rows g and g + 8, and where four ranks of its rows of B begin.
+template <class T> struct Step {
+    Parts products[2];
+    const T* b;       // of the first output
+    uint32_t stride;  // of every second row: the order that gives a lane consecutive outputs
+    uint32_t left;    // ranks from b on
+    uint32_t users;
+
+    __device__ __forceinline__ void load(const LswApplyArgs& args, const LswApplyTarget& target, const Term& term, uint32_t rank,
+                                         const uint32_t (&rows)[2], uint32_t first) {
+        const uint32_t lane = threadIdx.x % 32, g = lane / 4, at = rank + 4 * (lane % 4);
+        b = reinterpret_cast<const T*>(term.b) + (first + lane / 8 * 8 + g % 2) * static_cast<uint64_t>(term.b_stride) + at;
+        stride = 2 * term.b_stride;
+        left = at < term.rank ? term.rank - at : 0;
+        users = uniform(term.users);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const bool exists = (users >> (g + 8 * h) & 1) && left > 0;
+            products[h] = {};
+            if (exists) products[h] = *parts_at(args, rows[h], term.position[g + 8 * h], target.column + at);
+        }
+    }
+
+    // Its rows of B, `ahead` outputs on. kWhole: they all exist, and are whole aligned fours; else `outputs` are left there.
+    template <bool kWhole> __device__ __forceinline__ void load_b(uint2 (&words)[4], uint32_t ahead, uint32_t outputs) const {
+        const T* p = b + ahead / 2 * static_cast<uint64_t>(stride);
+        const uint32_t row = threadIdx.x % 32 / 8 * 8 + threadIdx.x / 4 % 2;
+#pragma unroll
+        for (int j = 0; j < 4; ++j, p += stride) {
+            words[j] = {0, 0};
+            if (kWhole) {
+                if (left > 0) words[j] = __ldg(reinterpret_cast<const uint2*>(p));
+                continue;
+            }
+            T lanes[4] = {};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (i < left && row + 2 * j < outputs) lanes[i] = p[i];
+            }
+            memcpy(&words[j], lanes, 8);
+        }
+    }
+
+    // sum += B products.
+    __device__ __forceinline__ void add(float (&sum)[4][4], const uint2 (&words)[4]) const {
+        if (users == 0xffff) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) multiply(sum[j], products[0], products[1], words[j], T{});
+            return;
+        }
+        // A row that does not use the term takes nothing of it, not even a NaN.
+        const uint32_t mine = users >> (threadIdx.x % 32 / 4);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            b[j] = {0, 0};
-            if (left > 0 && row + 2 * j < out) b[j] = *reinterpret_cast<const uint2*>(p + 2 * j * static_cast<uint64_t>(term.b_stride));
+            float with[4] = {sum[j][0], sum[j][1], sum[j][2], sum[j][3]};
+            multiply(with, products[0], products[1], words[j], T{});
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[j][e] = mine >> (e / 2 * 8) & 1 ? with[e] : sum[j][e];
         }
-        return;
     }
+};
+
+// y as the mma lays out its results, and back.
+template <class Y> __device__ __forceinline__ void take(float (&sum)[4][4], int h, const Eight<Y>& y) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        T lanes[4] = {};
+    for (int i = 0; i < 8; ++i) sum[i / 2][2 * h + i % 2] = y.at(i);
+}
+template <class Y> __device__ __forceinline__ Eight<Y> give(const float (&sum)[4][4], int h) {
+    Eight<Y> y;
+    if constexpr (sizeof(Y) == 2) {
+        const auto two = [&](int j) { return pack(float2{sum[j][2 * h], sum[j][2 * h + 1]}, Y{}); };
+        y.part[0].bits = {two(0), two(1), two(2), two(3)};
+    } else {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (i < left && row + 2 * j < out) lanes[i] = p[2 * j * static_cast<uint64_t>(term.b_stride) + i];
+        for (int i = 0; i < 8; ++i) y.set(i, sum[i / 2][2 * h + i % 2]);
+    }
+    return y;
+}
+
+// Rows g and g + 8 of a warp's group, from its first output on.
+template <class Y> struct Outputs {
+    uint32_t rows[2];
+    bool is_touched[2];  // else the row keeps its bits
+    Y* y[2];             // the lane's first output
+    uint32_t begin, count;
+};
+
+// One warp: its terms are all at hand, and all is in whole aligned packs.
+template <class T, class Y>
+__device__ __forceinline__ void add_whole(const LswApplyArgs& args, const LswApplyTarget& target, ExpandShared& shared, uint32_t count,
+                                          const Outputs<Y>& out) {
+    constexpr int kHalves = ::kHalves<Y>, kEach = sizeof(Y) / 2;  // of a tile; pieces of eight outputs
+    constexpr uint32_t kOutputs = 32 * kHalves;
+    const uint32_t lane = threadIdx.x % 32;
+    const auto fetch = [&](uint32_t done, uint32_t stage) {
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+            const int p = i / kEach / 2, h = i / kEach % 2;
+            const Y* from = out.y[h] + done + 32 * p + i % kEach * kPack<Y>;
+            if (done < out.count && out.is_touched[h]) copy16_async(&shared.y[stage][i][lane], from);
         }
-        memcpy(&b[j], lanes, 8);
+        copy_commit();
+    };
+    for (uint32_t s = 0; s + 1 < kStages; ++s) fetch(s * kOutputs, s);
+    // The first steps stay in registers for all outputs.
+    constexpr int kKept = ::kKept<T>;
+    Step<T> kept[kKept];
+    uint2 words[kKept][4];
+    uint32_t kept_count = 0;
+    Place rest;
+    rest.settle(shared.terms, count);
+#pragma unroll
+    for (int s = 0; s < kKept; ++s) {
+        if (rest.term == count) continue;
+        kept[s].load(args, target, shared.terms[rest.term], rest.rank, out.rows, out.begin);
+        kept[s].template load_b<true>(words[s], 0, 32);
+        kept_count = s + 1;
+        rest.advance(shared.terms, count);
+    }
+    uint32_t stage = 0;
+    for (uint32_t done = 0; done < out.count; done += kOutputs) {
+        fetch(done + (kStages - 1) * kOutputs, stage == 0 ? kStages - 1 : stage - 1);
+        copy_wait<kStages - 1>();
+#pragma unroll
+        for (int p = 0; p < kHalves; ++p) {
+            float sum[4][4];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                Eight<Y> y;
+#pragma unroll
+                for (int i = 0; i < kEach; ++i) y.part[i].bits = shared.y[stage][(2 * p + h) * kEach + i][lane];
+                take(sum, h, y);
+            }
+#pragma unroll
+            for (int s = 0; s < kKept; ++s) {
+                if (s >= kept_count) continue;
+                kept[s].add(sum, words[s]);
+                if (done + 32 * p + 32 < out.count) kept[s].template load_b<true>(words[s], done + 32 * p + 32, 32);
+            }
+            for (Place place = rest; place.term < count; place.advance(shared.terms, count)) {
+                uint2 other[4];
+                Step<T> step;
+                step.load(args, target, shared.terms[place.term], place.rank, out.rows, out.begin);
+                step.template load_b<true>(other, done + 32 * p, 32);
+                step.add(sum, other);
+            }
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                if (out.is_touched[h]) store_eight(out.y[h] + done + 32 * p, give<Y>(sum, h), 8, true);
+            }
+        }
+        stage = stage + 1 == kStages ? 0 : stage + 1;
     }
 }
 
-// total += c (B products) of a term, for 32 outputs from `first` on and rows g and g + 8 of the group.
-template <class T>
-__device__ __forceinline__ void add_term(const LswApplyArgs& args, const LswApplyTarget& target, const Term& term,
-                                         const uint32_t (&rows)[2], uint32_t first, float (&total)[2][8], bool (&touched)[2]) {
-    const uint32_t lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    if (term.rank == 0) return;
-    const float c[2] = {term.c[g], term.c[g + 8]};
-    const Parts* products[2];
+// One warp: the same without either, in the same order. Starts the list of terms anew for each 32 outputs.
+template <class T, class Y>
+__device__ __forceinline__ void add_any(const LswApplyArgs& args, const LswApplyTarget& target, ExpandShared& shared,
+                                        const Outputs<Y>& out) {
+    for (uint32_t done = 0; done < out.count; done += 32) {
+        const uint32_t outputs = out.count - done, mine = 8 * (threadIdx.x % 4), left = mine < outputs ? outputs - mine : 0;
+        float sum[4][4];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        touched[h] |= c[h] != 0.0f;
-        products[h] = parts_at(args, rows[h], c[h] != 0.0f ? term.position[g + 8 * h] : 0, target.column) + q;
-    }
-    float sum[4][4] = {};
-    for (uint32_t rank = 0; rank < term.rank; rank += 16) {
-        uint2 b[4];
-        load_b<T>(b, term, first, rank + 4 * q, target.out);
-        Parts parts[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            // Shrink has written whole eights.
-            const bool exists = c[h] != 0.0f && rank + 4 * q < (term.rank + 7u) / 8 * 8;
-            parts[h] = {};
-            if (exists) parts[h] = products[h][rank / 4];
+        for (int h = 0; h < 2; ++h) take(sum, h, load_eight(out.y[h] + done, out.is_touched[h] ? left : 0, target.y_aligned));
+        Walk<kGroup> walk;
+        for (uint32_t count = kTerms; count == kTerms;) {
+            count = load_terms(args, target, shared.routes, walk, shared.terms, false);
+            Place place;
+            for (place.settle(shared.terms, count); place.term < count; place.advance(shared.terms, count)) {
+                uint2 words[4];
+                Step<T> step;
+                step.load(args, target, shared.terms[place.term], place.rank, out.rows, out.begin + done);
+                step.template load_b<false>(words, 0, outputs);
+                step.add(sum, words);
+            }
         }
 #pragma unroll
-        for (int j = 0; j < 4; ++j) multiply(sum[j], parts[0], parts[1], b[j], T{});
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        if (c[h] == 0.0f) continue;  // the row takes nothing of it, NaN included
-#pragma unroll
-        for (int i = 0; i < 8; ++i) total[h][i] = fmaf(c[h], sum[i / 2][2 * h + i % 2], total[h][i]);
+        for (int h = 0; h < 2; ++h) {
+            if (out.is_touched[h]) store_eight(out.y[h] + done, give<Y>(sum, h), left, target.y_aligned);
+        }
     }
 }
 
 // A block: LSW_MANY_EXPAND_ROWS rows and LSW_MANY_OUTPUTS x chunks outputs of one target.
 template <class T, class Y> __device__ __forceinline__ void expand(const LswApplyArgs& args, ExpandShared& shared) {
-    constexpr int kHalves = ::kHalves<Y>, kEach = sizeof(Y) / 2;  // pieces of eight outputs
-    constexpr uint32_t kOutputs = 32 * kHalves;
-    const uint32_t lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    const uint32_t lane = threadIdx.x % 32, g = lane / 4;
     uint32_t unit = blockIdx.x % args.units;
     const uint32_t group = blockIdx.x / args.units * kExpandWarps + threadIdx.x / 32;
     const bool reports = unit == 0;
@@ -478,68 +630,30 @@ template <class T, class Y> __device__ __forceinline__ void expand(const LswAppl
     if (lane < kGroup) load_route(args, group * kGroup + lane, lane, shared.routes, reports);
     __syncwarp();
     Walk<kGroup> walk;
-    uint32_t count = load_terms(args, target, shared.routes, walk, shared.terms, reports);
-    const bool has_all = count < kTerms, is_ahead = has_all && target.y_aligned;
-    uint32_t rows[2];
-    Y* y[2];
-    bool exists[2];
+    uint32_t count = kTerms, users = 0, lists = 0;
+    bool is_whole = true;
+    for (; count == kTerms; ++lists) {
+        count = load_terms(args, target, shared.routes, walk, shared.terms, reports);
+        for (uint32_t i = 0; i < count; ++i) {
+            users |= shared.terms[i].users;
+            is_whole = is_whole && (shared.terms[i].is_whole || shared.terms[i].users == 0);
+        }
+    }
+    Outputs<Y> out;
+    out.begin = unit * args.chunks * LSW_MANY_OUTPUTS;
+    out.count = min(target.out - out.begin, args.chunks * LSW_MANY_OUTPUTS);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        exists[h] = shared.routes.slot[g + 8 * h][0] != kNone;
-        rows[h] = exists[h] ? shared.routes.row[g + 8 * h] : 0;
-        y[h] = reinterpret_cast<Y*>(target.y) + rows[h] * target.y_stride + 8 * q;
+        out.is_touched[h] = users >> (g + 8 * h) & 1;
+        out.rows[h] = out.is_touched[h] ? shared.routes.row[g + 8 * h] : 0;
+        out.y[h] = reinterpret_cast<Y*>(target.y) + out.rows[h] * target.y_stride + out.begin + 8 * (lane % 4);
     }
     __syncwarp();
-    const uint32_t begin = unit * args.chunks * LSW_MANY_OUTPUTS, end = min(target.out, begin + args.chunks * LSW_MANY_OUTPUTS);
-    const auto is_copied = [&](int h, uint32_t col) { return is_ahead && exists[h] && col + 8 * q + 8 <= end; };
-    const auto fetch = [&](uint32_t first, uint32_t stage) {
-#pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-            const int p = i / kEach / 2, h = i / kEach % 2;
-            const uint32_t col = first + 32 * p;
-            if (is_copied(h, col)) copy16_async(&shared.y[stage][i][lane], y[h] + col + i % kEach * kPack<Y>);
-        }
-        copy_commit();
-    };
     // Of what came before, nothing but the products and y is still being written.
     dependency_wait();
-    for (uint32_t s = 0; s + 1 < kStages; ++s) fetch(begin + s * kOutputs, s);
-    uint32_t stage = 0;
-    for (uint32_t first = begin; first < end; first += kOutputs) {
-        fetch(first + (kStages - 1) * kOutputs, (stage + kStages - 1) % kStages);
-        copy_wait<kStages - 1>();
-#pragma unroll 1
-        for (int p = 0; p < kHalves; ++p) {
-            const uint32_t col = first + 32 * p;
-            float total[2][8] = {};
-            bool touched[2] = {};
-            if (!has_all) {
-                walk = {};
-                count = load_terms(args, target, shared.routes, walk, shared.terms, false);
-            }
-            for (;;) {
-                for (uint32_t i = 0; i < count; ++i) add_term<T>(args, target, shared.terms[i], rows, col, total, touched);
-                if (count < kTerms) break;
-                count = load_terms(args, target, shared.routes, walk, shared.terms, false);
-            }
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const uint32_t left = col + 8 * q < end ? end - col - 8 * q : 0;
-                if (!touched[h] || left == 0) continue;
-                Eight<Y> eight;
-                if (is_copied(h, col)) {
-#pragma unroll
-                    for (int i = 0; i < kEach; ++i) eight.part[i].bits = shared.y[stage][(2 * p + h) * kEach + i][lane];
-                } else {
-                    eight = load_eight(y[h] + col, left, target.y_aligned);
-                }
-#pragma unroll
-                for (int i = 0; i < 8; ++i) eight.set(i, eight.at(i) + total[h][i]);
-                store_eight(y[h] + col, eight, left, target.y_aligned);
-            }
-        }
-        stage = (stage + 1) % kStages;
-    }
+    is_whole = is_whole && lists == 1 && target.y_aligned && out.count % (32 * kHalves<Y>) == 0;
+    if (uniform(is_whole)) add_whole<T>(args, target, shared, count, out);
+    else add_any<T>(args, target, shared, out);
 }
 
 template <class T> __device__ __forceinline__ void expand(const LswApplyArgs& args) {
@@ -572,11 +686,13 @@ __device__ __forceinline__ void find_buckets(const LswApplyArgs& args, uint32_t 
             low[i] = min(low[i], static_cast<uint32_t>(slot[i]));
         }
     }
-    const uint32_t fine = LSW_ORDER_BUCKETS / args.slots;
+    const uint32_t fine = LSW_ORDER_BUCKETS / args.slots, finest = max(fine / args.slots, 1);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
         if (next[i] == kNone) next[i] = low[i];
         bucket[i] = fine == 0 ? static_cast<uint64_t>(low[i]) * LSW_ORDER_BUCKETS / args.slots : low[i] * fine + next[i] * fine / args.slots;
+        // Rows of one route go to different counters, if there are some to spare: on one they would wait for each other.
+        bucket[i] += (first + i * kStep) % finest;
         if (low[i] == kNone) bucket[i] = LSW_ORDER_BUCKETS - 1;
     }
 }
@@ -635,7 +751,7 @@ extern "C" __global__ void __launch_bounds__(LSW_ORDER_THREADS) lsw_apply_order(
         lsw_apply_shrink_many_##suffix(const __grid_constant__ LswApplyArgs args) {                                          \
         if (args.rows > 0) shrink<T>(args);                                                                                  \
     }                                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(LSW_MANY_EXPAND_THREADS, 4)                                                 \
+    extern "C" __global__ void __launch_bounds__(LSW_MANY_EXPAND_THREADS, 3)                                                 \
         lsw_apply_expand_many_##suffix(const __grid_constant__ LswApplyArgs args) {                                          \
         if (args.rows > 0) expand<T>(args);                                                                                  \
     }

@@ -64,7 +64,7 @@ enum {
     LSW_MANY_EXPAND_THREADS = 128,
     LSW_MANY_EXPAND_ROWS = 64,     /* a block, 16 a warp */
     LSW_MANY_OUTPUTS = 64,         /* that a block does at a time */
-    LSW_MANY_CHUNKS = 16,          /* at most as many times that many outputs a block */
+    LSW_MANY_CHUNKS = 8,           /* at most as many times that many outputs a block */
     LSW_MANY_SPLITS = 8,           /* at most as many blocks share the ranks of their rows */
     LSW_MANY_PRODUCT_BYTES = 8,    /* of an element of A x, in parts for the tensor cores */
     LSW_ORDER_THREADS = 1024,

@@ -113,7 +113,7 @@ pub fn apply_workspace_bytes(bank: &AdapterBank, targets: Range<u64>, rows: u64,
 /// with anything else of the call.
 ///
 /// Numbers: x, A and B enter as stored. Both products and the sum over the route are in f32, in a fixed order; A x stays f32 (tensor
-/// cores take it in two parts, to 2^-22); y is rounded once. A coefficient that is not finite propagates into its own row alone.
+/// cores take it in parts, to 2^-22 or better, and scaled by the coefficient); y is rounded once. A coefficient that is not finite propagates into its own row alone.
 /// Deterministic, and a row's bits do not depend on the other rows; nor on their number, but that a bank of 16 bits on CUDA takes
 /// another path above 64 rows.
 ///

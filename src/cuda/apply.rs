@@ -16,7 +16,7 @@ const BUSY: u32 = 8;
 /// Blocks of expand that a multiprocessor holds: with more of them, each does more outputs.
 const RESIDENT: u32 = 4;
 /// The same of many rows, which should come in several waves, so that no multiprocessor ends long before the others.
-const MANY_RESIDENT: u32 = 12;
+const MANY_RESIDENT: u32 = 6;
 
 fn target(plan: &Plan<'_>, target: &GroupTarget) -> LswApplyTarget {
     let first_entry = u64::from(target.index) * plan.bank.slots();
