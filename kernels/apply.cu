@@ -36,7 +36,7 @@ namespace {
 
 constexpr uint32_t kSplits = LSW_FEW_SPLITS;
 constexpr uint32_t kRanks = LSW_FEW_RANKS;
-constexpr uint32_t kGroup = LSW_APPLY_GROUP;
+constexpr uint32_t kGroup = LSW_FEW_ROWS;
 static_assert(kRanks == 16 && kGroup == 16, "the M of an mma");
 
 // The target of a unit, which becomes the target's own. Compared with all at once: a walk would wait for each.
@@ -309,8 +309,8 @@ __device__ __forceinline__ void copy_b(uint32_t step0, uint32_t steps, uint32_t 
             const T* p = reinterpret_cast<const T*>(terms[s].b) + o * static_cast<uint64_t>(terms[s].b_stride) + rank_at(s);
             const uint32_t bytes = rank_at(s) < terms[s].rank ? 16 : 0;
             copy16_partly(shared_address(&shared.b[s][row][lane % 2]), p, o < out ? bytes : 0);
-            copy16_async_or_zero(&shared.b[s][row + 16][lane % 2], p + 16 * static_cast<uint64_t>(terms[s].b_stride),
-                                 o + 16 < out ? bytes : 0);
+            copy16_partly(shared_address(&shared.b[s][row + 16][lane % 2]), p + 16 * static_cast<uint64_t>(terms[s].b_stride),
+                          o + 16 < out ? bytes : 0);
         }
         return;
     }

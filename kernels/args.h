@@ -61,13 +61,13 @@ enum {
     LSW_COMBINE_ROWS = 2,
 
     LSW_APPLY_TARGETS = 8,    /* of one call: they share their input */
-    LSW_SHRINK_THREADS = 256, /* on the same rows of A; of many rows, a warp for each slice */
+    LSW_SHRINK_THREADS = 256, /* on the same rows of A */
     LSW_SHRINK_ROWS = 4,      /* of A a block, where there are blocks enough; else one */
     LSW_EXPAND_THREADS = 128, /* a row of B each */
     LSW_EXPAND_CHUNKS = 8,    /* at most as many times LSW_EXPAND_THREADS outputs a block */
 
-
     /* Of few rows of 16 bits. */
+    LSW_FEW_ROWS = 16,         /* that share a product */
     LSW_FEW_THREADS = 512,     /* a block of shrink, */
     LSW_FEW_RANKS = 16,        /* with so many rows of A */
     LSW_FEW_SPLITS = 4,        /* and one of so many slices of x, which expand adds up */
@@ -76,10 +76,14 @@ enum {
 
     /* Of many rows of 16 bits, on the tensor cores. */
     LSW_APPLY_MANY = 64,   /* there are more */
-    LSW_APPLY_GROUP = 16,  /* rows that share a product */
-    LSW_APPLY_SLICES = 16, /* parts of A x, added up in order */
-    LSW_MANY_ROWS = 64,    /* a block of shrink, */
-    LSW_MANY_RANKS = 48,   /* with so many rows of A */
+    LSW_MANY_SHRINK_THREADS = 256, /* a warp for each slice of in_features */
+    LSW_MANY_SHRINK_ROWS = 32,     /* a block */
+    LSW_MANY_EXPAND_THREADS = 128,
+    LSW_MANY_EXPAND_ROWS = 64,     /* a block, 16 a warp */
+    LSW_MANY_OUTPUTS = 64,         /* that a block does at a time */
+    LSW_MANY_CHUNKS = 8,           /* at most as many times that many outputs a block */
+    LSW_MANY_SPLITS = 8,           /* at most as many blocks share the ranks of their rows */
+    LSW_MANY_PRODUCT_BYTES = 8,    /* of an element of A x, in parts for the tensor cores */
     LSW_ORDER_THREADS = 1024,
     LSW_ORDER_BUCKETS = 4096,
 
@@ -299,7 +303,7 @@ typedef struct LswApplyArgs {
     uint64_t x, ids, gates;
     uint64_t row_map;  /* int32_t [rows], or 0: row r has the route of item r */
     uint64_t order;    /* uint32_t [rows]: rows of like routes behind each other; or 0: as they come */
-    uint64_t products; /* float [rows, k, width] */
+    uint64_t products; /* float [rows, k, width]; of many rows in parts, LSW_MANY_PRODUCT_BYTES an element */
     uint64_t status;
     uint64_t x_stride, ids_stride, gates_stride;
     uint32_t rows, items, in, k, slots;
@@ -307,8 +311,8 @@ typedef struct LswApplyArgs {
     uint32_t width;       /* a multiple of 8 */
     uint32_t units;       /* blocks of all targets for a row, an entry of its route, or a group of rows */
     uint32_t shrink_rows; /* 1 or LSW_SHRINK_ROWS */
-    uint32_t splits;      /* of many rows, shrink: blocks that share the slots of a group */
-    uint32_t chunks;      /* expand: of LSW_EXPAND_THREADS outputs a block */
+    uint32_t splits;      /* of many rows, shrink: blocks that share the ranks of their rows */
+    uint32_t chunks;      /* expand: of LSW_EXPAND_THREADS outputs a block; of many rows, of LSW_MANY_OUTPUTS */
     uint32_t y_type;      /* 0 f32, 1 f16, 2 bf16 */
     uint32_t x_aligned;   /* address and row bytes are multiples of 16 */
     uint32_t candidates;  /* few rows of 16 bits, shrink: all slots, or the entries of all routes if they are fewer */

@@ -2,7 +2,7 @@
 
 use crate::bank::AdapterBank;
 use crate::check::{Checked, MAX_COUNT, Named, narrow};
-use crate::cuda::args::{LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_FEW_SPLITS, LSW_MAX_K};
+use crate::cuda::args::{LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_FEW_SPLITS, LSW_MANY_PRODUCT_BYTES, LSW_MAX_K};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::stream::{Stream, StreamKind};
@@ -69,7 +69,7 @@ pub(crate) struct Plan<'b> {
     pub ids: RawMat,
     pub gates: RawMat,
     pub row_map: Option<RawMat>,
-    /// A x, f32 [rows k, width]: of row r and the p-th entry of its canonical route, in row r k + p.
+    /// A x, f32 [rows k, width]: of row r and the p-th entry of its canonical route, in row r k + p. On CUDA, of many rows, in parts.
     pub products: RawMat,
     /// Where a permutation of many rows has its place, u32 [rows].
     pub order: Option<u64>,
@@ -96,7 +96,7 @@ pub fn apply_workspace_bytes(bank: &AdapterBank, targets: Range<u64>, rows: u64,
     let group = check_group(bank, targets)?;
     let rows = narrow("rows", rows, MAX_COUNT)?;
     let k = narrow("k", k, u64::from(LSW_MAX_K))?;
-    Ok(Sizes::new(bank.dtype(), &group, rows, k)?.bytes())
+    Ok(Sizes::new(&group, bank.dtype(), rows, k)?.bytes())
 }
 
 /// Adds to each row what its adapters make of its input, for a group of targets that share it (q, k, v; gate, up):
@@ -114,7 +114,7 @@ pub fn apply_workspace_bytes(bank: &AdapterBank, targets: Range<u64>, rows: u64,
 /// with anything else of the call.
 ///
 /// Numbers: x, A and B enter as stored. Both products and the sum over the route are in f32, in a fixed order; A x stays f32 (tensor
-/// cores take it in two parts, to 2^-22); y is rounded once. A coefficient that is not finite propagates into its own row alone.
+/// cores take it in parts, to 2^-22 or better, and scaled by the coefficient); y is rounded once. A coefficient that is not finite propagates into its own row alone.
 /// Deterministic, and a row's bits do not depend on the other rows; nor on their number, but that a bank of 16 bits on CUDA takes
 /// another path above 64 rows.
 ///
@@ -231,23 +231,26 @@ struct Sizes {
     /// Of up to 64 rows in 16 bits: what A x is while it lies in slices. Counted for more rows as well, so that they never need less.
     sliced_entries: u64,
     width: u64,
+    product_bytes: u64,
     ordered_rows: u32,
 }
 
 impl Sizes {
     /// No launch has more blocks than its grid can count.
-    fn new(dtype: DType, group: &Group, rows: u32, k: u32) -> Result<Self> {
+    fn new(group: &Group, dtype: DType, rows: u32, k: u32) -> Result<Self> {
         let (entries, width) = (u64::from(rows) * u64::from(k), u64::from(group.width));
         narrow("rows * k * the targets' rank_cap", entries * width, MAX_COUNT)?;
         let outputs: u64 = group.targets.iter().flatten().map(|t| u64::from(t.out_features)).sum();
         narrow("rows * the targets' out_features", u64::from(rows) * outputs, MAX_OUTPUTS)?;
-        let slices = if dtype == DType::F32 { 0 } else { u64::from(LSW_FEW_SPLITS) };
-        let sliced_entries = u64::from(rows.min(LSW_APPLY_MANY) * k) * slices;
-        Ok(Self { entries, sliced_entries, width, ordered_rows: if rows > LSW_APPLY_MANY { rows } else { 0 } })
+        let is_half = dtype != DType::F32;
+        let is_many = rows > LSW_APPLY_MANY && is_half;
+        let (product_bytes, ordered_rows) = if is_many { (LSW_MANY_PRODUCT_BYTES, rows) } else { (4, 0) };
+        let sliced_entries = if is_half { u64::from(rows.min(LSW_APPLY_MANY) * k * LSW_FEW_SPLITS) } else { 0 };
+        Ok(Self { entries, sliced_entries, width, product_bytes: product_bytes.into(), ordered_rows })
     }
 
     fn products_bytes(&self) -> u64 {
-        self.entries * self.width * 4
+        self.entries * self.width * self.product_bytes
     }
 
     fn bytes(&self) -> u64 {
@@ -282,7 +285,7 @@ pub(crate) fn check<'b>(
         Some(map) => map.dtype_in(&[DType::I32])?.rows(1, "a vector")?.cols(u64::from(rows), "the rows of the batch")?,
         None => ids.rows(u64::from(rows), "the rows of the batch, since there is no row_map")?,
     };
-    let sizes = Sizes::new(bank.dtype(), &group, rows, k)?;
+    let sizes = Sizes::new(&group, bank.dtype(), rows, k)?;
     let products = check_workspace(workspace, &sizes)?;
     for mat in [ids, gates, workspace].into_iter().chain(x).chain(row_map) {
         mat.memory()?.on(stream)?;

@@ -497,7 +497,7 @@ fn bad_arguments_are_named(backend: &Backend) {
     }
     assert_eq!(bytes(0..2, 5, 2).unwrap(), 4 * 5 * 2 * 2 * 24 * 4, "four slices; ranks of at most 20, in steps of 8");
     assert_eq!(bytes(0..2, 65, 2).unwrap(), bytes(0..2, 64, 2).unwrap(), "never less for more rows");
-    assert_eq!(bytes(0..2, 650, 2).unwrap(), 650 * 2 * 2 * 24 * 4 + 650 * 4, "and an order of the rows");
+    assert_eq!(bytes(0..2, 650, 2).unwrap(), 650 * 2 * 2 * 24 * 8 + 650 * 4, "in parts, and an order of the rows");
     assert_eq!(bytes(0..2, 0, 2).unwrap(), 0);
 }
 

@@ -1,9 +1,10 @@
 //! Launches of unmerged adapters.
 
 use super::args::{
-    LSW_APPLY_GROUP, LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_EXPAND_CHUNKS, LSW_EXPAND_THREADS, LSW_FEW_RANKS, LSW_FEW_SHARED,
-    LSW_FEW_SPLITS, LSW_FEW_THREADS, LSW_MANY_RANKS, LSW_MANY_ROWS, LSW_ORDER_THREADS, LSW_SHRINK_ROWS, LSW_SHRINK_THREADS, LswApplyArgs,
-    LswApplyTarget, LswFactor,
+    LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_EXPAND_CHUNKS, LSW_EXPAND_THREADS, LSW_FEW_RANKS, LSW_FEW_ROWS, LSW_FEW_SHARED, LSW_FEW_SPLITS,
+    LSW_FEW_THREADS, LSW_MANY_CHUNKS, LSW_MANY_EXPAND_ROWS, LSW_MANY_EXPAND_THREADS, LSW_MANY_OUTPUTS, LSW_MANY_SHRINK_ROWS,
+    LSW_MANY_SHRINK_THREADS, LSW_MANY_SPLITS, LSW_ORDER_THREADS, LSW_SHRINK_ROWS, LSW_SHRINK_THREADS, LswApplyArgs, LswApplyTarget,
+    LswFactor,
 };
 use super::context::{Apply, DeviceStream, by_dtype};
 use super::launch::{Grid, launch_dependent};
@@ -15,10 +16,10 @@ use crate::error::Result;
 const BUSY: u32 = 8;
 /// Blocks of expand that a multiprocessor holds: with more of them, each does more outputs.
 const RESIDENT: u32 = 4;
+/// The same of many rows, which should come in several waves, so that no multiprocessor ends long before the others.
+const MANY_RESIDENT: u32 = 6;
 /// Up to so many blocks of few rows a multiprocessor, each slot has its own, used or not: one that has to look for its slot waits longer.
 const FEW_BLOCKS: u32 = 2;
-/// Blocks that share the slots of a group of many rows.
-const SPLITS: u32 = 4;
 
 fn target(plan: &Plan<'_>, target: &GroupTarget) -> LswApplyTarget {
     let first_entry = u64::from(target.index) * plan.bank.slots();
@@ -117,11 +118,12 @@ pub(crate) fn shrink(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
             (few.shrink, args, candidates * units * LSW_FEW_SPLITS, LSW_FEW_THREADS)
         }
         Path::Many(many) => {
-            let args = LswApplyArgs { units: all.width.div_ceil(LSW_MANY_RANKS), splits: SPLITS, ..all };
             let grid = Grid { blocks: 1, threads: LSW_ORDER_THREADS, shared: 0 };
             // SAFETY: as below.
-            unsafe { launch_dependent(stream, device.kernels.apply_order, grid, &args) }?;
-            (many.shrink, args, plan.rows.div_ceil(LSW_MANY_ROWS) * SPLITS * args.units, LSW_SHRINK_THREADS)
+            unsafe { launch_dependent(stream, device.kernels.apply_order, grid, &all) }?;
+            let groups = plan.rows.div_ceil(LSW_MANY_SHRINK_ROWS);
+            let splits = (device.processors / groups).clamp(1, LSW_MANY_SPLITS);
+            (many.shrink, LswApplyArgs { splits, ..all }, groups * splits, LSW_MANY_SHRINK_THREADS)
         }
     };
     let grid = Grid { blocks, threads, shared: 0 };
@@ -131,21 +133,24 @@ pub(crate) fn shrink(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
 }
 
 pub(crate) fn expand(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
-    let units = |chunks: u32| plan.targets().map(|t| t.out_features.div_ceil(LSW_EXPAND_THREADS * chunks)).sum::<u32>();
+    // A block of `threads` does `rows` rows and up to `most` times `outputs` outputs, while there are `resident` blocks a multiprocessor.
+    let (function, threads, rows, outputs, most, resident, shared) = match Path::of(stream, plan) {
+        Path::Rows(by_row) => (by_row.expand, LSW_EXPAND_THREADS, 1, LSW_EXPAND_THREADS, LSW_EXPAND_CHUNKS, RESIDENT, 0),
+        Path::Few(few) => (few.expand, LSW_EXPAND_THREADS, LSW_FEW_ROWS, LSW_EXPAND_THREADS, 1, RESIDENT, LSW_FEW_SHARED),
+        Path::Many(many) => {
+            (many.expand, LSW_MANY_EXPAND_THREADS, LSW_MANY_EXPAND_ROWS, LSW_MANY_OUTPUTS, LSW_MANY_CHUNKS, MANY_RESIDENT, 0)
+        }
+    };
+    let units = |chunks: u32| plan.targets().map(|t| t.out_features.div_ceil(outputs * chunks)).sum::<u32>();
     if units(1) == 0 {
         return Ok(());
     }
-    let grouped = plan.rows.div_ceil(LSW_APPLY_GROUP);
-    let resident = u64::from(RESIDENT * stream.device().processors);
-    let chunks = |groups| (u64::from(groups) * u64::from(units(1)) / resident).clamp(1, u64::from(LSW_EXPAND_CHUNKS)) as u32;
-    let (kernels, groups, chunks, shared) = match Path::of(stream, plan) {
-        Path::Rows(rows) => (rows, plan.rows, chunks(plan.rows), 0),
-        Path::Few(few) => (few, grouped, 1, LSW_FEW_SHARED),
-        Path::Many(many) => (many, grouped, chunks(grouped), 0),
-    };
-    let (_, begins) = begins(plan, |t| t.out_features.div_ceil(LSW_EXPAND_THREADS));
+    let groups = plan.rows.div_ceil(rows);
+    let resident = u64::from(resident * stream.device().processors);
+    let chunks = (u64::from(groups) * u64::from(units(1)) / resident).clamp(1, u64::from(most)) as u32;
+    let (_, begins) = begins(plan, |t| t.out_features.div_ceil(outputs));
     let args = LswApplyArgs { units: units(chunks), begins, chunks, ..args(stream, plan) };
-    let grid = Grid { blocks: groups * args.units, threads: LSW_EXPAND_THREADS, shared };
+    let grid = Grid { blocks: groups * args.units, threads, shared };
     // SAFETY: as above. Before it waits, the kernel reads what nobody writes between the two halves (apply_shrink's contract).
-    unsafe { launch_dependent(stream, kernels.expand, grid, &args) }
+    unsafe { launch_dependent(stream, function, grid, &args) }
 }

@@ -48,16 +48,21 @@ pub const LSW_SHRINK_THREADS: _bindgen_ty_1 = 256;
 pub const LSW_SHRINK_ROWS: _bindgen_ty_1 = 4;
 pub const LSW_EXPAND_THREADS: _bindgen_ty_1 = 128;
 pub const LSW_EXPAND_CHUNKS: _bindgen_ty_1 = 8;
+pub const LSW_FEW_ROWS: _bindgen_ty_1 = 16;
 pub const LSW_FEW_THREADS: _bindgen_ty_1 = 512;
 pub const LSW_FEW_RANKS: _bindgen_ty_1 = 16;
 pub const LSW_FEW_SPLITS: _bindgen_ty_1 = 4;
 pub const LSW_FEW_STEPS: _bindgen_ty_1 = 8;
 pub const LSW_FEW_SHARED: _bindgen_ty_1 = 65536;
 pub const LSW_APPLY_MANY: _bindgen_ty_1 = 64;
-pub const LSW_APPLY_GROUP: _bindgen_ty_1 = 16;
-pub const LSW_APPLY_SLICES: _bindgen_ty_1 = 16;
-pub const LSW_MANY_ROWS: _bindgen_ty_1 = 64;
-pub const LSW_MANY_RANKS: _bindgen_ty_1 = 48;
+pub const LSW_MANY_SHRINK_THREADS: _bindgen_ty_1 = 256;
+pub const LSW_MANY_SHRINK_ROWS: _bindgen_ty_1 = 32;
+pub const LSW_MANY_EXPAND_THREADS: _bindgen_ty_1 = 128;
+pub const LSW_MANY_EXPAND_ROWS: _bindgen_ty_1 = 64;
+pub const LSW_MANY_OUTPUTS: _bindgen_ty_1 = 64;
+pub const LSW_MANY_CHUNKS: _bindgen_ty_1 = 8;
+pub const LSW_MANY_SPLITS: _bindgen_ty_1 = 8;
+pub const LSW_MANY_PRODUCT_BYTES: _bindgen_ty_1 = 8;
 pub const LSW_ORDER_THREADS: _bindgen_ty_1 = 1024;
 pub const LSW_ORDER_BUCKETS: _bindgen_ty_1 = 4096;
 pub const LSW_LINEAR_TOKENS: _bindgen_ty_1 = 8;
@@ -687,20 +692,20 @@ pub struct LswLinearArgs {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of LswLinearArgs"][::core::mem::size_of::<LswLinearArgs>() - 624usize];
+    ["Size of LswLinearArgs"][::core::mem::size_of::<LswLinearArgs>() - 656usize];
     ["Alignment of LswLinearArgs"][::core::mem::align_of::<LswLinearArgs>() - 8usize];
     ["Offset of field: LswLinearArgs::apply"][::core::mem::offset_of!(LswLinearArgs, apply) - 0usize];
-    ["Offset of field: LswLinearArgs::hand_over"][::core::mem::offset_of!(LswLinearArgs, hand_over) - 456usize];
-    ["Offset of field: LswLinearArgs::weights"][::core::mem::offset_of!(LswLinearArgs, weights) - 464usize];
-    ["Offset of field: LswLinearArgs::weight_strides"][::core::mem::offset_of!(LswLinearArgs, weight_strides) - 528usize];
-    ["Offset of field: LswLinearArgs::blocks"][::core::mem::offset_of!(LswLinearArgs, blocks) - 592usize];
-    ["Offset of field: LswLinearArgs::rounds"][::core::mem::offset_of!(LswLinearArgs, rounds) - 596usize];
-    ["Offset of field: LswLinearArgs::tile_rows"][::core::mem::offset_of!(LswLinearArgs, tile_rows) - 600usize];
-    ["Offset of field: LswLinearArgs::longer"][::core::mem::offset_of!(LswLinearArgs, longer) - 604usize];
-    ["Offset of field: LswLinearArgs::whole"][::core::mem::offset_of!(LswLinearArgs, whole) - 608usize];
-    ["Offset of field: LswLinearArgs::only_x_is_new"][::core::mem::offset_of!(LswLinearArgs, only_x_is_new) - 612usize];
-    ["Offset of field: LswLinearArgs::patience"][::core::mem::offset_of!(LswLinearArgs, patience) - 616usize];
-    ["Offset of field: LswLinearArgs::padding"][::core::mem::offset_of!(LswLinearArgs, padding) - 620usize];
+    ["Offset of field: LswLinearArgs::hand_over"][::core::mem::offset_of!(LswLinearArgs, hand_over) - 488usize];
+    ["Offset of field: LswLinearArgs::weights"][::core::mem::offset_of!(LswLinearArgs, weights) - 496usize];
+    ["Offset of field: LswLinearArgs::weight_strides"][::core::mem::offset_of!(LswLinearArgs, weight_strides) - 560usize];
+    ["Offset of field: LswLinearArgs::blocks"][::core::mem::offset_of!(LswLinearArgs, blocks) - 624usize];
+    ["Offset of field: LswLinearArgs::rounds"][::core::mem::offset_of!(LswLinearArgs, rounds) - 628usize];
+    ["Offset of field: LswLinearArgs::tile_rows"][::core::mem::offset_of!(LswLinearArgs, tile_rows) - 632usize];
+    ["Offset of field: LswLinearArgs::longer"][::core::mem::offset_of!(LswLinearArgs, longer) - 636usize];
+    ["Offset of field: LswLinearArgs::whole"][::core::mem::offset_of!(LswLinearArgs, whole) - 640usize];
+    ["Offset of field: LswLinearArgs::only_x_is_new"][::core::mem::offset_of!(LswLinearArgs, only_x_is_new) - 644usize];
+    ["Offset of field: LswLinearArgs::patience"][::core::mem::offset_of!(LswLinearArgs, patience) - 648usize];
+    ["Offset of field: LswLinearArgs::padding"][::core::mem::offset_of!(LswLinearArgs, padding) - 652usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]

@@ -118,9 +118,13 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
         for function in k.measure_scale.into_iter().chain(k.measure_fill) {
             launch(stream, function, one(LSW_MEASURE_THREADS, 0), &LswMeasureArgs::default())?;
         }
-        for apply in k.apply.into_iter().chain(k.apply_many) {
-            launch_dependent(stream, apply.shrink, one(LSW_SHRINK_THREADS, 0), &LswApplyArgs::default())?;
-            launch_dependent(stream, apply.expand, one(LSW_EXPAND_THREADS, 0), &LswApplyArgs::default())?;
+        let few = (k.apply.as_slice(), LSW_SHRINK_THREADS, LSW_EXPAND_THREADS);
+        let many = (k.apply_many.as_slice(), LSW_MANY_SHRINK_THREADS, LSW_MANY_EXPAND_THREADS);
+        for (kernels, shrink, expand) in [few, many] {
+            for apply in kernels {
+                launch_dependent(stream, apply.shrink, one(shrink, 0), &LswApplyArgs::default())?;
+                launch_dependent(stream, apply.expand, one(expand, 0), &LswApplyArgs::default())?;
+            }
         }
         for function in k.linear {
             launch_dependent(stream, function, one(LSW_LINEAR_THREADS, 0), &LswLinearArgs::default())?;
