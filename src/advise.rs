@@ -91,8 +91,8 @@ impl Advice {
 /// With W the bytes of all matrices, E those of one token's k adapters (the mean over the slots), Y those of a row's inputs and twice
 /// its outputs, C the number of groups, B the batch, R the tokens per route, and the figures of a [`Calibration`]:
 ///
-/// - product(n) = max(W / (product_share * read), 2 n * weights / product_tflops): the engine's own product of n rows; up to 8 rows
-///   `linear` without adapters in its place if that is less: C * linear_call + W / linear_rate;
+/// - product(n) = max(W / (product_share * read), 2 n * weights / product_tflops): the engine's own product of n rows; or, if that is
+///   less, `linear` without adapters for every 8 of them: n / min(n, 8) * (C * linear_call + W / linear_rate);
 /// - switch = (launch + (2 W + E) / switch_rate) / R + product(m) / m, with m = min(B, R): merged weights serve one route at a time, so a batch
 ///   of more routes falls apart;
 /// - apply = (product(B) + C * apply_call + D / read + B (E / rows + Y / copy)) / B, where D is what the batch's adapters come to if each
@@ -185,7 +185,7 @@ impl Model {
     fn product_us(&self, c: &Calibration, rows: f64) -> f64 {
         let memory = us(self.w, c.read_gb_per_s) / c.product_share;
         let engine = memory.max(2.0 * rows * self.weights / c.product_tflops / 1e6);
-        if rows <= MAX_LINEAR { engine.min(self.calls * c.linear_call_us + us(self.w, c.linear_gb_per_s)) } else { engine }
+        engine.min(rows / rows.min(MAX_LINEAR) * (self.calls * c.linear_call_us + us(self.w, c.linear_gb_per_s)))
     }
 
     fn switch_us(&self, c: &Calibration) -> f64 {

@@ -62,7 +62,7 @@ fn is_what_the_formulas_say() {
     let stream = 2.0 * weights / 1600.0 / 1e3;
     close(eight.linear_us, (2.0 * 5.0 + stream + distinct + 8.0 * slot / 500.0 / 1e3) / 8.0);
     assert_eq!(at(1, 9, 2.0, DType::Bf16).linear_us, f64::INFINITY);
-    // Where linear without adapters is the faster product, it serves all.
+    // Where linear without adapters is the faster product, it serves all, eight rows at a time.
     let quick = Calibration { linear_call_us: 0.0, linear_gb_per_s: 3000.0, ..PLAIN };
     let workload =
         Workload { targets: &targets, groups: &[2, 1], dtype: DType::Bf16, ranks: &[4, 8], k: 0, batch: 8, tokens_per_route: 1e6 };
@@ -70,7 +70,9 @@ fn is_what_the_formulas_say() {
     close(with_linear.apply_us, (2.0 * weights / 3000.0 / 1e3 + 10.0) / 8.0 + row / 2000.0 / 1e3);
     close(with_linear.switch_us, (1.0 + 4.0 * weights / 1500.0 / 1e3) / 1e6 + 2.0 * weights / 3000.0 / 1e3 / 8.0);
     let nine = advise(&quick, &Workload { batch: 9, ..workload }).unwrap();
-    close(nine.apply_us, (memory + 10.0) / 9.0 + row / 2000.0 / 1e3);
+    close(nine.apply_us, 2.0 * weights / 3000.0 / 1e3 / 8.0 + 10.0 / 9.0 + row / 2000.0 / 1e3);
+    let sixteen = advise(&quick, &Workload { batch: 16, ..workload }).unwrap();
+    close(sixteen.apply_us, (memory + 10.0) / 16.0 + row / 2000.0 / 1e3);
 
     // Above 64 rows the other rate holds, in 16 bits; both slots, so that each adapter is read.
     let rest = |adapters: f64, rate: f64, row: f64| 10.0 / 65.0 + adapters / rate / 1e3 + row / 2000.0 / 1e3;
@@ -102,7 +104,7 @@ fn turns_where_the_docs_say() {
         let adapters = 2.0 * 2.0 * rank as f64 * 32.0 * (4.0 * 8192.0 + 3.0 * 15104.0);
         let linear = 128.0 * calibration.linear_call_us + 2.0 * weights / calibration.linear_gb_per_s / 1e3;
         let engine = 2.0 * weights / (0.5 * 4000.0) / 1e3;
-        let product = if batch <= 8 { linear.min(engine) } else { engine } / batch as f64;
+        let product = engine.min(linear * (batch as f64 / 8.0).max(1.0)) / batch as f64;
         let (unmerged, other) =
             if far.linear_us < far.apply_us { (Strategy::Linear, far.linear_us) } else { (Strategy::Apply, far.apply_us) };
         let crossover = (1.0 + (4.0 * weights + adapters) / 1500.0 / 1e3) / (other - product);
