@@ -10,16 +10,14 @@ CUDA graph after a pass over other memory, all on one card and in turns: torch's
 behind them, for one token our products with adapters and without, and torch's with vLLM's Triton kernels where DIR holds
 vllm/lora/ops/triton_ops. LORA_SWITCH_REQUIRE_GPU=1 makes a missing GPU an error.
 """
-import argparse
 import ctypes
 import json
 import os
-import pathlib
 import random
 import sys
 import time
 
-from route_and_permute import BF16, F32, I32, U8, Context, Mat, Matrix, expect
+from common import BF16, F32, I32, U8, Context, Mat, Matrix, Timer, expect, main
 
 
 class TargetShape(ctypes.Structure):
@@ -333,26 +331,7 @@ class Bench:
 
     def __init__(self, context, vllm, record, wanted):
         self.context, self.torch, self.vllm, self.record, self.wanted = context, context.torch, vllm, record, wanted
-        self.other = self.torch.zeros(1 << 28, dtype=self.torch.int32, device="cuda")  # 1 GB: no cache keeps anything beside it
-
-    def microseconds(self, works, turns):
-        torch, graphs, times = self.torch, {}, {name: [] for name in works}
-        for name, work in works.items():
-            work()
-            graphs[name] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[name]):
-                work()
-        for turn in range(turns + 1):
-            for name, graph in graphs.items():
-                self.other.add_(1)
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                graph.replay()
-                end.record()
-                torch.cuda.synchronize()
-                if turn > 0:
-                    times[name].append(start.elapsed_time(end) * 1e3)
-        return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+        self.timer = Timer(self.torch)
 
     def case(self, model, rows, rank, k, turns):
         name = f"apply/7b/T{rows}/r{rank}/k{k}"
@@ -364,7 +343,7 @@ class Bench:
         if rows <= 8:
             works["linear"] = lambda: model.each(lambda i, first, group: batch.linear(i, first, group, k))
             works["linear, no adapters"] = lambda: model.each(lambda i, first, group: batch.linear(i, first, group, 0))
-        us = self.microseconds(works, turns)
+        us = self.timer.microseconds(works, turns)
         last = model.layers - 1
         checked = all(batch.check(last * len(GROUPS) + g, last * len(LAYER) + GROUPS[g][0], g) for g in range(len(GROUPS)))
         expect(checked, name)
@@ -391,18 +370,7 @@ class Bench:
                 self.case(model, rows, rank, 2, turns)
 
 
-def on_the_gpu(library, arguments):
-    try:
-        import torch
-    except ImportError:
-        print("skipped: GPU: there is no torch")
-        return
-    if not torch.cuda.is_available():
-        print("skipped: GPU: torch finds none")
-        expect(os.environ.get("LORA_SWITCH_REQUIRE_GPU") != "1", "LORA_SWITCH_REQUIRE_GPU=1 and no run on the GPU")
-        return
-    torch.manual_seed(3)
-    context = Context(library, torch)
+def on_the_gpu(context):
     model = Model(context, [(256, 512), (264, 512), (512, 256)], [(0, 2), (2, 1)], 2, 5, 16)
     for rows in (1, 9, 100):
         batch = Batch(model, rows, 2)
@@ -410,25 +378,11 @@ def on_the_gpu(library, arguments):
     check_switch(model, batch.ids, batch.gates)
     print("GPU: merged into the weights, applied behind the products, and beside them: verified against torch")
     model.bank.close()
-    if arguments.bench is not None:
-        with open(arguments.record or os.devnull, "a") as record:
-            Bench(context, arguments.vllm, record, arguments.bench or [""]).run()
-    torch.cuda.synchronize()
-    context.close()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    built = pathlib.Path(__file__).resolve().parents[2] / "target/release/liblora_switch.so"
-    parser.add_argument("--library", default=os.environ.get("LORA_SWITCH_LIBRARY", str(built)), help="liblora_switch.so (%(default)s)")
-    parser.add_argument("--bench", nargs="*", metavar="FILTER", help="measure cases whose name contains a FILTER; all without one")
-    parser.add_argument("--vllm", metavar="DIR", help="vllm/lora/ops/triton_ops is here")
-    parser.add_argument("--record", metavar="FILE", help="append a line of JSON for each case")
-    arguments = parser.parse_args()
-    library = ctypes.CDLL(arguments.library)
-    on_the_cpu(library)
-    on_the_gpu(library, arguments)
+def bench(context, arguments, record):
+    Bench(context, arguments.vllm, record, arguments.bench or [""]).run()
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "vllm/lora/ops/triton_ops is here", Context, on_the_cpu, on_the_gpu, bench)

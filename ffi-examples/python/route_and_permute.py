@@ -8,25 +8,14 @@ tensors (data_ptr, current stream), against torch. --bench measures each call be
 kernels, take for the same work: microseconds a node of one CUDA graph, all on one card, in turns. LORA_SWITCH_REQUIRE_GPU=1 makes a
 missing GPU an error.
 """
-import argparse
-import array
 import ctypes
 import json
 import math
 import os
-import pathlib
 import random
 import sys
 
-F32, F16, BF16, I32, U8 = range(5)  # LSW_F32 ...
-
-
-class Mat(ctypes.Structure):
-    """lsw_mat and lsw_mat_mut."""
-
-    _fields_ = [("data", ctypes.c_void_p), ("rows", ctypes.c_uint64), ("cols", ctypes.c_uint64), ("stride", ctypes.c_uint64),
-                ("dtype", ctypes.c_int32), ("reserved", ctypes.c_int32)]
-
+from common import BF16, F32, I32, U8, Context, Mat, Matrix, Timer, expect, main
 
 SIGMOID, SUM_OF_TWO = 1, 1  # LSW_SIGMOID, LSW_GROUP_SUM_OF_TWO
 
@@ -63,67 +52,8 @@ class PermuteSizes(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint64) for name in ("rows", "blocks", "workspace_bytes")]
 
 
-class Matrix:
-    """Rows of one dtype in host memory: what a torch tensor is on the GPU."""
-
-    CODES = {F32: "f", I32: "i", U8: "B"}
-
-    def __init__(self, dtype, rows, cols, values=None):
-        self.dtype, self.rows, self.cols = dtype, rows, cols
-        self.array = array.array(self.CODES[dtype], values if values is not None else [0] * (rows * cols))
-        assert len(self.array) == rows * cols
-
-    def row(self, i):
-        return self.array[i * self.cols:(i + 1) * self.cols]
-
-
-class Context:
-    """A backend of the library. Calls take a Matrix on the CPU, torch tensors of two dimensions on the GPU."""
-
-    def __init__(self, library, torch=None):
-        self.library, self.torch, self.handle = library, torch, ctypes.c_void_p()
-        for name in ("lsw_last_error", "lsw_status_name"):
-            getattr(library, name).restype = ctypes.c_char_p
-        library.lsw_context_destroy.restype = None
-        if torch is None:
-            self.call("lsw_context_create_cpu", 1, ctypes.byref(self.handle))
-        else:
-            self.call("lsw_context_create_cuda", torch.cuda.current_device(), ctypes.byref(self.handle))
-            self.call("lsw_context_warm", self.handle, self.stream())
-
-    def close(self):
-        self.library.lsw_context_destroy(self.handle)
-
-    def call(self, name, *arguments):
-        """Raises what the library has to say about a failure. ctypes passes an int as 32 bits: 64-bit ones come wrapped."""
-        status = getattr(self.library, name)(*arguments)
-        if status != 0:
-            raise RuntimeError(f"{name}: {self.library.lsw_last_error().decode()} ({self.library.lsw_status_name(status).decode()})")
-
-    def stream(self):
-        """torch's current stream; 0 is CUDA's default stream, as it is for the library."""
-        return ctypes.c_void_p(self.torch.cuda.current_stream().cuda_stream if self.torch else None)
-
-    def described(self, x):
-        if isinstance(x, Matrix):
-            return Mat(x.array.buffer_info()[0], x.rows, x.cols, x.cols, x.dtype, 0)
-        t = self.torch
-        dtypes = {t.float32: F32, t.float16: F16, t.bfloat16: BF16, t.int32: I32, t.uint8: U8}
-        assert x.dim() == 2 and (x.shape[1] < 2 or x.stride(1) == 1)
-        return Mat(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), dtypes[x.dtype], 0)
-
-    def mat(self, x):
-        return None if x is None else ctypes.byref(self.described(x))
-
-    def empty(self, dtype, rows, cols):
-        if self.torch is None:
-            return Matrix(dtype, rows, cols)
-        t = self.torch
-        return t.empty(rows, cols, device="cuda", dtype={F32: t.float32, F16: t.float16, BF16: t.bfloat16, I32: t.int32, U8: t.uint8}[dtype])
-
-    def route(self, logits, ids, gates, options=None):
-        options = None if options is None else ctypes.byref(options)
-        self.call("lsw_route", self.handle, self.stream(), options, self.mat(logits), self.mat(ids), self.mat(gates))
+class Tokens(Context):
+    """A context with the calls of this example."""
 
     def gate_workspace(self, tokens, experts, hidden):
         """Zeros, once: every call leaves it ready for the next."""
@@ -159,14 +89,9 @@ class Maps:
                mat(self.inverse), mat(self.block_experts), workspace, ctypes.c_uint64(self.bytes))
 
 
-def expect(condition, what):
-    if not condition:
-        sys.exit(f"wrong: {what}")
-
-
 def on_the_cpu(library):
     """A batch from logits to the combined rows; each step against plain Python."""
-    context, dice = Context(library), random.Random(5)
+    context, dice = Tokens(library), random.Random(5)
     tokens, k, experts, width, block = 37, 3, 8, 20, 4
     logits = Matrix(F32, tokens, experts, [dice.uniform(-3, 3) for _ in range(tokens * experts)])
     ids, gates = Matrix(I32, tokens, k), Matrix(F32, tokens, k)
@@ -251,39 +176,18 @@ class Bench:
     def __init__(self, context, vllm, record, wanted):
         self.context, self.torch, self.record, self.wanted = context, context.torch, record, wanted
         self.vllm = self.load(vllm) if vllm else None
-        self.other = self.torch.zeros(1 << 28, dtype=self.torch.int32, device="cuda")  # 1 GB: no cache keeps anything beside it
+        self.timer = Timer(self.torch)
 
     def load(self, folder):
         sys.path.insert(0, folder)
         self.torch.ops.load_library(os.path.join(folder, "vllm/_moe_C_stable_libtorch.abi3.so"))
         return self.torch.ops._moe_C
 
-    def microseconds(self, works, nodes, turns=9):
-        torch, graphs = self.torch, {}
-        for name, work in works.items():
-            work()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for _ in range(nodes):
-                    work()
-            graphs[name] = graph
-        times = {name: [] for name in works}
-        for _ in range(turns):
-            for name, graph in graphs.items():
-                self.other.add_(1)
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                graph.replay()
-                end.record()
-                torch.cuda.synchronize()
-                times[name].append(start.elapsed_time(end) * 1e3 / nodes)
-        return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
-
     def case(self, name, nodes, works, check=None):
         """`works`: "ours" (left out where the library has no such call) and the peers by name."""
         if not any(part in name for part in self.wanted):
             return
-        us = self.microseconds(works, nodes)
+        us = self.timer.microseconds(works, 9, nodes)
         checked = None
         if check is not None and "ours" in works:
             works["ours"]()
@@ -417,40 +321,15 @@ class Bench:
         self.permute(16384, 256, 8, 4096, 4)
 
 
-def on_the_gpu(library, arguments):
-    try:
-        import torch
-    except ImportError:
-        print("skipped: GPU: there is no torch")
-        return
-    if not torch.cuda.is_available():
-        print("skipped: GPU: torch finds none")
-        expect(os.environ.get("LORA_SWITCH_REQUIRE_GPU") != "1", "LORA_SWITCH_REQUIRE_GPU=1 and no run on the GPU")
-        return
-    torch.manual_seed(3)
-    context = Context(library, torch)
+def on_the_gpu(context):
     for shape in [(1, 2, 8, 512, 1), (100, 8, 64, 1032, 16), (5000, 8, 256, 64, 64)]:
         check_batch(context, *shape)
     print("GPU: routed, grouped by expert and combined: verified against torch")
-    if arguments.bench is not None:
-        with open(arguments.record or os.devnull, "a") as record:
-            Bench(context, arguments.vllm, record, arguments.bench or [""]).run()
-    torch.cuda.synchronize()
-    context.close()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    built = pathlib.Path(__file__).resolve().parents[2] / "target/release/liblora_switch.so"
-    parser.add_argument("--library", default=os.environ.get("LORA_SWITCH_LIBRARY", str(built)), help="liblora_switch.so (%(default)s)")
-    parser.add_argument("--bench", nargs="*", metavar="FILTER", help="measure cases whose name contains a FILTER; all without one")
-    parser.add_argument("--vllm", metavar="DIR", help="vllm/_moe_C_stable_libtorch.abi3.so and vllm/moe_permute_unpermute.py are here")
-    parser.add_argument("--record", metavar="FILE", help="append a line of JSON for each case and peer")
-    arguments = parser.parse_args()
-    library = ctypes.CDLL(arguments.library)
-    on_the_cpu(library)
-    on_the_gpu(library, arguments)
+def bench(context, arguments, record):
+    Bench(context, arguments.vllm, record, arguments.bench or [""]).run()
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "vllm/_moe_C_stable_libtorch.abi3.so and vllm/moe_permute_unpermute.py are here", Tokens, on_the_cpu, on_the_gpu, bench)

@@ -148,9 +148,8 @@ pub unsafe extern "C" fn lsw_apply(
         // SAFETY: the conventions.
         let (stream, x, routes, mut y) =
             unsafe { (context.raw_stream(stream), mat(context, x, "x")?, RouteViews::new(context, routes)?, outputs(context, y, count)?) };
-        let (addr, bytes) = (workspace as u64, workspace_bytes);
         // SAFETY: the conventions.
-        let mut workspace = unsafe { MatMut::raw(context, addr, DType::U8, 1, bytes, bytes) };
+        let mut workspace = unsafe { super::workspace(context, workspace, workspace_bytes) };
         apply(&stream, bank, first, &x, &routes.get(), &mut y, &mut workspace)
     })
 }
@@ -179,9 +178,8 @@ pub unsafe extern "C" fn lsw_apply_shrink(
         let (bank, context) = unsafe { handle(bank, "bank") }?.get();
         // SAFETY: the conventions.
         let (stream, x, routes) = unsafe { (context.raw_stream(stream), mat(context, x, "x")?, RouteViews::new(context, routes)?) };
-        let (addr, bytes) = (workspace as u64, workspace_bytes);
         // SAFETY: the conventions.
-        let mut workspace = unsafe { MatMut::raw(context, addr, DType::U8, 1, bytes, bytes) };
+        let mut workspace = unsafe { super::workspace(context, workspace, workspace_bytes) };
         apply_shrink(&stream, bank, first..first.saturating_add(count), &x, &routes.get(), &mut workspace)
     })
 }

@@ -1,7 +1,7 @@
 //! The gate: projection and route.
 
 use super::context::{lsw_context, on};
-use super::route::{Given, lsw_route_options, workspace};
+use super::route::{Given, lsw_route_options};
 use super::{Out, guard, lsw_mat, lsw_mat_mut, lsw_status, mat, mat_mut, optional};
 use crate::gate::{GateWeight, gate, gate_workspace_bytes};
 use std::ffi::c_void;
@@ -72,7 +72,7 @@ pub unsafe extern "C" fn lsw_gate(
         // SAFETY: the conventions.
         let mut counts = if counts.is_null() { None } else { Some(unsafe { mat_mut(context, counts, "counts") }?) };
         // SAFETY: the conventions.
-        let mut workspace = unsafe { self::workspace(context, workspace, workspace_bytes) };
+        let mut workspace = unsafe { super::workspace(context, workspace, workspace_bytes) };
         let weight = GateWeight { weight: &weight, bias: bias.as_ref() };
         gate(&stream, &given.options()?, &x, &weight, &mut ids, &mut gates, counts.as_mut(), &mut workspace)
     })

@@ -3,9 +3,7 @@
 use super::apply::{RouteViews, lsw_routes, matrices, outputs};
 use super::bank::lsw_bank;
 use super::{Options, Out, flag, guard, handle, lsw_mat, lsw_mat_mut, lsw_status, mat, options};
-use crate::dtype::DType;
 use crate::linear::{LinearOptions, linear, linear_workspace_bytes};
-use crate::view::MatMut;
 use std::ffi::c_void;
 
 /// Bytes of workspace that lsw_linear needs for the bank's targets first <= i < first + count,
@@ -104,9 +102,8 @@ pub unsafe extern "C" fn lsw_linear(
         let (stream, x, routes) = unsafe { (context.raw_stream(stream), mat(context, x, "x")?, RouteViews::new(context, routes)?) };
         // SAFETY: the conventions.
         let (weights, mut y) = unsafe { (matrices(context, weights, count)?, outputs(context, y, count)?) };
-        let (addr, bytes) = (workspace as u64, workspace_bytes);
         // SAFETY: the conventions.
-        let mut workspace = unsafe { MatMut::raw(context, addr, DType::U8, 1, bytes, bytes) };
+        let mut workspace = unsafe { super::workspace(context, workspace, workspace_bytes) };
         linear(&stream, options, bank, first, &weights, &x, &routes.get(), &mut y, &mut workspace)
     })
 }

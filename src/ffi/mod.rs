@@ -433,6 +433,15 @@ unsafe fn mat_mut<'a>(context: &Context, ptr: *const lsw_mat_mut, name: &str) ->
     Ok(unsafe { MatMut::raw(context, mat.data as u64, dtype, mat.rows, mat.cols, mat.stride) })
 }
 
+/// A call's workspace.
+///
+/// # Safety
+/// The conventions: `bytes` of the context's memory, which nobody else touches meanwhile.
+unsafe fn workspace<'a>(context: &Context, addr: *mut c_void, bytes: u64) -> MatMut<'a> {
+    // SAFETY: the caller's promise.
+    unsafe { MatMut::raw(context, addr as u64, DType::U8, 1, bytes, bytes) }
+}
+
 /// The memory of an object's tables: null and 0 to have it allocated.
 ///
 /// # Safety

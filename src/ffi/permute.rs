@@ -2,12 +2,10 @@
 
 use super::context::{lsw_context, on};
 use super::{Options, Out, check_reserved, guard, lsw_mat, lsw_mat_mut, lsw_status, mat, mat_mut, optional, options};
-use crate::dtype::DType;
 use crate::error::Result;
 use crate::permute::{
     CombineOptions, PermuteMaps, PermuteOptions, combine, combine_with, gather, permute, permute_with, permute_workspace_bytes,
 };
-use crate::view::MatMut;
 use std::ffi::c_void;
 
 /// Bytes of workspace that lsw_permute needs for items = T k ids over this many experts: 0 on a CPU
@@ -62,9 +60,8 @@ pub unsafe extern "C" fn lsw_permute(
                 mat_mut(context, inverse, "inverse")?,
             )
         };
-        let (addr, bytes) = (workspace as u64, workspace_bytes);
         // SAFETY: the conventions.
-        let mut workspace = unsafe { MatMut::raw(context, addr, DType::U8, 1, bytes, bytes) };
+        let mut workspace = unsafe { super::workspace(context, workspace, workspace_bytes) };
         permute(&stream, experts, &ids, &mut offsets, &mut row_map, &mut inverse, &mut workspace)
     })
 }
@@ -180,9 +177,8 @@ pub unsafe extern "C" fn lsw_permute_with(
         let is_wanted = !block_experts.is_null();
         // SAFETY: the conventions.
         let mut block_experts = is_wanted.then(|| unsafe { mat_mut(context, block_experts, "block_experts") }).transpose()?;
-        let (addr, bytes) = (workspace as u64, workspace_bytes);
         // SAFETY: the conventions.
-        let mut workspace = unsafe { MatMut::raw(context, addr, DType::U8, 1, bytes, bytes) };
+        let mut workspace = unsafe { super::workspace(context, workspace, workspace_bytes) };
         let maps =
             PermuteMaps { offsets: &mut offsets, row_map: &mut row_map, inverse: &mut inverse, block_experts: block_experts.as_mut() };
         permute_with(&stream, &options, &ids, maps, &mut workspace)

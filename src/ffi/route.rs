@@ -2,11 +2,10 @@
 
 use super::context::{lsw_context, on};
 use super::{Options, Out, check_reserved, flag, guard, lsw_mat, lsw_mat_mut, lsw_status, mat, mat_mut, optional, options};
-use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::route::{GroupScore, RouteOptions, Score, route, route_counted, route_workspace_bytes};
 use crate::stream::Context;
-use crate::view::{Mat, MatMut};
+use crate::view::Mat;
 use std::ffi::c_void;
 
 /// exp(x) over the sum of exp(x) of all experts.
@@ -212,14 +211,7 @@ pub unsafe extern "C" fn lsw_route_counted(
             unsafe { (mat(context, logits, "logits")?, mat_mut(context, ids, "ids")?, mat_mut(context, gates, "gates")?) };
         // SAFETY: the conventions.
         let (mut counts, mut workspace) =
-            unsafe { (mat_mut(context, counts, "counts")?, self::workspace(context, workspace, workspace_bytes)) };
+            unsafe { (mat_mut(context, counts, "counts")?, super::workspace(context, workspace, workspace_bytes)) };
         route_counted(&stream, &given.options()?, &logits, &mut ids, &mut gates, &mut counts, &mut workspace)
     })
-}
-
-/// # Safety
-/// The conventions: `bytes` of the context's memory, which nobody else touches meanwhile.
-pub(super) unsafe fn workspace<'a>(context: &Context, addr: *mut c_void, bytes: u64) -> MatMut<'a> {
-    // SAFETY: the caller's promise.
-    unsafe { MatMut::raw(context, addr as u64, DType::U8, 1, bytes, bytes) }
 }
