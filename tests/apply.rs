@@ -39,6 +39,26 @@ impl Batch {
         Self { x, y, ids, gates, row_map: None }
     }
 
+    /// The same with gaps between rows, packs that are `aligned` or not, and if `mapped` a map from rows to items of the routes.
+    pub fn laid_out(model: &Model, rng: &mut Rng, (rows, k): (usize, usize), y_type: DType, aligned: bool, mapped: bool) -> Self {
+        let pads = rng.below(4);
+        let layout = |cols: usize| match aligned {
+            true => Layout { stride: cols.next_multiple_of(8) + 8 * pads, shift: 0 },
+            false => Layout { stride: cols + pads, shift: pads },
+        };
+        let mut batch = Self::random(model, rng, rows, k, y_type, layout);
+        if mapped {
+            // Items that serve several rows, none, and numbers that name none.
+            let item = |_| match rng.below(6) {
+                0 => rng.pick(&[-1i32, -9, rows as i32, i32::MAX]) as u32,
+                _ => rng.below(rows) as u32,
+            };
+            let map: Vec<u32> = (0..rows).map(item).collect();
+            batch.row_map = Some(Grid::new(&model.backend, DType::I32, 1, rows, Layout { stride: rows, shift: pads }, &map));
+        }
+        batch
+    }
+
     fn run(&mut self, model: &Model, call: Call) {
         let bytes = workspace_bytes(model, self.x.rows, self.ids.cols);
         let mut workspace = Grid::poisoned(&model.backend, DType::U8, 1, bytes, Layout::dense(bytes));
@@ -135,22 +155,7 @@ fn matches_oracle(backend: &Backend) {
         let spec = Spec { dtype: FLOATS[d], form: Form::FromBase, slots, k_max: 1, shapes: Vec::new(), aligned, max_rank, seed };
         let model = Model::new(backend, &group(spec, &outs, cols));
         let mut rng = Rng(seed ^ 3);
-        let pads = rng.below(4);
-        let layout = |cols: usize| if aligned {
-            Layout { stride: cols.next_multiple_of(8) + 8 * pads, shift: 0 }
-        } else {
-            Layout { stride: cols + pads, shift: pads }
-        };
-        let mut batch = Batch::random(&model, &mut rng, rows, k, FLOATS[y_type], layout);
-        if mapped {
-            // Items that serve several rows, none, and numbers that name none.
-            let item = |_| match rng.below(6) {
-                0 => rng.pick(&[-1i32, -9, rows as i32, i32::MAX]) as u32,
-                _ => rng.below(rows) as u32,
-            };
-            let map: Vec<u32> = (0..rows).map(item).collect();
-            batch.row_map = Some(Grid::new(backend, DType::I32, 1, rows, Layout { stride: rows, shift: pads }, &map));
-        }
+        let mut batch = Batch::laid_out(&model, &mut rng, (rows, k), FLOATS[y_type], aligned, mapped);
         let before = batch.bits();
         batch.run(&model, if halves { Call::Halves } else { Call::Whole });
         batch.assert_added_to(&model, &before, "apply");

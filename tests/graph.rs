@@ -90,21 +90,23 @@ fn in_place_replays() {
     assert!(got.iter().zip(&base).all(|(g, b)| (g - b).abs() < bound));
 }
 
+/// Eight slots of two targets that share their input.
+fn two_targets(backend: &Backend, shapes: Vec<(usize, usize)>, seed: u64) -> Model {
+    let (dtype, form) = (DType::Bf16, Form::FromBase);
+    Model::new(backend, &Spec { dtype, form, slots: 8, k_max: 2, shapes, aligned: true, max_rank: 32, seed })
+}
+
+/// Random slots, and one in nine that there is not.
+fn set_routes(ids: &mut Grid, rng: &mut Rng) {
+    let count = ids.rows * ids.cols;
+    ids.set_bits(&(0..count).map(|_| rng.below(9) as u32).collect::<Vec<_>>());
+}
+
 /// One capture of both halves serves other routes and refilled slots.
 #[test]
 fn apply_replays() {
     let Some(backend) = Backend::cuda() else { return };
-    let spec = Spec {
-        dtype: DType::Bf16,
-        form: Form::FromBase,
-        slots: 8,
-        k_max: 2,
-        shapes: vec![(96, 160), (33, 160)],
-        aligned: true,
-        max_rank: 32,
-        seed: 23,
-    };
-    let mut model = Model::new(&backend, &spec);
+    let mut model = two_targets(&backend, vec![(96, 160), (33, 160)], 23);
     let mut rng = Rng(24);
     for rows in [1, 3, 100] {
         let mut batch = Batch::random(&model, &mut rng, rows, 2, DType::Bf16, Layout::dense);
@@ -115,8 +117,7 @@ fn apply_replays() {
             if step % 2 == 1 {
                 model.refill(rng.below(8));
             }
-            let ids: Vec<u32> = (0..2 * rows).map(|_| rng.below(9) as u32).collect();
-            batch.ids.set_bits(&ids);
+            set_routes(&mut batch.ids, &mut rng);
             let before = batch.bits();
             graph.launch().unwrap();
             batch.assert_added_to(&model, &before, "replayed");
@@ -129,17 +130,7 @@ fn apply_replays() {
 #[test]
 fn linear_replays() {
     let Some(backend) = Backend::cuda() else { return };
-    let spec = Spec {
-        dtype: DType::Bf16,
-        form: Form::FromBase,
-        slots: 8,
-        k_max: 2,
-        shapes: vec![(96, 160), (160, 160)],
-        aligned: true,
-        max_rank: 32,
-        seed: 25,
-    };
-    let mut model = Model::new(&backend, &spec);
+    let mut model = two_targets(&backend, vec![(96, 160), (160, 160)], 25);
     let mut rng = Rng(26);
     for rows in [1, 3, 8] {
         let mut batch = Batch::random(&model, &mut rng, rows, 2, DType::Bf16, Layout::dense);
@@ -157,7 +148,7 @@ fn linear_replays() {
                 model.refill(rng.below(8));
             }
             for ids in [&mut batch.ids, &mut again.ids] {
-                ids.set_bits(&(0..2 * rows).map(|_| rng.below(9) as u32).collect::<Vec<_>>());
+                set_routes(ids, &mut rng);
             }
             graph.launch().unwrap();
             linear::assert_is_product(&batch, &model, "replayed");

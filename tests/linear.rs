@@ -85,22 +85,7 @@ fn matches_oracle(backend: &Backend) {
         let spec = Spec { dtype: FLOATS[d], form: Form::FromBase, slots, k_max: 1, shapes: Vec::new(), aligned, max_rank, seed };
         let model = Model::new(backend, &group(spec, &outs, cols));
         let mut rng = Rng(seed ^ 3);
-        let pads = rng.below(4);
-        let layout = |cols: usize| if aligned {
-            Layout { stride: cols.next_multiple_of(8) + 8 * pads, shift: 0 }
-        } else {
-            Layout { stride: cols + pads, shift: pads }
-        };
-        let mut batch = Batch::random(&model, &mut rng, rows, k, FLOATS[y_type], layout);
-        if mapped {
-            // Items that serve several rows, none, and numbers that name none.
-            let item = |_| match rng.below(6) {
-                0 => rng.pick(&[-1i32, -9, rows as i32, i32::MAX]) as u32,
-                _ => rng.below(rows) as u32,
-            };
-            let map: Vec<u32> = (0..rows).map(item).collect();
-            batch.row_map = Some(Grid::new(backend, DType::I32, 1, rows, Layout { stride: rows, shift: pads }, &map));
-        }
+        let mut batch = Batch::laid_out(&model, &mut rng, (rows, k), FLOATS[y_type], aligned, mapped);
         run(&mut batch, &model);
         assert_is_product(&batch, &model, "linear");
     });
