@@ -364,11 +364,12 @@ struct Pairs {
 };
 
 // A block's rows of A times x, into the products. Returns the rows of all blocks. The first chunk's terms are at hand, and again at the
-// end where there is but one.
-template <class T> __device__ __forceinline__ uint32_t multiply_a(const LswLinearArgs& linear, Shared& shared, Pairs pairs, uint32_t block) {
+// end where there is but one. The dots alternate from row to row, over calls too: one barrier a row keeps the last row's until they are read.
+template <class T>
+__device__ __forceinline__ uint32_t multiply_a(const LswLinearArgs& linear, Shared& shared, Pairs pairs, uint32_t block, uint32_t& parity) {
     const LswApplyArgs& args = linear.apply;
     const uint32_t thread = threadIdx.x - 32 * kStreamers;
-    uint32_t before = 0, parity = 0;
+    uint32_t before = 0;
     for (uint32_t first = 0; first < pairs.all; first += pairs.chunk) {
         const uint32_t count = min(pairs.chunk, pairs.all - first);
         if (pairs.chunk < pairs.all) find_terms(args, shared, first, count);
@@ -441,10 +442,11 @@ template <class T> __device__ __forceinline__ void add(const LswLinearArgs& line
     find_terms(args, shared, 0, pairs.chunk);
     if (linear.only_x_is_new) prefetch_adapters<T>(linear, shared, pairs);
     dependency_wait();
-    const uint32_t rows = multiply_a<T>(linear, shared, pairs, blockIdx.x);
+    uint32_t parity = 0;
+    const uint32_t rows = multiply_a<T>(linear, shared, pairs, blockIdx.x, parity);
     if (rows == 0) return;  // nobody waits for anything
     if (!wait_for_products(linear, shared, min(rows, linear.blocks))) {
-        for (uint32_t block = 0; block < linear.blocks; ++block) multiply_a<T>(linear, shared, pairs, block);
+        for (uint32_t block = 0; block < linear.blocks; ++block) multiply_a<T>(linear, shared, pairs, block, parity);
         sync_some<kAddBarrier, kAddThreads>();
     }
     for (uint32_t first = 0; first < pairs.all; first += pairs.chunk) {
