@@ -531,12 +531,6 @@ __device__ __forceinline__ void store_weight(uint4 (&own_packs)[kOwnPacks<T>][kC
     }
 }
 
-// A place is free when each warp is through with it.
-__device__ __forceinline__ void release(Barrier& free) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) free.arrive();
-}
-
 // Once the producer has told of the n-th tile: W's packs of it.
 template <class T> __device__ __forceinline__ void fetch(Shared<T>& s, uint32_t n) {
     const uint32_t at = place<kTiles>(n);
@@ -559,13 +553,13 @@ template <class T> __device__ void consume(Shared<T>& s) {
             const uint32_t at = place<kSlicesB<T>>(b), at_a = place<kSlicesA<T>>(a);
             s.b_full[at].wait(parity<kSlicesB<T>>(b));
             multiply(sum, s.coefficients[at], s.a[at_a], s.b[at]);
-            release(s.b_free[at]);
-            if (!keeps) release(s.a_free[at_a]);
+            s.b_free[at].arrive();
+            if (!keeps) s.a_free[at_a].arrive();
         }
         if (keeps) a = first;
         copy_wait<0>();
         tile.is_plain ? store_weight<true, T>(s.weight, tile, sum) : store_weight<false, T>(s.weight, tile, sum);
-        release(s.tile_free[place<kTiles>(n)]);
+        s.tile_free[place<kTiles>(n)].arrive();
         fetch(s, n + 1);
     }
 }
@@ -578,9 +572,9 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
     if (threadIdx.x == 32) {
         s.any_changed = 0, s.jobs[0].begin = 0, s.jobs[0].target.tiles = 0;  // no target yet
         s.jobs[0].slices = 0;
-        for (int i = 0; i < kSlicesA<T>; ++i) s.a_free[i].init(kConsumers / 32);
-        for (int i = 0; i < kSlicesB<T>; ++i) s.b_full[i].init(32 + 1), s.b_free[i].init(kConsumers / 32);
-        for (int i = 0; i < kTiles; ++i) s.tile_full[i].init(1), s.tile_free[i].init(kConsumers / 32);
+        for (int i = 0; i < kSlicesA<T>; ++i) s.a_free[i].init(kConsumers);
+        for (int i = 0; i < kSlicesB<T>; ++i) s.b_full[i].init(32 + 1), s.b_free[i].init(kConsumers);
+        for (int i = 0; i < kTiles; ++i) s.tile_full[i].init(1), s.tile_free[i].init(kConsumers);
     }
     __syncthreads();
     threadIdx.x < kConsumers ? consume(s) : produce(args, s);
