@@ -65,6 +65,9 @@ pub fn route(logits: &[f64], routing: &Routing, blur: f64) -> Routed {
     let terms = if r.score == Score::Softmax { n } else { r.k };
     let relative = |spread: f64| (spread.min(110.0) * 2.0 + 16.0 + terms as f64) * 2.0 * U32 + 2.0 * blur;
 
+    // A sigmoid's power has a rounded argument too, and counts where x < 0.
+    let argument = |x: f64| if r.score == Score::Sigmoid && x > f64::NEG_INFINITY { (-x).max(0.0) } else { 0.0 };
+
     // What exp underflows from, and what is left of it under a root.
     let underflow = if r.score == Score::SqrtSoftplus { f64::from(f32::MIN_POSITIVE).sqrt() } else { f64::from(f32::MIN_POSITIVE) };
 
@@ -76,7 +79,9 @@ pub fn route(logits: &[f64], routing: &Routing, blur: f64) -> Routed {
     for e in 0..if by_score { n } else { 0 } {
         let (score, bias) = (if total > 0.0 { all[e] / total } else { 0.0 }, r.bias.as_ref().map_or(0.0, |bias| bias[e]));
         choices[e] = if (score + bias).is_nan() { f64::NEG_INFINITY } else { score + bias };
-        errors[e] = score * relative(if score > 0.0 { top - x[e] } else { 0.0 }) + 2.0 * U32 * choices[e].abs().min(1e30) + underflow;
+        errors[e] = score * relative(if score > 0.0 { argument(x[e]).max(top - x[e]) } else { 0.0 })
+            + 2.0 * U32 * choices[e].abs().min(1e30)
+            + underflow;
     }
 
     let mut is_decided = true;
@@ -117,7 +122,7 @@ pub fn route(logits: &[f64], routing: &Routing, blur: f64) -> Routed {
     let weights = scores(r.score, &chosen, top);
     let sum = if r.renormalize { weights.iter().sum() } else { total };
     let gates: Vec<f64> = weights.iter().map(|w| if sum > 0.0 { r.scale * w / sum } else { 0.0 }).collect();
-    let spread = |x: f64| if r.score == Score::Softmax && x > f64::NEG_INFINITY { top - x } else { 0.0 };
+    let spread = |x: f64| if r.score == Score::Softmax && x > f64::NEG_INFINITY { top - x } else { argument(x) };
     // What underflows is lost from a weight and from the sum.
     let lost = r.scale.abs() * underflow * (1.0 + (1.0 + r.k as f64) / sum.max(1e-300)).min(1e38);
     let bounds = gates.iter().zip(&chosen).map(|(gate, &x)| gate.abs() * 2.0 * relative(spread(x)) + lost).collect();

@@ -37,6 +37,7 @@ __device__ __forceinline__ uint32_t warp_index() { return __shfl_sync(kFullWarp,
 // What one warp shares among its lanes: keys of candidates and, below them, the complements of their ids; in no order.
 struct ChoiceScratch {
     alignas(16) uint64_t candidates[32];  // read two at a time
+    float2 scores[32];                    // in x, as far apart as the candidates that they are of
 };
 
 // Unsigned order of keys = order of floats, and none is 0; -0 becomes +0, so that the two tie.
@@ -61,8 +62,8 @@ __device__ __forceinline__ float warp_max(float x) {
 // Which code serves a route: the scores, and before them the softmax over the chosen without any option.
 enum class Kind { kPlain, kSoftmax, kSigmoid, kSqrtSoftplus };
 
-// Below 2^-126 it is 0.
-__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + expf(-x)); }
+// Below 2^-126 it is 0. The power's argument is rounded, which errs by |x| 2^-24 of the result where x < 0.
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + power_of_two(-1.44269504f * x)); }
 
 // The score of a logit; of a softmax, the numerator, where no logit exceeds `top`. If nothing is above -inf, all are 0.
 template <Kind kKind> __device__ __forceinline__ float score(float x, float top) {
@@ -114,37 +115,55 @@ __device__ __forceinline__ void load_run(const LaneExperts& own, bool is_packed,
     }
 }
 
+// n += a >= b and n += a > b, in assembly since C++ becomes an addition and a move that takes it back.
+__device__ __forceinline__ void count_if_reaching(uint32_t& n, uint32_t a, uint32_t b) {
+    asm("{\n.reg .pred p;\nsetp.ge.u32 p, %1, %2;\n@p add.u32 %0, %0, 1;\n}" : "+r"(n) : "r"(a), "r"(b));
+}
+__device__ __forceinline__ void count_if_above(uint32_t& n, uint64_t a, uint64_t b) {
+    asm("{\n.reg .pred p;\nsetp.gt.u64 p, %1, %2;\n@p add.u32 %0, %0, 1;\n}" : "+r"(n) : "l"(a), "l"(b));
+}
+
 // Whether this lane's group is one of the best. `choice` is -inf where the lane has no expert.
 template <int kItems> __device__ __forceinline__ bool is_best_group(const LswRouteArgs& args, const LaneExperts& own, const float (&choice)[kItems]) {
-    float best = -kInfinity, second = -kInfinity;
+    float best[kItems], second[kItems];
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-        second = fmaxf(second, fminf(best, choice[i]));
-        best = fmaxf(best, choice[i]);
+    for (int i = 0; i < kItems; i += 2) {
+        const float other = kItems > 1 ? choice[(i + 1) % kItems] : -kInfinity;
+        best[i] = fmaxf(choice[i], other), second[i] = fminf(choice[i], other);
     }
-    for (uint32_t step = 1; step >> args.group_lanes_log2 == 0; step *= 2) {
-        const float other = __shfl_xor_sync(kFullWarp, best, step), other_second = __shfl_xor_sync(kFullWarp, second, step);
+    const auto merge = [](float& best, float& second, float other, float other_second) {
         second = fmaxf(fmaxf(second, other_second), fminf(best, other));
         best = fmaxf(best, other);
+    };
+#pragma unroll
+    for (int step = 2; step < kItems; step *= 2) {
+#pragma unroll
+        for (int i = 0; i < kItems; i += 2 * step) merge(best[i], second[i], best[i + step], second[i + step]);
     }
-    if (args.flags & LSW_ROUTE_SUM_TWO) best = fmaxf(best + second, -kInfinity);
+    for (uint32_t step = 1; step >> args.group_lanes_log2 == 0; step *= 2) {
+        const float other = __shfl_xor_sync(kFullWarp, best[0], step), other_second = __shfl_xor_sync(kFullWarp, second[0], step);
+        merge(best[0], second[0], other, other_second);
+    }
+    // A group's key, and below it the complement of its number: no two are equal.
+    const uint32_t key = order_key(args.flags & LSW_ROUTE_SUM_TWO ? fmaxf(best[0] + second[0], -kInfinity) : best[0]);
+    const uint64_t mine = static_cast<uint64_t>(key) << 32 | ~own.group;
+    // A group's lanes share the comparisons with all others.
+    const uint32_t lane = threadIdx.x % 32, lanes = 1u << args.group_lanes_log2, of_group = (lanes == 32 ? kFullWarp : (1u << lanes) - 1) << (lane & -lanes);
     uint32_t rank = 0;
-#pragma unroll 4
-    for (uint32_t group = 0; group < args.groups; ++group) {
-        const float other = __shfl_sync(kFullWarp, best, group << args.group_lanes_log2);
-        rank += (other > best) | ((other == best) & (group < own.group));
+#pragma unroll 2
+    for (uint32_t first = 0; first < args.groups; first += lanes) {
+        const uint32_t group = first + lane % lanes, other = __shfl_sync(kFullWarp, key, group << args.group_lanes_log2);
+        const bool is_better = (static_cast<uint64_t>(other) << 32 | ~group) > mine && group < args.groups;
+        rank += __popc(__ballot_sync(kFullWarp, is_better) & of_group);
     }
     return rank < args.top_groups;
 }
 
-// How many experts of the warp reach `bound`; which lanes' i-th do.
-template <int kItems> __device__ __forceinline__ uint32_t count_reaching(const uint32_t (&keys)[kItems], uint32_t bound, uint32_t (&reach)[kItems]) {
+// How many of a lane's experts reach `bound`.
+template <int kItems> __device__ __forceinline__ uint32_t count_reaching(const uint32_t (&keys)[kItems], uint32_t bound) {
     uint32_t count = 0;
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-        reach[i] = __ballot_sync(kFullWarp, keys[i] >= bound);
-        count += __popc(reach[i]);
-    }
+    for (int i = 0; i < kItems; ++i) count_if_reaching(count, keys[i], bound);
     return count;
 }
 
@@ -155,10 +174,7 @@ __device__ __forceinline__ void raise_bound(const LaneExperts& own, uint32_t k, 
     uint32_t low = bound, high = highest + 1, count = 33;  // at least k reach `low`, fewer reach `high`
     while (count > 32 && high - low > 1) {
         const uint32_t middle = low + (high - low) / 2;
-        uint32_t reach = 0;
-#pragma unroll
-        for (int i = 0; i < kItems; ++i) reach += keys[i] >= middle;
-        reach = __reduce_add_sync(kFullWarp, reach);
+        const uint32_t reach = __reduce_add_sync(kFullWarp, count_reaching(keys, middle));
         if (reach >= k) {
             low = middle, count = reach;
         } else {
@@ -186,13 +202,14 @@ __device__ __forceinline__ void raise_bound(const LaneExperts& own, uint32_t k, 
     }
 }
 
-// What a lane contends with: a key, 0 for none, its expert, and how many are before it.
+// What a lane contends with: a key, 0 for none, its expert, how many are before it, and its score where the kind keeps scores.
 struct Candidate {
     uint32_t key, expert, place;
+    float score;
 };
 
 // Where each lane has one expert at most, in the order of lanes.
-__device__ __forceinline__ Candidate rank_lanes(const LswRouteArgs& args, const LaneExperts& own, uint32_t key) {
+__device__ __forceinline__ Candidate rank_lanes(const LswRouteArgs& args, const LaneExperts& own, uint32_t key, float score) {
     const uint32_t lane = threadIdx.x % 32, lanes = args.groups > 1 ? 32 : args.experts;
     uint32_t place = 0;
 #pragma unroll 1
@@ -203,13 +220,13 @@ __device__ __forceinline__ Candidate rank_lanes(const LswRouteArgs& args, const 
             place += (other > key) | ((other == key) & (c < lane));
         }
     }
-    return {key, own.first, place};
+    return {key, own.first, place, score};
 }
 
 // Leaves one candidate a lane, among them the k best, and ranks them.
-template <int kItems>
-__device__ __forceinline__ Candidate rank_runs(const LswRouteArgs& args, const LaneExperts& own, uint32_t most, uint32_t highest, uint32_t (&keys)[kItems],
-                                               ChoiceScratch& scratch) {
+template <bool kKeepsScores, int kItems>
+__device__ __forceinline__ Candidate rank_runs(const LswRouteArgs& args, const LaneExperts& own, bool is_best, uint32_t most, uint32_t highest,
+                                               uint32_t (&keys)[kItems], const float (&scores)[kItems], ChoiceScratch& scratch) {
     const uint32_t lane = threadIdx.x % 32;
     // Equal maxima leave together, and two rounds go at a time: the bound may lie below the k-th, never above it.
     uint32_t bound = highest;
@@ -221,28 +238,42 @@ __device__ __forceinline__ Candidate rank_runs(const LswRouteArgs& args, const L
             bound = __reduce_max_sync(kFullWarp, most);
         }
     }
-    if (bound <= kNothing) [[unlikely]] {  // what is no expert must not be taken for one at -inf
+    uint32_t own_bound = is_best ? bound : ~0u, own_count = count_reaching(keys, own_bound), count = __reduce_add_sync(kFullWarp, own_count);
+    if (bound <= kNothing || count > 32) [[unlikely]] {
+        // What is no expert, or of another group, must not be taken for an expert at -inf.
         bound = max(bound, 1u);
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
-            if (!own.has(i)) keys[i] = 0;
+            if (!own.has(i) || !is_best) keys[i] = 0;
         }
+        if (__reduce_add_sync(kFullWarp, count_reaching(keys, bound)) > 32) raise_bound(own, args.k, highest, bound, keys);
+        own_bound = bound, own_count = count_reaching(keys, bound), count = __reduce_add_sync(kFullWarp, own_count);
     }
-    uint32_t reach[kItems], count = count_reaching(keys, bound, reach);
-    if (count > 32) [[unlikely]] {
-        raise_bound(own, args.k, highest, bound, keys);
-        count = count_reaching(keys, bound, reach);
+    uint32_t before = 0;  // of the lanes below, a ballot for each bit of their counts
+#pragma unroll
+    for (int bit = 0; 1 << bit <= kItems; ++bit) {
+        before += __popc(__ballot_sync(kFullWarp, own_count >> bit & 1) & ((1u << lane) - 1)) << bit;
     }
-    scratch.candidates[lane] = 0;
-    __syncwarp();
-    uint32_t before = 0;
+    uint32_t slot = shared_address(&scratch.candidates[before]);
+    static_assert(offsetof(ChoiceScratch, scores) == 256);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-        uint64_t* slot = &scratch.candidates[before + __popc(reach[i] & ((1u << lane) - 1))];
-        const uint64_t candidate = static_cast<uint64_t>(keys[i]) << 32 | (LSW_MAX_EXPERTS - 1 - own.at(i));
-        if (keys[i] >= bound) *slot = candidate;
-        before += __popc(reach[i]);
+        const uint32_t complement = LSW_MAX_EXPERTS - 1 - own.at(i);
+        if constexpr (kKeepsScores) {
+            asm volatile(
+                "{\n.reg .pred p;\nsetp.ge.u32 p, %1, %2;\n@p st.shared.v2.u32 [%0], {%3, %1};\n@p st.shared.f32 [%0 + 256], %4;\n"
+                "@p add.u32 %0, %0, 8;\n}"
+                : "+r"(slot)
+                : "r"(keys[i]), "r"(own_bound), "r"(complement), "f"(scores[i])
+                : "memory");
+        } else {
+            asm volatile("{\n.reg .pred p;\nsetp.ge.u32 p, %1, %2;\n@p st.shared.v2.u32 [%0], {%3, %1};\n@p add.u32 %0, %0, 8;\n}"
+                         : "+r"(slot)
+                         : "r"(keys[i]), "r"(own_bound), "r"(complement)
+                         : "memory");
+        }
     }
+    if (lane >= count) scratch.candidates[lane] = 0;
     __syncwarp();
     const uint64_t mine = scratch.candidates[lane];
     uint32_t place = 0;
@@ -250,28 +281,24 @@ __device__ __forceinline__ Candidate rank_runs(const LswRouteArgs& args, const L
     for (uint32_t c = 0; c < count; c += 4) {  // four at a time: the places behind the last candidate hold 0
         const ulonglong2* next = reinterpret_cast<const ulonglong2*>(&scratch.candidates[c]);
         const ulonglong2 a = next[0], b = next[1];
-        place += (a.x > mine) + (a.y > mine) + (b.x > mine) + (b.y > mine);
+        count_if_above(place, a.x, mine), count_if_above(place, a.y, mine);
+        count_if_above(place, b.x, mine), count_if_above(place, b.y, mine);
     }
-    return {static_cast<uint32_t>(mine >> 32), LSW_MAX_EXPERTS - 1 - static_cast<uint32_t>(mine), place};
+    return {static_cast<uint32_t>(mine >> 32), LSW_MAX_EXPERTS - 1 - static_cast<uint32_t>(mine), place, kKeepsScores ? scratch.scores[lane].x : 0.0f};
 }
 
 // Routes one token; at most 32 * kItems experts. `counts`, if the route is counted, gain the chosen ones.
 template <Kind kKind, int kItems, class T>
 __device__ __forceinline__ void choose(const LswRouteArgs& args, uint32_t token, const T* logits, ChoiceScratch& scratch, uint32_t* counts) {
-    constexpr bool kIsPlain = kKind == Kind::kPlain, kIsSoftmax = kIsPlain || kKind == Kind::kSoftmax;
+    constexpr bool kIsPlain = kKind == Kind::kPlain, kIsSoftmax = kIsPlain || kKind == Kind::kSoftmax, kKeepsScores = !kIsSoftmax;
     const uint32_t lane = threadIdx.x % 32;
     const LaneExperts own(args, !kIsPlain);
     const bool renormalize = kIsPlain || args.flags & LSW_ROUTE_RENORMALIZE, by_score = !kIsPlain && args.flags & LSW_ROUTE_BY_SCORE;
     const bool is_packed = args.flags & LSW_ROUTE_PACKED && args.lane_experts == kItems;
-    float choice[kItems], bias[kItems];
+    float choice[kItems], bias[kItems], scores[kItems] = {};
     load_run(own, is_packed, logits, -kInfinity, choice);
-    // Loaded beside the logits, so that their latencies are one. What is no expert stays at -inf.
-    if (!kIsPlain && args.bias) {
-        load_run(own, is_packed, reinterpret_cast<const float*>(args.bias), -kInfinity, bias);
-    } else {
-#pragma unroll
-        for (int i = 0; i < kItems; ++i) bias[i] = own.has(i) ? 0.0f : -kInfinity;
-    }
+    // Loaded beside the logits, so that their latencies are one.
+    if (!kIsPlain && args.bias) load_run(own, is_packed, reinterpret_cast<const float*>(args.bias), -kInfinity, bias);
     bool is_odd = false;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) is_odd |= !(choice[i] <= kLargest);
@@ -303,26 +330,48 @@ __device__ __forceinline__ void choose(const LswRouteArgs& args, uint32_t token,
     if (by_score) {
         const float share = !kIsSoftmax ? 1.0f : sum > 0.0f ? 1.0f / sum : 0.0f;
 #pragma unroll
-        for (int i = 0; i < kItems; ++i) choice[i] = fmaxf(score<kKind>(choice[i], top) * share + bias[i], -kInfinity);
+        for (int i = 0; i < kItems; ++i) {
+            scores[i] = score<kKind>(choice[i], top);
+            choice[i] = scores[i] * share;
+        }
+        // What is no expert goes back to -inf.
+        if (args.bias) {
+#pragma unroll
+            for (int i = 0; i < kItems; ++i) choice[i] = fmaxf(choice[i] + bias[i], -kInfinity);
+        } else {
+#pragma unroll
+            for (int i = 0; i < kItems; ++i) choice[i] = own.has(i) ? choice[i] : -kInfinity;
+        }
     }
     const bool is_best = kIsPlain || args.groups == 1 || is_best_group(args, own, choice);
     uint32_t keys[kItems], most = 0;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-        keys[i] = is_best && (kItems > 1 || own.has(0)) ? order_key(choice[i]) : 0;
+        keys[i] = order_key(choice[i]);
         most = max(most, keys[i]);
     }
+    if (!is_best || (kItems == 1 && !own.has(0))) most = 0;
     const uint32_t highest = __reduce_max_sync(kFullWarp, most);
 
-    const Candidate candidate = kItems == 1 ? rank_lanes(args, own, most) : rank_runs(args, own, most, highest, keys, scratch);
+    const Candidate candidate = kItems == 1 ? rank_lanes(args, own, most, scores[0])
+                                            : rank_runs<kKeepsScores>(args, own, is_best, most, highest, keys, scores, scratch);
     const bool is_chosen = candidate.key != 0 && candidate.place < args.k;
-    float x = -kInfinity;
-    if (is_chosen) {
-        x = by_score ? usable_logit<kKind>(args, to_float(logits[candidate.expert])) : key_value(candidate.key);
-        if (args.flags & LSW_ROUTE_COUNTED) [[unlikely]] atomicAdd(&counts[candidate.expert], 1u);
+    float x = -kInfinity, gate = 0.0f;
+    if (is_chosen && args.flags & LSW_ROUTE_COUNTED) [[unlikely]] atomicAdd(&counts[candidate.expert], 1u);
+    bool is_nothing;  // all chosen logits are -inf
+    if (kKeepsScores && by_score) {
+        if (is_chosen) gate = candidate.score;
+        is_nothing = __all_sync(kFullWarp, gate == 0.0f);
+        if (is_nothing) [[unlikely]] {  // or far below 0
+            if (is_chosen) x = to_float(logits[candidate.expert]);
+            is_nothing = __all_sync(kFullWarp, !(x > -kInfinity));
+        }
+    } else {
+        if (is_chosen) x = by_score ? usable_logit<kKind>(args, to_float(logits[candidate.expert])) : key_value(candidate.key);
+        if (kIsSoftmax && renormalize) top = by_score ? warp_max(x) : key_value(highest);
+        if (is_chosen) gate = score<kKind>(x, top);
+        is_nothing = __all_sync(kFullWarp, x == -kInfinity);
     }
-    if (kIsSoftmax && renormalize) top = by_score ? warp_max(x) : key_value(highest);
-    float gate = is_chosen ? score<kKind>(x, top) : 0.0f;
     if (renormalize) sum = warp_sum(gate);
     if (kIsSoftmax || renormalize) gate = sum > 0.0f ? __fdividef(gate, sum) : 0.0f;
     if (!kIsPlain) gate *= args.scale;
@@ -330,7 +379,7 @@ __device__ __forceinline__ void choose(const LswRouteArgs& args, uint32_t token,
         reinterpret_cast<int32_t*>(args.ids)[token * args.ids_stride + candidate.place] = static_cast<int32_t>(candidate.expert);
         reinterpret_cast<float*>(args.gates)[token * args.gates_stride + candidate.place] = gate;
     }
-    if ((is_odd || __all_sync(kFullWarp, x == -kInfinity)) && lane == 0) [[unlikely]] atomicOr(reinterpret_cast<uint32_t*>(args.status), LSW_ODD_LOGITS);
+    if ((is_odd || is_nothing) && lane == 0) [[unlikely]] atomicOr(reinterpret_cast<uint32_t*>(args.status), LSW_ODD_LOGITS);
     __syncwarp();  // the scratch is free again
 }
 

@@ -105,6 +105,13 @@ template <int kBarrier, int kThreads> __device__ __forceinline__ void sync_some(
     asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
 }
 
+// 2^x to 2 ulp; 0 below 2^-126.
+__device__ __forceinline__ float power_of_two(float x) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+}
+
 // 1 / x within one unit in the last place; of denormals inf, and below the normal numbers 0.
 __device__ __forceinline__ float reciprocal(float x) {
     float y;
