@@ -554,7 +554,7 @@ template <class T> __device__ void consume(Shared<T>& s) {
             s.b_full[at].wait(parity<kSlicesB<T>>(b));
             multiply(sum, s.coefficients[at], s.a[at_a], s.b[at]);
             s.b_free[at].arrive();
-            if (!keeps) s.a_free[at_a].arrive();
+            s.a_free[at_a].arrive_if(!keeps);
         }
         if (keeps) a = first;
         copy_wait<0>();
