@@ -25,8 +25,8 @@ enum {
     LSW_GATE_MANY = 32,     /* ... or of 32 for 32: 16-bit types in clusters, beyond 8 tokens */
     LSW_GATE_FUSED = 64,    /* tokens up to which one launch does everything */
     LSW_GATE_WORDS = 4 * 64 * 8 * 1024, /* bytes of words in its workspace, at most */
-    LSW_GATE_SHARED = 48 * 1024, /* bytes a block; asserted by the kernel */
-    LSW_GATE_SHARED_MANY = 68 * 1024,
+    LSW_GATE_SHARED = 46 * 1024, /* bytes a block; asserted by the kernel; with what it has beside, below 48 KB */
+    LSW_GATE_SHARED_MANY = 66 * 1024,
     LSW_GATE_PROJECT_TOKENS = 32, /* that a warp multiplies beyond that */
     LSW_GATE_PROJECT_TOKENS_32BIT = 8,
     LSW_GATE_TILE_EXPERTS = 64, /* of a block that does the same by tiles, where rows are aligned */

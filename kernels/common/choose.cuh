@@ -147,14 +147,14 @@ template <int kItems> __device__ __forceinline__ bool is_best_group(const LswRou
     // A group's key, and below it the complement of its number: no two are equal.
     const uint32_t key = order_key(args.flags & LSW_ROUTE_SUM_TWO ? fmaxf(best[0] + second[0], -kInfinity) : best[0]);
     const uint64_t mine = static_cast<uint64_t>(key) << 32 | ~own.group;
-    // A group's lanes share the comparisons with all others.
-    const uint32_t lane = threadIdx.x % 32, lanes = 1u << args.group_lanes_log2, of_group = (lanes == 32 ? kFullWarp : (1u << lanes) - 1) << (lane & -lanes);
     uint32_t rank = 0;
-#pragma unroll 2
-    for (uint32_t first = 0; first < args.groups; first += lanes) {
-        const uint32_t group = first + lane % lanes, other = __shfl_sync(kFullWarp, key, group << args.group_lanes_log2);
-        const bool is_better = (static_cast<uint64_t>(other) << 32 | ~group) > mine && group < args.groups;
-        rank += __popc(__ballot_sync(kFullWarp, is_better) & of_group);
+#pragma unroll 1
+    for (uint32_t first = 0; first < args.groups; first += 8) {  // eight trips between lanes at a time
+#pragma unroll
+        for (uint32_t i = 0; i < 8; ++i) {
+            const uint32_t group = first + i, other = __shfl_sync(kFullWarp, key, group << args.group_lanes_log2);
+            count_if_above(rank, static_cast<uint64_t>(group < args.groups ? other : 0) << 32 | ~group, mine);
+        }
     }
     return rank < args.top_groups;
 }
