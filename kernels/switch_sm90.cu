@@ -9,7 +9,7 @@
 //   panels    (warp 1)  per product: A [<= 64, 128], by the copy engine
 //   loaders   (warps 4 to 7)  and B [128, <= 64], by plain copies, each warp every fourth
 //   consumers (2 x 128) each 64 rows: wgmma into `product`, sum += coefficient * product; then W's granule is changed in place in shared
-//                       memory (ldmatrix, add in f32, one rounding, stmatrix)
+//                       memory (ldmatrix, add in f32, one rounding, stmatrix); where ranks are deep, B in registers (run_holder)
 //   weights   (warps 2, 3) a consumer's granules of W: each is brought by the copy engine, and written back when it is done
 //
 // The product of a tile starts before its W arrives, and W runs up to three tiles ahead. A block takes a few tiles in a row, and B stays in
@@ -25,11 +25,12 @@
 //   and bytes beyond the rank never enter a product.
 // - An adapter whose own rows are not aligned comes through plain loads into the same swizzled places (load_slowly), so that a refill
 //   never changes which launch serves a target.
-// - Exactness and the order of sums are those of switch.cu, but that the tensor cores sum in another grouping.
+// - Exactness and the order of sums are those of switch.cu, but that the tensor cores sum in another grouping, and that where the consumers
+//   hold B (in place) terms ascend by magnitude and share an accumulator, which rounds each twice at every later one.
 // - The last block to leave the queue records. Only schedulers read the old record, and by then all of them are done with it.
 //
 // Memory order first: blocks take tiles from one counter, so that all SMs work close together in memory (long private strips cost 6-10%). What a
-// run of tiles saves on B it can lose there: three tiles are best until the ranks add up to more than 128.
+// run of tiles saves on B it can lose there: three tiles are best until the ranks add up to more than 128, 8 to 32 beyond.
 // Every layout assumption is asserted where it is used.
 #include "args.h"
 #include "common/num.cuh"
@@ -49,9 +50,11 @@ constexpr uint32_t kMostGranules = 6, kFewestGranules = 4;
 static_assert(kMostGranules % kConsumers == 0 && kFewestGranules % kConsumers == 0, "a place stays with one consumer: who waits at a barrier sees all its phases");
 constexpr uint32_t kMostPanels = (kArea - kMostGranules * kGranule) / (16 * 256);  // of the smallest
 constexpr uint32_t kFewestStay = 4;         // panels of B, of the largest
+constexpr uint32_t kHeld = 4;               // panels of B that consumers hold in registers, of 64 of a rank
 constexpr uint32_t kLoaders = 4;            // warps
 static_assert(kFewestStay >= kLoaders, "a loader that comes to a place must not be two uses ahead of it");
 constexpr uint32_t kGrab = 3, kDeepGrab = 32;  // tiles that a block takes at a time
+constexpr uint32_t kHeldGrab = 8, kLongHeldGrab = 16;  // where the consumers hold B: all of it, a part
 constexpr uint32_t kDeep = 128;                // a sum of ranks beyond which panels are scarcer than granules
 constexpr int kEntries = 4;                 // tiles between the scheduler and the slowest role
 constexpr uint32_t kEnd = ~0u;
@@ -92,6 +95,7 @@ struct Plan {
     __device__ uint32_t b_parity() const { return bits >> 7 & 1; }
     __device__ uint32_t a_slot() const { return bits >> 8 & 0xff; }
     __device__ uint32_t b_slot() const { return bits >> 16; }
+    __device__ bool has_b() const { return a_slot() != b_slot(); }  // else it is in registers
 };
 
 // One panel of B times one of A, as the scheduler works it out.
@@ -147,9 +151,10 @@ struct Geometry {
     uint32_t panel_bytes;  // A [depth, 128] or B [128, depth]
     uint32_t granules;     // of W in flight, at the area's begin
     uint32_t panels;       // the address behind them
-    uint32_t stays;        // panels behind them, of B, for a run of tiles
+    uint32_t held;         // a target's first panels of B that the consumers hold for a run of tiles
+    uint32_t stays;        // panels behind them, of B, for a run of tiles: the next ones
     uint32_t passes;       // and behind those, for one tile: of A, and of B where there is no place to stay
-    uint32_t most_ranks;   // that a target may need
+    uint32_t most_ranks, most_panels;  // that a target may need
     uint32_t least_steps, most_steps;  // of a product
     uint32_t grab;         // consecutive tiles that a block takes at a time
 };
@@ -159,6 +164,7 @@ struct Shared {
     unsigned char area[kArea];
     Entry entry[kEntries];
     Term staged[2 * LSW_MAX_K];    // the terms of the scheduler's target
+    Product described[kProducts];  // and the first products, a lane's each, without the places of their panels
     Header moving[kMostGranules];  // whose granules are in the area
     Barrier entry_full[kEntries], entry_empty[kEntries];
     Barrier weight_full[kMostGranules], weight_done[kMostGranules];
@@ -234,26 +240,31 @@ __device__ void meet_target(const LswSwitchArgs& args, Shared& s, uint32_t targe
     });
     each([&](const LswFactor& f, const LswMap* maps) {
         if (f.flags & LSW_A_ALIGNED) fence_tensor_map(maps);
-        if (f.flags & LSW_B_ALIGNED && panels > kFewestStay) fence_tensor_map(maps + 1);
+        if (f.flags & LSW_B_ALIGNED && (panels > kFewestStay || depth == 64)) fence_tensor_map(maps + 1);
     });
     atomicMax(&s.geometry.depth, depth);
     atomicMax(&s.geometry.most_ranks, ranks);
+    atomicMax(&s.geometry.most_panels, panels);
     atomicMin(&s.geometry.least_steps, least_steps);
     atomicMax(&s.geometry.most_steps, most_steps);
 }
 
 // One thread. Short grabs where they can be: memory likes all blocks close together, and the last blocks want tiles too. Deep ranks need B
-// to stay for longer.
-__device__ void lay_out(Shared& s, uint32_t total, uint32_t blocks) {
+// to stay for longer. B is held where each of its panels is 64 of a rank, the last 16 of them in part: less would waste registers. And only
+// in place: all changed targets decide together, while from base a target's bits depend on its route alone.
+__device__ void lay_out(const LswSwitchArgs& args, Shared& s, uint32_t total, uint32_t blocks) {
     Geometry& g = s.geometry;
     const bool is_deep = g.most_ranks > kDeep;
     g.panel_bytes = g.depth * 256;
+    g.held = args.in_place && is_deep && g.least_steps == 4 && g.most_steps == 4 ? kHeld : 0;
+    const bool is_all_held = g.held > 0 && g.most_panels <= g.held;
     g.granules = is_deep ? kFewestGranules : kMostGranules;
     g.panels = shared_address(s.panels());
     const uint32_t slots = min(kMostPanels, (kArea - g.granules * kGranule) / g.panel_bytes);
-    g.stays = g.depth == 64 ? kFewestStay : slots / 2;
+    g.stays = is_all_held ? 0 : g.depth == 64 ? kFewestStay : slots / 2;
     g.passes = slots - g.stays;
-    g.grab = max(1u, min(is_deep ? kDeepGrab : kGrab, (total + blocks - 1) / blocks));
+    const uint32_t most = g.held == 0 ? (is_deep ? kDeepGrab : kGrab) : is_all_held ? kHeldGrab : kLongHeldGrab;
+    g.grab = max(1u, min(most, (total + blocks - 1) / blocks));
 }
 
 // All threads: the tiles of each group of 32 targets, then their prefix sum, and the geometry. Ends with a barrier.
@@ -274,7 +285,7 @@ __device__ void plan(const LswSwitchArgs& args, Shared& s) {
             if (g < s.groups) s.group[g + 1] = sum;
             carry = __shfl_sync(kFullWarp, sum, 31);
         }
-        if (lane == 0) s.group[0] = 0, lay_out(s, carry, gridDim.x);
+        if (lane == 0) s.group[0] = 0, lay_out(args, s, carry, gridDim.x);
     }
     __syncthreads();
 }
@@ -288,7 +299,6 @@ struct Cursor {
     int rows = 0, cols = 0;                    // of the target
     bool blocks = false;
     int row = 0, col = 0;  // of the tile
-    Product product;       // this lane's of the target's first, without the places of its panels
 
     __device__ void locate(uint32_t tile) {
         const uint32_t across = (cols + kTile - 1) / kTile, index = tile - start;
@@ -304,6 +314,14 @@ struct Cursor {
 __device__ __forceinline__ Term make_term(const LswSwitchArgs& args, uint32_t target, int slot, float coefficient) {
     const LswFactor& f = factor(args, target, slot);
     return {coefficient, f.rank | f.flags << 16, reinterpret_cast<const void*>(f.b), f.b_stride, target * args.slots + slot};
+}
+
+// a / b of finite b. A division's rare cases are a function, and where one is called ptxas serialises wgmma.
+__device__ __forceinline__ float quotient_of(float a, float b) {
+    double inverse = rough_reciprocal(b);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) inverse = fma(inverse, fma(-static_cast<double>(b), inverse, 1.0), inverse);
+    return static_cast<float>(a * inverse);
 }
 
 // A product of the staged terms, but for the places of its panels.
@@ -346,31 +364,57 @@ __device__ void seek(const LswSwitchArgs& args, Shared& s, Cursor& at, uint32_t 
     at.blocks = t.flags & LSW_WEIGHT_BLOCKS;
     const LaneTerms terms = lane_terms(args, s.route, at.target);
     __syncwarp();  // the last publish has read what was staged
+    // Where consumers hold B: ascending by magnitude, equal ones as they come. So no quotient is above 1, and nothing overflows.
+    const bool by_size = s.geometry.held > 0;
+    auto key = [](int slot, float coefficient, uint32_t at) {
+        return slot < 0 ? ~0ull : static_cast<uint64_t>(__float_as_uint(fabsf(coefficient))) << 32 | at;
+    };
+    const uint64_t enter = key(terms.enter_slot, terms.enter, terms.enter_at), leave = key(terms.leave_slot, terms.leave, terms.leave_at);
+    uint32_t before_enter = 0, before_leave = 0;
+    for (int i = 0; by_size && i < 32; ++i) {
+        const uint64_t one = __shfl_sync(kFullWarp, enter, i), other = __shfl_sync(kFullWarp, leave, i);
+        before_enter += (one < enter) + (other < enter);
+        before_leave += (one < leave) + (other < leave);
+    }
     uint32_t panels = 0;
     auto stage = [&](uint32_t place, int slot, float coefficient) {
         if (slot < 0) return;
         s.staged[place] = make_term(args, at.target, slot, coefficient);
         panels += s.staged[place].panels();
     };
-    stage(terms.enter_at, terms.enter_slot, terms.enter);
-    stage(terms.leave_at, terms.leave_slot, terms.leave);
+    stage(by_size ? before_enter : terms.enter_at, terms.enter_slot, terms.enter);
+    stage(by_size ? before_leave : terms.leave_at, terms.leave_slot, terms.leave);
     at.panels = __reduce_add_sync(kFullWarp, panels);
     __syncwarp();
-    if (lane < at.panels) at.product = describe(s, lane);
+    // Each but the last by the quotient of its coefficient and the next one's.
+    for (uint32_t i = 0; by_size && i + 1 < terms.count; i += 32) {
+        const bool has_next = i + lane + 1 < terms.count;
+        const float quotient = has_next ? quotient_of(s.staged[i + lane].coefficient, s.staged[i + lane + 1].coefficient) : 0.0f;
+        __syncwarp();
+        if (has_next) s.staged[i + lane].coefficient = quotient;
+        __syncwarp();
+    }
+    if (lane < at.panels) s.described[lane] = describe(s, lane);
 }
 
 // Where panels find their places: passing ones go round and round, those of a run begin where the last run's ended.
 struct Places {
     Ring passing, staying, run;
 
-    // Of the product that comes as number `index` of its tile.
-    __device__ __forceinline__ void give(Product& p, const Shared& s, uint32_t index, bool ends_run) const {
+    // Passing panels of a tile before those of its product `index`.
+    __device__ __forceinline__ static uint32_t passed(const Geometry& g, uint32_t index, bool begins_run) {
+        const uint32_t kept = g.held + g.stays;
+        return index + (begins_run ? min(index, g.held) : 0) + max(index, kept) - kept;
+    }
+    // Of the product that comes as number `index` of its tile. A held one has no place for B but at the beginning of a run: it says A's.
+    __device__ __forceinline__ void give(Product& p, const Shared& s, uint32_t index, bool begins_run, bool ends_run) const {
         const Geometry& g = s.geometry;
-        const bool stays = index < g.stays;
+        const bool is_held = index < g.held, stays = !is_held && index < g.held + g.stays, comes = is_held ? begins_run : !stays;
+        const uint32_t before = passed(g, index, begins_run);
         Ring a = passing, b = stays ? run : passing;
-        a.advance(stays ? index : 2 * index - g.stays);
-        b.advance(stays ? index : 2 * index - g.stays + 1);
-        const uint32_t a_slot = g.stays + a.slot, b_slot = stays ? b.slot : g.stays + b.slot, frees_b = ends_run || !stays;
+        a.advance(before);
+        b.advance(stays ? index - g.held : before + comes);
+        const uint32_t a_slot = g.stays + a.slot, b_slot = stays ? b.slot : g.stays + b.slot, frees_b = comes || (stays && ends_run);
         p.a_low += g.panels + a_slot * g.panel_bytes >> 4;
         for (uint32_t c = 0; c < kConsumers; ++c) p.b_low[c] += g.panels + b_slot * g.panel_bytes >> 4;
         p.plan.bits |= frees_b << 5 | a.parity << 6 | b.parity << 7 | a_slot << 8 | b_slot << 16;
@@ -379,8 +423,8 @@ struct Places {
 
 // One warp: a tile becomes an entry of the ring, or several.
 __device__ void publish(Shared& s, Ring& ring, Places& places, const Cursor& at, bool begins_run, bool ends_run) {
-    const uint32_t lane = threadIdx.x % 32, stays = s.geometry.stays;
-    if (begins_run) places.run = places.staying, places.staying.advance(min(at.panels, stays));
+    const uint32_t lane = threadIdx.x % 32, held = s.geometry.held, stays = s.geometry.stays;
+    if (begins_run && stays > 0) places.run = places.staying, places.staying.advance(min(max(at.panels, held) - held, stays));
     uint32_t left = at.panels;
     do {
         const uint32_t count = min(left, kProducts);
@@ -388,8 +432,8 @@ __device__ void publish(Shared& s, Ring& ring, Places& places, const Cursor& at,
         Entry& entry = s.entry[ring.slot];
         if (lane < count) {
             const uint32_t index = at.panels - left + lane;
-            Product product = index < kProducts ? at.product : describe(s, index);
-            places.give(product, s, index, ends_run);
+            Product product = index < kProducts ? s.described[lane] : describe(s, index);
+            places.give(product, s, index, begins_run, ends_run);
             entry.products[lane] = product;
         }
         left -= count;
@@ -400,7 +444,7 @@ __device__ void publish(Shared& s, Ring& ring, Places& places, const Cursor& at,
         s.entry_full[ring.slot].arrive();  // each lane for what it wrote
         ring.advance();
     } while (left > 0);
-    places.passing.advance(at.panels + max(at.panels, stays) - stays);
+    places.passing.advance(Places::passed(s.geometry, at.panels, begins_run));
 }
 
 // Waits for the next entry.
@@ -518,7 +562,7 @@ template <class T> __device__ void run_panels(const LswSwitchArgs& args, Shared&
         bring(p.plan.a_slot(), p.plan.a_parity(), p.flags & LSW_A_ALIGNED, depth,
               [&](unsigned char* panel, Barrier& full) { load_pair(panel, maps, tile.blocks(), tile.col, k, depth, full); },
               [&](unsigned char* panel) { load_a_slowly<T>(args, panel, tile, p); });
-        if (p.plan.b_slot() < stays) return;
+        if (p.plan.b_slot() < stays || !p.plan.has_b()) return;
         bring(p.plan.b_slot(), p.plan.b_parity(), p.flags & LSW_B_ALIGNED, depth,
               [&](unsigned char* panel, Barrier& full) { load_box(panel, maps + 1, k, tile.row, full); },
               [&](unsigned char* panel) { load_b_slowly<T>(panel, tile, p); });
@@ -639,14 +683,15 @@ struct Fragment {
 #pragma unroll
         for (int j = 0; j < 8; ++j) ldmatrix4(words[j], place(granule, j));
     }
-    // W + sum, one rounding.
-    template <class T> __device__ __forceinline__ void add_and_store(unsigned char* granule, const float (&sum)[64]) {
+    // W + coefficient * sum, one rounding.
+    template <class T>
+    __device__ __forceinline__ void add_and_store(unsigned char* granule, const float (&sum)[64], float coefficient = 1.0f) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float2 old = unpack(words[j][i], T{});
-                words[j][i] = pack({old.x + sum[8 * j + 2 * i], old.y + sum[8 * j + 2 * i + 1]}, T{});
+                words[j][i] = pack({fmaf(coefficient, sum[8 * j + 2 * i], old.x), fmaf(coefficient, sum[8 * j + 2 * i + 1], old.y)}, T{});
             }
             stmatrix4(place(granule, j), words[j]);
         }
@@ -764,6 +809,112 @@ template <class T, int kSteps> __device__ void run_consumer(Shared& s, int consu
     }
 }
 
+// 64 rows of W's tile where the ranks are deep: B's first panels stay in registers for a run of tiles, as wgmma's first operand. That
+// leaves registers for one accumulator: coefficients ascend in magnitude, and after each term but the last the accumulator is multiplied by
+// the quotient of its coefficient and the next one's, so that the last coefficient is all that is missing in the end. What falls below
+// 2^-149 of the last coefficient on the way is lost.
+template <class T> __device__ void run_holder(Shared& s, int consumer) {
+    const bool leader = threadIdx.x % 32 == 0;
+    Ring entries(kEntries), weights(s.geometry.granules, consumer);
+    Header tile;     // of the entry, not all of it
+    uint32_t index;  // of the entry's next product
+    Work next;
+    bool is_ready;  // whether its panels are there
+    uint32_t held[kHeld][4][4] = {};  // the compiler takes what is never set for what need not be kept
+    float sum[64];
+
+    auto open = [&] {
+        const Entry& entry = next_entry(s, entries);
+        if (leader) tile.target = entry.header.target, tile.packed = entry.header.packed;
+        tile.target = __shfl_sync(kFullWarp, tile.target, 0), tile.packed = __shfl_sync(kFullWarp, tile.packed, 0);
+        index = 0;
+    };
+    auto close = [&] {
+        s.entry_empty[entries.slot].arrive_if(leader);
+        entries.advance();
+    };
+    auto look = [&] {
+        next = take(s.entry[entries.slot].products[index++], consumer);
+        const Plan& p = next.plan;
+        is_ready = test_both(s.panel_full[p.b_slot()], p.b_parity(), s.panel_full[p.a_slot()], p.a_parity());
+    };
+    auto hold = [&](uint32_t (&b)[4][4], const Plan& p) {
+        const int lane = threadIdx.x % 32, row = 64 * consumer + threadIdx.x / 32 % 4 * 16 + lane % 16;
+        unsigned char* panel = s.panels() + p.b_slot() * s.geometry.panel_bytes;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) ldmatrix4(b[i], panel + swizzle(row * 128 + (2 * i + lane / 16) * 16, 7));
+        __syncwarp();
+        s.panel_empty[p.b_slot()].arrive_if(leader);
+    };
+
+    unsigned char* granule;
+    Fragment weight;
+    auto take_weight = [&] {
+        granule = s.area + weights.slot * kGranule;
+        s.weight_full[weights.slot].wait(weights.parity);
+        weight.load(granule);
+        close();
+        open();
+        if (tile.products() > 0) look();
+    };
+    auto give_weight = [&] {
+        fence_async_shared();
+        __syncwarp();
+        s.weight_done[weights.slot].arrive_if(leader);
+        weights.advance(kConsumers);
+    };
+    // One product and, under it, the look at its successor; whether it is of the same tile.
+    float coefficient;
+    auto step = [&](auto issue) {
+        const Work work = next;
+        const Plan& p = work.plan;
+        if (!is_ready) wait_both(s.panel_full[p.b_slot()], p.b_parity(), s.panel_full[p.a_slot()], p.a_parity());
+        issue(work);
+        bool goes_on = true;
+        if (index == tile.products()) {
+            goes_on = !tile.ends_tile();
+            if (goes_on) close(), open();
+        }
+        goes_on ? look() : take_weight();
+        wgmma_wait<0>();
+        s.panel_empty[p.a_slot()].arrive_if(leader);
+        coefficient = work.coefficient;
+        if (goes_on && p.ends_term()) {
+#pragma unroll
+            for (int j = 0; j < 64; ++j) sum[j] *= coefficient;
+        }
+        return goes_on;
+    };
+    open();
+    if (tile.products() > 0) look();
+    while (tile.target != kEnd) {
+        if (tile.products() == 0) {  // what is base is copied
+            take_weight();
+            give_weight();
+            continue;
+        }
+        bool goes_on = true;
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) {
+            if (!goes_on) break;
+            goes_on = step([&](const Work& work) {
+                if (work.plan.has_b()) hold(held[i], work.plan);
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < 4; ++k) wgmma(sum, held[i][k], work.a() + (2048 * k >> 4), i > 0 || k > 0, T{});
+                wgmma_commit();
+            });
+        }
+        while (goes_on) {
+            const Plan plan = next.plan;
+            goes_on = step([&](const Work& work) { multiply_steps<4, T>(sum, work.b(), work.a(), true); });
+            s.panel_empty[plan.b_slot()].arrive_if(leader && plan.frees_b());
+        }
+        weight.add_and_store<T>(granule, sum, coefficient);
+        give_weight();
+    }
+}
+
 __device__ void init_barriers(Shared& s) {
     for (int i = 0; i < kEntries; ++i) {
         s.entry_full[i].init(32);                            // the scheduler's lanes
@@ -774,7 +925,7 @@ __device__ void init_barriers(Shared& s) {
     fence_barrier_init();
 }
 
-template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
+template <class T> __device__ __forceinline__ void switch_all(const LswSwitchArgs& args) {
     if (args.first >= args.last) return;
     extern __shared__ unsigned char raw[];
     Shared& s = *reinterpret_cast<Shared*>(raw + (-shared_address(raw) & 1023));
@@ -782,7 +933,7 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
     if (warp == 0) canonical_route(args, s.route);
     if (threadIdx.x == 32) {
         init_barriers(s);
-        s.geometry.depth = 16, s.geometry.most_ranks = s.geometry.most_steps = 0, s.geometry.least_steps = ~0u;
+        s.geometry.depth = 16, s.geometry.most_ranks = s.geometry.most_panels = s.geometry.most_steps = 0, s.geometry.least_steps = ~0u;
         s.groups = (args.last - args.first + 31) / 32;
     }
     __syncthreads();
@@ -802,7 +953,9 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
         take_registers<kConsumerRegisters>();
         const int consumer = warp / 4 - 2;
         const uint32_t steps = s.geometry.most_steps == s.geometry.least_steps ? s.geometry.most_steps : 0;
-        if (steps == 1) {
+        if (s.geometry.held > 0) {
+            run_holder<T>(s, consumer);
+        } else if (steps == 1) {
             run_consumer<T, 1>(s, consumer);
         } else if (steps == 2) {
             run_consumer<T, 2>(s, consumer);

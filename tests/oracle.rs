@@ -181,7 +181,9 @@ pub struct Term<'a> {
 }
 
 /// base + sum of c B A, and for each element what the f32 sums may err by: every addition by one rounding of at most the sum of
-/// magnitudes. Tensor cores align the products of a step to the largest and cut, which costs up to twice a rounding: hence 2 u.
+/// magnitudes. Tensor cores align the products of a step to the largest and cut, which costs up to twice a rounding: hence 2 u. Where terms
+/// share an accumulator, each is rounded twice at every later one (the quotient of coefficients, and the product with it): at most
+/// 2 (terms - 1) u of the 4 terms u that are allowed for coefficients.
 pub fn merge(base: &Exact, terms: &[Term<'_>]) -> (Exact, Vec<f64>) {
     let mut out = base.clone();
     let mut bounds = vec![0.0; out.x.len()];

@@ -641,6 +641,52 @@ fn runs_of_tiles(backend: &Backend) {
     }
 }
 
+/// Ranks of whole panels, more than 128 together: in place the Hopper kernel holds the first four panels of B in registers, up to four more
+/// stay in shared memory and the rest passes through it, with more products than an entry has in the end. Over several tiles in a row, with
+/// coefficients in no order, and routes of which some are not deep; what is not finite shows from base and is healed.
+fn deep_ranks(backend: &Backend) {
+    let cases: [(usize, usize, &[usize]); 4] = [
+        (5, 54_400, &[64, 64, 50]),
+        (5, 27_200, &[128, 64, 127]),
+        (5, 27_200, &[128, 64, 256, 192, 64]),
+        (130, 320, &[256, 256, 256, 256, 256, 256, 256, 256, 256]),
+    ];
+    for (dtype, form, (rows, cols, ranks)) in
+        [(DType::Bf16, Form::FromBase), (DType::F16, Form::InPlace)].iter().flat_map(|&(d, f)| cases.map(|c| (d, f, c)))
+    {
+        let k = ranks.len();
+        let spec = Spec { shapes: vec![(rows, cols)], max_rank: 256, slots: k, k_max: k, ..small(dtype, form) };
+        let mut model = Model::new(backend, &spec);
+        for (slot, &rank) in ranks.iter().enumerate() {
+            let pair = model.pair(rows, cols, rank, 0.5, 0.1);
+            model.set_slot(slot, vec![Some(pair)]);
+        }
+        let ids: Vec<i32> = (0..k as i32).collect();
+        if form == Form::InPlace {
+            let mut drift = Drift::new(&spec);
+            for scale in [1.0, -0.75, 0.0] {
+                let gates: Vec<f32> = (0..k).map(|e| scale * ((e * 5 % 7) as f32 - 2.5)).collect();
+                model.to(&ids, &gates);
+                drift.assert_holds(&model, &ids, &gates, &format!("{dtype}, ranks {ranks:?}, scale {scale}"));
+            }
+            continue;
+        }
+        for gates in [[0.25, -1.0, 0.5, 2.0, 1e-30, 0.5, 0.5, -3.0, 1.0], [1.5, 0.0, -0.75, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]] {
+            model.to(&ids, &gates[..k]);
+            model.assert_holds(&ids, &gates[..k], &format!("{dtype}, ranks {ranks:?}, gates {gates:?}"));
+        }
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut gates = vec![0.5; k];
+            gates[1] = bad;
+            model.to(&ids, &gates);
+            assert!(model.weights[0].values().iter().all(|x| !x.is_finite()), "{bad}, ranks {ranks:?}");
+        }
+        let gates = vec![0.5; k];
+        model.to(&ids, &gates);
+        model.assert_holds(&ids, &gates, "healed");
+    }
+}
+
 /// So many tiles one below the other that a block of the portable kernel takes several, for which it keeps A (two slices) or cannot (nine
 /// of them, more than stay). The last strip of tiles is a lone one. A second route, since what is kept must not outlive it.
 fn runs_of_tiles_downwards(backend: &Backend) {
@@ -865,6 +911,7 @@ on_paths!(
     a_range_of_targets,
     many_targets,
     runs_of_tiles,
+    deep_ranks,
     runs_of_tiles_downwards,
     more_targets_than_a_launch_plans,
     largest_rank_and_k,
