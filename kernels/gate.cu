@@ -215,14 +215,14 @@ __device__ __forceinline__ void take_logits(const LswGateArgs& args, bool is_clu
             take_words(words + e, token_words, own, x);
 #pragma unroll
             for (int n = 0; n < kOwn; ++n) shared.logits[n][e] = x[n];
-            continue;
-        }
-        for (uint32_t n = 0; n < own; ++n) {
-            float x[LSW_GATE_RANKS], sum = 0.0f;
-            take_words(words + n * token_words + e, args.parts_stride, LSW_GATE_RANKS, x);
+        } else if constexpr (!kIsClustered) {
+            for (uint32_t n = 0; n < own; ++n) {
+                float x[LSW_GATE_RANKS], sum = 0.0f;
+                take_words(words + n * token_words + e, args.parts_stride, LSW_GATE_RANKS, x);
 #pragma unroll
-            for (int r = 0; r < LSW_GATE_RANKS; ++r) sum += x[r];
-            shared.logits[n][e] = sum + bias_of<T>(args, e);
+                for (int r = 0; r < LSW_GATE_RANKS; ++r) sum += x[r];
+                shared.logits[n][e] = sum + bias_of<T>(args, e);
+            }
         }
     }
 }
