@@ -409,6 +409,7 @@ template <class T, class Y> __device__ __forceinline__ void expand(const LswAppl
         const uint32_t here = min(kSteps, steps - step0);
         if (step0 > 0) __syncthreads();
         copy_b<T>(step0, here, step_bits, first, target.out, shared);
+        copy_commit();
         if (step0 == 0) {
             // Of what came before, nothing but the products and y is still being written.
             dependency_wait();
