@@ -1211,7 +1211,8 @@ lsw_status lsw_advise(const struct lsw_calibration *calibration,
  * logits below -88 do, the gates are 0. lsw_context_take_odd tells that a NaN, a +inf or such a
  * row was met.
  *
- * Deterministic, and a token's bits do not depend on the other tokens. One launch, no workspace;
+ * Deterministic, and a token's bits do not depend on the other tokens; nor on their number, but
+ * that on CUDA the last bit of gates may be another above 1,024 tokens. One launch, no workspace;
  * enqueued, and may be captured.
  */
 lsw_status lsw_route(const struct lsw_context *context,

@@ -15,6 +15,7 @@ enum {
     LSW_MAX_GROUPS = 32, /* of a router's experts; one lane each */
 
     LSW_ROUTE_THREADS = 128, /* one warp a token */
+    LSW_ROUTE_FEW = 1024,    /* tokens: up to so many latency counts, beyond them instructions */
     LSW_ROUTE_NARROW = 8,    /* experts a lane that the kernel with few registers serves; the wide one serves 32 */
 
     LSW_GATE_THREADS = 256,

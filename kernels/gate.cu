@@ -192,10 +192,11 @@ template <int kRows, int kCols> struct GateShared {
     uint32_t ticket;
 };
 
+// As for few tokens, whatever their number: their bits do not depend on it.
 template <Kind kKind> __device__ __forceinline__ void choose_sized(const LswRouteArgs& args, uint32_t token, const float* logits, ChoiceScratch& scratch, uint32_t* counts) {
-    if (args.lane_experts <= 1) return choose<kKind, 1>(args, token, logits, scratch, counts);
-    if (args.lane_experts <= LSW_ROUTE_NARROW) return choose<kKind, LSW_ROUTE_NARROW>(args, token, logits, scratch, counts);
-    choose<kKind, 32>(args, token, logits, scratch, counts);
+    if (args.lane_experts <= 1) return choose<kKind, 1>(args, true, token, logits, scratch, counts);
+    if (args.lane_experts <= LSW_ROUTE_NARROW) return choose<kKind, LSW_ROUTE_NARROW>(args, true, token, logits, scratch, counts);
+    choose<kKind, 32>(args, true, token, logits, scratch, counts);
 }
 template <bool kIsPlain>
 __device__ __forceinline__ void choose_any(const LswRouteArgs& args, uint32_t token, const float* logits, ChoiceScratch& scratch, uint32_t* counts) {

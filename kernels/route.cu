@@ -26,7 +26,8 @@ template <Kind kKind, int kItems, class T> __device__ __forceinline__ void route
     dependency_wait();
     for (uint32_t token = blockIdx.x * kWarps + warp; token < args.tokens; token += gridDim.x * kWarps) {
         if (is_padding(args, token)) continue;
-        choose<kKind, kItems>(args, token, reinterpret_cast<const T*>(args.logits) + token * args.logits_stride, scratch[warp], counts);
+        const T* logits = reinterpret_cast<const T*>(args.logits) + token * args.logits_stride;
+        choose<kKind, kItems>(args, args.tokens <= LSW_ROUTE_FEW, token, logits, scratch[warp], counts);
     }
     if (is_counted) [[unlikely]] publish_counts(args, counts, gridDim.x);
 }
@@ -42,7 +43,7 @@ template <Kind kKind, int kItems, class T> __device__ __forceinline__ void route
     }
 #define LSW_SCORED(kind, name, suffix, T)      \
     LSW_ROUTE(kind, name, 1, suffix, T, 8)  \
-    LSW_ROUTE(kind, name, 8, suffix, T, 8)  \
+    LSW_ROUTE(kind, name, 8, suffix, T, 7)  \
     LSW_ROUTE(kind, name, 32, suffix, T, 2)
 #define LSW_ROUTES(suffix, T)                     \
     LSW_ROUTE(kPlain, plain, 1, suffix, T, 10) \

@@ -30,7 +30,7 @@
 // - The last block to leave the queue records. Only schedulers read the old record, and by then all of them are done with it.
 //
 // Memory order first: blocks take tiles from one counter, so that all SMs work close together in memory (long private strips cost 6-10%). What a
-// run of tiles saves on B it can lose there: three tiles are best until the ranks add up to more than 128, 8 to 32 beyond.
+// run of tiles saves on B it can lose there: three tiles are best until the ranks add up to more than 128, 4 to 32 beyond.
 // Every layout assumption is asserted where it is used.
 #include "args.h"
 #include "common/num.cuh"
@@ -54,7 +54,7 @@ constexpr uint32_t kHeld = 4;               // panels of B that consumers hold i
 constexpr uint32_t kLoaders = 4;            // warps
 static_assert(kFewestStay >= kLoaders, "a loader that comes to a place must not be two uses ahead of it");
 constexpr uint32_t kGrab = 3, kDeepGrab = 32;  // tiles that a block takes at a time
-constexpr uint32_t kHeldGrab = 8, kLongHeldGrab = 16;  // where the consumers hold B: all of it, a part
+constexpr uint32_t kHeldGrab = 4, kLongHeldGrab = 16;  // where the consumers hold B: all of it, a part
 constexpr uint32_t kDeep = 128;                // a sum of ranks beyond which panels are scarcer than granules
 constexpr int kEntries = 4;                 // tiles between the scheduler and the slowest role
 constexpr uint32_t kEnd = ~0u;
@@ -316,14 +316,6 @@ __device__ __forceinline__ Term make_term(const LswSwitchArgs& args, uint32_t ta
     return {coefficient, f.rank | f.flags << 16, reinterpret_cast<const void*>(f.b), f.b_stride, target * args.slots + slot};
 }
 
-// a / b of finite b. A division's rare cases are a function, and where one is called ptxas serialises wgmma.
-__device__ __forceinline__ float quotient_of(float a, float b) {
-    double inverse = rough_reciprocal(b);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) inverse = fma(inverse, fma(-static_cast<double>(b), inverse, 1.0), inverse);
-    return static_cast<float>(a * inverse);
-}
-
 // A product of the staged terms, but for the places of its panels.
 __device__ __forceinline__ Product describe(const Shared& s, uint32_t index) {
     const Term* term = s.staged;
@@ -389,7 +381,7 @@ __device__ void seek(const LswSwitchArgs& args, Shared& s, Cursor& at, uint32_t 
     // Each but the last by the quotient of its coefficient and the next one's.
     for (uint32_t i = 0; by_size && i + 1 < terms.count; i += 32) {
         const bool has_next = i + lane + 1 < terms.count;
-        const float quotient = has_next ? quotient_of(s.staged[i + lane].coefficient, s.staged[i + lane + 1].coefficient) : 0.0f;
+        const float quotient = has_next ? s.staged[i + lane].coefficient / s.staged[i + lane + 1].coefficient : 0.0f;
         __syncwarp();
         if (has_next) s.staged[i + lane].coefficient = quotient;
         __syncwarp();

@@ -8,8 +8,9 @@
 // neighbours (one group: lane l of 256 experts has 8 l to 8 l + 7), so that loads are wide. A choice becomes an unsigned key in the
 // order of floats. Then:
 //
-//   bound    the k-th largest of the 32 lanes' largest keys: k experts at least reach it, so that nothing below it is chosen. k
-//            warp-wide maxima (redux.sync) find it.
+//   bound    the k-th largest of the 32 lanes' largest keys: k experts at least reach it, so that nothing below it is chosen. With few
+//            tokens, where a chain of instructions is what counts, each lane compares its own with all others; else k warp-wide
+//            maxima (redux.sync) find it.
 //   collect  what reaches the bound moves to one candidate a lane, its place by ballots: about k + 1 of 256 random logits. Where ties or
 //            a large k leave more than 32, a bisection of the keys raises the bound first.
 //   rank     each lane counts the candidates before its own; the count is the place in the result. No chain of k dependent steps.
@@ -124,7 +125,8 @@ __device__ __forceinline__ void count_if_above(uint32_t& n, uint64_t a, uint64_t
 }
 
 // Whether this lane's group is one of the best. `choice` is -inf where the lane has no expert.
-template <int kItems> __device__ __forceinline__ bool is_best_group(const LswRouteArgs& args, const LaneExperts& own, const float (&choice)[kItems]) {
+template <int kItems>
+__device__ __forceinline__ bool is_best_group(const LswRouteArgs& args, const LaneExperts& own, const float (&choice)[kItems]) {
     float best[kItems], second[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; i += 2) {
@@ -225,20 +227,38 @@ __device__ __forceinline__ Candidate rank_lanes(const LswRouteArgs& args, const 
 
 // Leaves one candidate a lane, among them the k best, and ranks them.
 template <bool kKeepsScores, int kItems>
-__device__ __forceinline__ Candidate rank_runs(const LswRouteArgs& args, const LaneExperts& own, bool is_best, uint32_t most, uint32_t highest,
-                                               uint32_t (&keys)[kItems], const float (&scores)[kItems], ChoiceScratch& scratch) {
+__device__ __forceinline__ Candidate rank_runs(const LswRouteArgs& args, const LaneExperts& own, bool is_few, bool is_best, uint32_t most,
+                                               uint32_t highest, uint32_t (&keys)[kItems], const float (&scores)[kItems], ChoiceScratch& scratch) {
     const uint32_t lane = threadIdx.x % 32;
-    // Equal maxima leave together, and two rounds go at a time: the bound may lie below the k-th, never above it.
-    uint32_t bound = highest;
-#pragma unroll 1
-    for (uint32_t j = 1; j < args.k; j += 2) {
+    uint32_t bound;
+    if (is_few) {
+        // Of the lanes' largest that fewer than k exceed, the smallest: more instructions, but no chain of them.
+        uint32_t* all = reinterpret_cast<uint32_t*>(scratch.candidates);
+        all[lane] = most;
+        __syncwarp();
+        uint32_t larger = 0;
 #pragma unroll
-        for (int round = 0; round < 2; ++round) {
-            if (most == bound) most = 0;
-            bound = __reduce_max_sync(kFullWarp, most);
+        for (int c = 0; c < 32; c += 4) {
+            const uint4 next = *reinterpret_cast<const uint4*>(&all[c]);
+            count_if_reaching(larger, next.x, most + 1), count_if_reaching(larger, next.y, most + 1);
+            count_if_reaching(larger, next.z, most + 1), count_if_reaching(larger, next.w, most + 1);
+        }
+        bound = __reduce_min_sync(kFullWarp, larger < args.k ? most : ~0u);
+        __syncwarp();  // candidates come where the largest were
+    } else {
+        // Equal ones leave together, and two rounds go at a time: the bound may lie below the k-th, never above it.
+        bound = highest;
+#pragma unroll 1
+        for (uint32_t j = 1; j < args.k; j += 2) {
+#pragma unroll
+            for (int round = 0; round < 2; ++round) {
+                if (most == bound) most = 0;
+                bound = __reduce_max_sync(kFullWarp, most);
+            }
         }
     }
-    uint32_t own_bound = is_best ? bound : ~0u, own_count = count_reaching(keys, own_bound), count = __reduce_add_sync(kFullWarp, own_count);
+    uint32_t own_bound = is_best ? bound : ~0u, own_count = count_reaching(keys, own_bound);
+    uint32_t count = __reduce_add_sync(kFullWarp, own_count);
     if (bound <= kNothing || count > 32) [[unlikely]] {
         // What is no expert, or of another group, must not be taken for an expert at -inf.
         bound = max(bound, 1u);
@@ -284,12 +304,15 @@ __device__ __forceinline__ Candidate rank_runs(const LswRouteArgs& args, const L
         count_if_above(place, a.x, mine), count_if_above(place, a.y, mine);
         count_if_above(place, b.x, mine), count_if_above(place, b.y, mine);
     }
-    return {static_cast<uint32_t>(mine >> 32), LSW_MAX_EXPERTS - 1 - static_cast<uint32_t>(mine), place, kKeepsScores ? scratch.scores[lane].x : 0.0f};
+    const float score = kKeepsScores ? scratch.scores[lane].x : 0.0f;
+    return {static_cast<uint32_t>(mine >> 32), LSW_MAX_EXPERTS - 1 - static_cast<uint32_t>(mine), place, score};
 }
 
-// Routes one token; at most 32 * kItems experts. `counts`, if the route is counted, gain the chosen ones.
+// Routes one token; at most 32 * kItems experts. `is_few`: fast for few tokens rather than for many; the last bit of gates depends on it.
+// `counts`, if the route is counted, gain the chosen ones.
 template <Kind kKind, int kItems, class T>
-__device__ __forceinline__ void choose(const LswRouteArgs& args, uint32_t token, const T* logits, ChoiceScratch& scratch, uint32_t* counts) {
+__device__ __forceinline__ void choose(const LswRouteArgs& args, bool is_few, uint32_t token, const T* logits, ChoiceScratch& scratch,
+                                       uint32_t* counts) {
     constexpr bool kIsPlain = kKind == Kind::kPlain, kIsSoftmax = kIsPlain || kKind == Kind::kSoftmax, kKeepsScores = !kIsSoftmax;
     const uint32_t lane = threadIdx.x % 32;
     const LaneExperts own(args, !kIsPlain);
@@ -354,7 +377,7 @@ __device__ __forceinline__ void choose(const LswRouteArgs& args, uint32_t token,
     const uint32_t highest = __reduce_max_sync(kFullWarp, most);
 
     const Candidate candidate = kItems == 1 ? rank_lanes(args, own, most, scores[0])
-                                            : rank_runs<kKeepsScores>(args, own, is_best, most, highest, keys, scores, scratch);
+                                            : rank_runs<kKeepsScores>(args, own, is_few, is_best, most, highest, keys, scores, scratch);
     const bool is_chosen = candidate.key != 0 && candidate.place < args.k;
     float x = -kInfinity, gate = 0.0f;
     if (is_chosen && args.flags & LSW_ROUTE_COUNTED) [[unlikely]] atomicAdd(&counts[candidate.expert], 1u);

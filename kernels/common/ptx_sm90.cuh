@@ -157,13 +157,6 @@ __device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, in
 __device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int add, __nv_bfloat16) { LSW_WGMMA_HELD("bf16"); }
 __device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int add, __half) { LSW_WGMMA_HELD("f16"); }
 
-// 1 / x to 20 bits.
-__device__ __forceinline__ double rough_reciprocal(double x) {
-    double y;
-    asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(x));
-    return y;
-}
-
 // Four 8x8 matrices of 16-bit elements, registers to shared memory; addresses as for ldmatrix4.
 __device__ __forceinline__ void stmatrix4(void* row, const uint32_t (&r)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(r[0]), "r"(r[1]),

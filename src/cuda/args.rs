@@ -5,6 +5,7 @@ pub const LSW_MAX_K: _bindgen_ty_1 = 32;
 pub const LSW_MAX_RANK: _bindgen_ty_1 = 256;
 pub const LSW_MAX_GROUPS: _bindgen_ty_1 = 32;
 pub const LSW_ROUTE_THREADS: _bindgen_ty_1 = 128;
+pub const LSW_ROUTE_FEW: _bindgen_ty_1 = 1024;
 pub const LSW_ROUTE_NARROW: _bindgen_ty_1 = 8;
 pub const LSW_GATE_THREADS: _bindgen_ty_1 = 256;
 pub const LSW_GATE_RANKS: _bindgen_ty_1 = 8;
