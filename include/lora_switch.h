@@ -1171,8 +1171,8 @@ lsw_status lsw_calibrate(const struct lsw_context *context,
  * per route, and the figures of the calibration:
  *
  * - product(n) = max(W / (product_share * read), 2 n * weights / product_tflops): the engine's own
- *   product of n rows; up to 8 rows lsw_linear without adapters in its place if that is less:
- *   C * linear_call + W / linear_rate;
+ *   product of n rows; or, if that is less, lsw_linear without adapters for every 8 of them:
+ *   n / min(n, 8) * (C * linear_call + W / linear_rate);
  * - switch = (launch + (2 W + E) / switch_rate) / R + product(m) / m, with m = min(B, R): merged weights
  *   serve one route at a time, so a batch of more routes falls apart;
  * - apply = (product(B) + C * apply_call + D / read + B (E / rows + Y / copy)) / B, where D is what

@@ -30,7 +30,7 @@
 // - The last block to leave the queue records. Only schedulers read the old record, and by then all of them are done with it.
 //
 // Memory order first: blocks take tiles from one counter, so that all SMs work close together in memory (long private strips cost 6-10%). What a
-// run of tiles saves on B it can lose there: three tiles are best until the ranks add up to more than 128, 4 to 32 beyond.
+// run of tiles saves on B it can lose there: three tiles are best until the ranks add up to more than 128, 4 to 16 beyond.
 // Every layout assumption is asserted where it is used.
 #include "args.h"
 #include "common/num.cuh"
@@ -53,7 +53,7 @@ constexpr uint32_t kFewestStay = 4;         // panels of B, of the largest
 constexpr uint32_t kHeld = 4;               // panels of B that consumers hold in registers, of 64 of a rank
 constexpr uint32_t kLoaders = 4;            // warps
 static_assert(kFewestStay >= kLoaders, "a loader that comes to a place must not be two uses ahead of it");
-constexpr uint32_t kGrab = 3, kDeepGrab = 32;  // tiles that a block takes at a time
+constexpr uint32_t kGrab = 3, kDeepGrab = 8;  // tiles that a block takes at a time
 constexpr uint32_t kHeldGrab = 4, kLongHeldGrab = 16;  // where the consumers hold B: all of it, a part
 constexpr uint32_t kDeep = 128;                // a sum of ranks beyond which panels are scarcer than granules
 constexpr int kEntries = 4;                 // tiles between the scheduler and the slowest role
