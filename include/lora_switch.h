@@ -1274,8 +1274,8 @@ lsw_status lsw_gate_workspace_bytes(const struct lsw_context *context,
  *   bytes are needed.
  *
  * Products and sums are in f32 in an order that H alone decides: a token's bits depend neither on
- * T nor on the other tokens. One launch up to 64 tokens, two beyond; enqueued, and may be
- * captured.
+ * T nor on the other tokens, but that on CUDA the last bit of gates may be another above 1,024
+ * tokens, as for lsw_route. One launch up to 64 tokens, two beyond; enqueued, and may be captured.
  */
 lsw_status lsw_gate(const struct lsw_context *context,
                     void *stream,

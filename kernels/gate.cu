@@ -19,7 +19,7 @@
 // Beyond 64 tokens one kernel writes all logits, and the router's kernel does the rest.
 //
 // Every logit is the same sum in the same order on each path (chains in the tensor cores, parts, slices), and no column of a product
-// depends on another: a token's bits depend neither on its neighbours nor on T.
+// depends on another: a token's logits depend neither on its neighbours nor on T.
 //
 // The product: 16-bit types by mma.sync with the experts as rows, f32 by fma. Operands go straight from global memory to registers. A
 // product does not care how H is numbered as long as both operands agree: thread t of a row's four takes the 8 neighbours from 8 t on as
@@ -192,7 +192,7 @@ template <int kRows, int kCols> struct GateShared {
     uint32_t ticket;
 };
 
-// As for few tokens, whatever their number: their bits do not depend on it.
+// Few tokens are all that is routed here.
 template <Kind kKind> __device__ __forceinline__ void choose_sized(const LswRouteArgs& args, uint32_t token, const float* logits, ChoiceScratch& scratch, uint32_t* counts) {
     if (args.lane_experts <= 1) return choose<kKind, 1>(args, true, token, logits, scratch, counts);
     if (args.lane_experts <= LSW_ROUTE_NARROW) return choose<kKind, LSW_ROUTE_NARROW>(args, true, token, logits, scratch, counts);
