@@ -9,7 +9,7 @@
 //   panels    (warp 1)  per product: A [<= 64, 128], by the copy engine
 //   loaders   (warps 4 to 7)  and B [128, <= 64], by plain copies, each warp every fourth
 //   consumers (2 x 128) each 64 rows: wgmma into `product`, sum += coefficient * product; then W's granule is changed in place in shared
-//                       memory (ldmatrix, add in f32, one rounding, stmatrix); where ranks are deep, B in registers (run_holder)
+//                       memory (ldmatrix, add in f32, one rounding, stmatrix); where ranks are deep, B in registers (add_held)
 //   weights   (warps 2, 3) a consumer's granules of W: each is brought by the copy engine, and written back when it is done
 //
 // The product of a tile starts before its W arrives, and W runs up to three tiles ahead. A block takes a few tiles in a row, and B stays in
@@ -26,7 +26,8 @@
 // - An adapter whose own rows are not aligned comes through plain loads into the same swizzled places (load_slowly), so that a refill
 //   never changes which launch serves a target.
 // - Exactness and the order of sums are those of switch.cu, but that the tensor cores sum in another grouping, and that where the consumers
-//   hold B (in place) terms ascend by magnitude and share an accumulator, which rounds each twice at every later one.
+//   hold B terms ascend by magnitude and share an accumulator, which rounds each twice at every later one. Which it is depends on a target's
+//   own terms alone, and so do its bits from base: where panels lie, and how many tiles make a run, does not show in them.
 // - The last block to leave the queue records. Only schedulers read the old record, and by then all of them are done with it.
 //
 // Memory order first: blocks take tiles from one counter, so that all SMs work close together in memory (long private strips cost 6-10%). What a
@@ -127,13 +128,14 @@ struct Work {
 struct alignas(16) Header {
     uint32_t target;  // kEnd: there are no more
     int row, col;
-    uint32_t packed;  // products, rows of the matrix in the tile, whether it begins a run, whether LSW_WEIGHT_BLOCKS
+    uint32_t packed;  // products, rows of the matrix in the tile, whether B is held, begins a run, LSW_WEIGHT_BLOCKS
 
-    __device__ static uint32_t pack(uint32_t products, uint32_t rows, bool ends_tile, bool begins_run, bool blocks) {
-        return products | rows << 8 | ends_tile << 29 | begins_run << 30 | static_cast<uint32_t>(blocks) << 31;
+    __device__ static uint32_t pack(uint32_t products, uint32_t rows, bool holds, bool ends_tile, bool begins_run, bool blocks) {
+        return products | rows << 8 | holds << 28 | ends_tile << 29 | begins_run << 30 | static_cast<uint32_t>(blocks) << 31;
     }
     __device__ uint32_t products() const { return packed & 0xff; }
     __device__ int rows() const { return packed >> 8 & 0xff; }
+    __device__ bool holds() const { return packed >> 28 & 1; }
     __device__ bool ends_tile() const { return packed >> 29 & 1; }
     __device__ bool begins_run() const { return packed >> 30 & 1; }
     __device__ bool blocks() const { return packed >> 31; }
@@ -151,11 +153,11 @@ struct Geometry {
     uint32_t panel_bytes;  // A [depth, 128] or B [128, depth]
     uint32_t granules;     // of W in flight, at the area's begin
     uint32_t panels;       // the address behind them
-    uint32_t held;         // a target's first panels of B that the consumers hold for a run of tiles
-    uint32_t stays;        // panels behind them, of B, for a run of tiles: the next ones
+    uint32_t stays;        // panels behind them, of B, for a run of tiles: a target's first ones, or those after the held ones
     uint32_t passes;       // and behind those, for one tile: of A, and of B where there is no place to stay
     uint32_t most_ranks, most_panels;  // that a target may need
     uint32_t least_steps, most_steps;  // of a product
+    uint32_t may_hold, may_not;  // whether the consumers may come to hold B of a target; whether they may not of another
     uint32_t grab;         // consecutive tiles that a block takes at a time
 };
 
@@ -216,11 +218,14 @@ __device__ __forceinline__ uint32_t changed_tiles(const LswSwitchArgs& args, con
     return is_changed(args, route, target) ? tile_count(target_of(args, target)) : 0;
 }
 
+// B is held where a target's ranks are deep and each of its panels is 64 of a rank, the last 16 of them in part: less would waste registers.
+__device__ __forceinline__ bool is_whole(uint32_t rank) { return (rank + 15) / 16 % 4 == 0; }
+
 // What a changed target asks of the geometry; an adapter in both routes counts twice. Also: its tensor maps may have been written since this SM
 // last saw them. A fence takes long, so all threads of the block have theirs at once, and maps that will not be used have none.
 __device__ void meet_target(const LswSwitchArgs& args, Shared& s, uint32_t target) {
     for (int i = 0; i < 2; ++i) fence_tensor_map(target_maps(args, target) + i);
-    uint32_t depth = 16, ranks = 0, panels = 0, least_steps = ~0u, most_steps = 0;
+    uint32_t depth = 16, ranks = 0, whole = 0, panels = 0, least_steps = ~0u, most_steps = 0;
     auto each = [&](auto visit) {
         auto at = [&](int slot) {
             const LswFactor& f = factor(args, target, slot);
@@ -234,6 +239,7 @@ __device__ void meet_target(const LswSwitchArgs& args, Shared& s, uint32_t targe
         const uint32_t full = panel_depth(f.rank), last = (f.rank - 1) % full + 1;
         depth = max(depth, full);
         ranks += f.rank;
+        whole += is_whole(f.rank) ? f.rank : 0;
         panels += (f.rank + full - 1) / full;
         least_steps = min(least_steps, (last + 15) / 16);
         most_steps = max(most_steps, (min(full, f.rank) + 15) / 16);
@@ -247,23 +253,23 @@ __device__ void meet_target(const LswSwitchArgs& args, Shared& s, uint32_t targe
     atomicMax(&s.geometry.most_panels, panels);
     atomicMin(&s.geometry.least_steps, least_steps);
     atomicMax(&s.geometry.most_steps, most_steps);
+    if (whole > kDeep) s.geometry.may_hold = 1;
+    if (whole <= kDeep || whole < ranks) s.geometry.may_not = 1;
 }
 
 // One thread. Short grabs where they can be: memory likes all blocks close together, and the last blocks want tiles too. Deep ranks need B
-// to stay for longer. B is held where each of its panels is 64 of a rank, the last 16 of them in part: less would waste registers. And only
-// in place: all changed targets decide together, while from base a target's bits depend on its route alone.
-__device__ void lay_out(const LswSwitchArgs& args, Shared& s, uint32_t total, uint32_t blocks) {
+// to stay for longer.
+__device__ void lay_out(Shared& s, uint32_t total, uint32_t blocks) {
     Geometry& g = s.geometry;
     const bool is_deep = g.most_ranks > kDeep;
     g.panel_bytes = g.depth * 256;
-    g.held = args.in_place && is_deep && g.least_steps == 4 && g.most_steps == 4 ? kHeld : 0;
-    const bool is_all_held = g.held > 0 && g.most_panels <= g.held;
+    const bool is_held = g.may_hold && !g.may_not, is_all_held = is_held && g.most_panels <= kHeld;
     g.granules = is_deep ? kFewestGranules : kMostGranules;
     g.panels = shared_address(s.panels());
     const uint32_t slots = min(kMostPanels, (kArea - g.granules * kGranule) / g.panel_bytes);
     g.stays = is_all_held ? 0 : g.depth == 64 ? kFewestStay : slots / 2;
     g.passes = slots - g.stays;
-    const uint32_t most = g.held == 0 ? (is_deep ? kDeepGrab : kGrab) : is_all_held ? kHeldGrab : kLongHeldGrab;
+    const uint32_t most = !is_held ? (is_deep ? kDeepGrab : kGrab) : is_all_held ? kHeldGrab : kLongHeldGrab;
     g.grab = max(1u, min(most, (total + blocks - 1) / blocks));
 }
 
@@ -285,7 +291,7 @@ __device__ void plan(const LswSwitchArgs& args, Shared& s) {
             if (g < s.groups) s.group[g + 1] = sum;
             carry = __shfl_sync(kFullWarp, sum, 31);
         }
-        if (lane == 0) s.group[0] = 0, lay_out(args, s, carry, gridDim.x);
+        if (lane == 0) s.group[0] = 0, lay_out(s, carry, gridDim.x);
     }
     __syncthreads();
 }
@@ -296,6 +302,7 @@ struct Cursor {
     uint32_t before_lane = 0, lane_tiles = 0;  // of this lane's target in the group
     uint32_t start = 0, end = 0;               // the target's tiles
     uint32_t panels = 0;                       // of A, and as many of B, over its staged terms
+    uint32_t held = 0;                         // those of B, the first, that the consumers hold for a run of tiles; 0 or kHeld
     int rows = 0, cols = 0;                    // of the target
     bool blocks = false;
     int row = 0, col = 0;  // of the tile
@@ -355,9 +362,16 @@ __device__ void seek(const LswSwitchArgs& args, Shared& s, Cursor& at, uint32_t 
     at.rows = t.rows, at.cols = t.cols;
     at.blocks = t.flags & LSW_WEIGHT_BLOCKS;
     const LaneTerms terms = lane_terms(args, s.route, at.target);
+    uint32_t ranks = 0;
+    bool whole = true;
+    for (const int slot : {terms.enter_slot, terms.leave_slot}) {
+        const uint32_t rank = slot < 0 ? 0 : factor(args, at.target, slot).rank;
+        ranks += rank, whole = whole && is_whole(rank);
+    }
+    const bool by_size = __all_sync(kFullWarp, whole) && __reduce_add_sync(kFullWarp, ranks) > kDeep;
+    at.held = by_size ? kHeld : 0;
     __syncwarp();  // the last publish has read what was staged
     // Where consumers hold B: ascending by magnitude, equal ones as they come. So no quotient is above 1, and nothing overflows.
-    const bool by_size = s.geometry.held > 0;
     auto key = [](int slot, float coefficient, uint32_t at) {
         return slot < 0 ? ~0ull : static_cast<uint64_t>(__float_as_uint(fabsf(coefficient))) << 32 | at;
     };
@@ -394,18 +408,17 @@ struct Places {
     Ring passing, staying, run;
 
     // Passing panels of a tile before those of its product `index`.
-    __device__ __forceinline__ static uint32_t passed(const Geometry& g, uint32_t index, bool begins_run) {
-        const uint32_t kept = g.held + g.stays;
-        return index + (begins_run ? min(index, g.held) : 0) + max(index, kept) - kept;
+    __device__ __forceinline__ static uint32_t passed(const Geometry& g, uint32_t held, uint32_t index, bool begins_run) {
+        const uint32_t kept = held + g.stays;
+        return index + (begins_run ? min(index, held) : 0) + max(index, kept) - kept;
     }
     // Of the product that comes as number `index` of its tile. A held one has no place for B but at the beginning of a run: it says A's.
-    __device__ __forceinline__ void give(Product& p, const Shared& s, uint32_t index, bool begins_run, bool ends_run) const {
-        const Geometry& g = s.geometry;
-        const bool is_held = index < g.held, stays = !is_held && index < g.held + g.stays, comes = is_held ? begins_run : !stays;
-        const uint32_t before = passed(g, index, begins_run);
+    __device__ __forceinline__ void give(Product& p, const Geometry& g, uint32_t held, uint32_t index, bool begins_run, bool ends_run) const {
+        const bool is_held = index < held, stays = !is_held && index < held + g.stays, comes = is_held ? begins_run : !stays;
+        const uint32_t before = passed(g, held, index, begins_run);
         Ring a = passing, b = stays ? run : passing;
         a.advance(before);
-        b.advance(stays ? index - g.held : before + comes);
+        b.advance(stays ? index - held : before + comes);
         const uint32_t a_slot = g.stays + a.slot, b_slot = stays ? b.slot : g.stays + b.slot, frees_b = comes || (stays && ends_run);
         p.a_low += g.panels + a_slot * g.panel_bytes >> 4;
         for (uint32_t c = 0; c < kConsumers; ++c) p.b_low[c] += g.panels + b_slot * g.panel_bytes >> 4;
@@ -415,8 +428,8 @@ struct Places {
 
 // One warp: a tile becomes an entry of the ring, or several.
 __device__ void publish(Shared& s, Ring& ring, Places& places, const Cursor& at, bool begins_run, bool ends_run) {
-    const uint32_t lane = threadIdx.x % 32, held = s.geometry.held, stays = s.geometry.stays;
-    if (begins_run && stays > 0) places.run = places.staying, places.staying.advance(min(max(at.panels, held) - held, stays));
+    const uint32_t lane = threadIdx.x % 32, stays = s.geometry.stays;
+    if (begins_run && stays > 0) places.run = places.staying, places.staying.advance(min(max(at.panels, at.held) - at.held, stays));
     uint32_t left = at.panels;
     do {
         const uint32_t count = min(left, kProducts);
@@ -425,18 +438,18 @@ __device__ void publish(Shared& s, Ring& ring, Places& places, const Cursor& at,
         if (lane < count) {
             const uint32_t index = at.panels - left + lane;
             Product product = index < kProducts ? s.described[lane] : describe(s, index);
-            places.give(product, s, index, begins_run, ends_run);
+            places.give(product, s.geometry, at.held, index, begins_run, ends_run);
             entry.products[lane] = product;
         }
         left -= count;
         if (lane == 0) {
             const uint32_t rows = min(at.rows - at.row, kTile);
-            entry.header = {at.target, at.row, at.col, Header::pack(count, rows, left == 0, begins_run, at.blocks)};
+            entry.header = {at.target, at.row, at.col, Header::pack(count, rows, at.held > 0, left == 0, begins_run, at.blocks)};
         }
         s.entry_full[ring.slot].arrive();  // each lane for what it wrote
         ring.advance();
     } while (left > 0);
-    places.passing.advance(Places::passed(s.geometry, at.panels, begins_run));
+    places.passing.advance(Places::passed(s.geometry, at.held, at.panels, begins_run));
 }
 
 // Waits for the next entry.
@@ -477,7 +490,7 @@ __device__ void run_scheduler(const LswSwitchArgs& args, Shared& s) {
         }
         taken = __shfl_sync(kFullWarp, next, 0);
     }
-    at.target = kEnd, at.panels = 0;
+    at.target = kEnd, at.panels = at.held = 0;
     publish(s, entries, places, at, false, false);
 
     uint32_t is_last = 0;
@@ -702,189 +715,155 @@ __device__ __forceinline__ Work take(const Product& product, int consumer) {
     return {a_low, b_high, __int_as_float(coefficient), {plan}, all(b_low)};
 }
 
-// 64 rows of W's tile. Under a product its successor is looked up; under a tile's last one W's fragment is taken; under the next tile's first
-// one the sum is added to it. kSteps: those of every product of this launch, 0 where they differ.
-template <class T, int kSteps> __device__ void run_consumer(Shared& s, int consumer) {
+// A consumer's way through the entries: 64 rows of W's tile, in registers from when its last product runs.
+struct Consumer {
+    Shared& s;
+    const int consumer;
     const bool leader = threadIdx.x % 32 == 0;
-    Ring entries(kEntries), weights(s.geometry.granules, consumer);
+    Ring entries{kEntries}, weights{s.geometry.granules, static_cast<uint32_t>(consumer)};
     Header tile;     // of the entry, not all of it
     uint32_t index;  // of the entry's next product
     Work next;
     bool is_ready;  // whether its panels are there
-    float sum[64], product[64];
+    unsigned char* granule;
 
-    auto open = [&] {
+    __device__ __forceinline__ Consumer(Shared& s, int consumer) : s(s), consumer(consumer) { open(); }
+    __device__ __forceinline__ void open() {
         const Entry& entry = next_entry(s, entries);
         if (leader) tile.target = entry.header.target, tile.packed = entry.header.packed;
         tile.target = __shfl_sync(kFullWarp, tile.target, 0), tile.packed = __shfl_sync(kFullWarp, tile.packed, 0);
         index = 0;
-    };
-    auto close = [&] {
+    }
+    __device__ __forceinline__ void close() {
         s.entry_empty[entries.slot].arrive_if(leader);
         entries.advance();
-    };
-    auto look = [&] {
+    }
+    __device__ __forceinline__ bool ends_entry() const { return index == tile.products(); }
+    __device__ __forceinline__ void look() {
         next = take(s.entry[entries.slot].products[index++], consumer);
         const Plan& p = next.plan;
         is_ready = test_both(s.panel_full[p.b_slot()], p.b_parity(), s.panel_full[p.a_slot()], p.a_parity());
-    };
-    auto issue = [&] {
+    }
+    __device__ __forceinline__ void wait_ready() {
         const Plan& p = next.plan;
         if (!is_ready) wait_both(s.panel_full[p.b_slot()], p.b_parity(), s.panel_full[p.a_slot()], p.a_parity());
-        multiply<kSteps, T>(product, next.b(), next.a(), p.steps(), p.adds());
+    }
+    // After the tile's last product was looked up.
+    __device__ __forceinline__ void take_weight(Fragment& weight) {
+        granule = s.area + weights.slot * kGranule;
+        s.weight_full[weights.slot].wait(weights.parity);
+        weight.load(granule);
+        close();
+        open();
+    }
+    __device__ __forceinline__ void give_weight() {
+        fence_async_shared();
+        __syncwarp();
+        s.weight_done[weights.slot].arrive_if(leader);
+        weights.advance(kConsumers);
+    }
+};
+
+// Tiles of one kind. Under a product its successor is looked up; under a tile's last one W's fragment is taken; under the next tile's first
+// one the sum is added to it. kSteps: those of every product of this launch, 0 where they differ. kHolds: whether the other kind may follow.
+template <class T, int kSteps, bool kHolds> __device__ __forceinline__ void add(Consumer& c) {
+    float sum[64], product[64] = {};
+    Fragment weight;
+    auto issue = [&] {
+        c.wait_ready();
+        const Plan& p = c.next.plan;
+        multiply<kSteps, T>(product, c.next.b(), c.next.a(), p.steps(), p.adds());
     };
     // Waits for the product and frees its panels; after the last one of a term: sum += coefficient * product.
     auto finish = [&](const Work& work) {
         wgmma_wait<0>();
-        s.panel_empty[work.plan.a_slot()].arrive_if(leader);
-        s.panel_empty[work.plan.b_slot()].arrive_if(leader && work.plan.frees_b());
+        c.s.panel_empty[work.plan.a_slot()].arrive_if(c.leader);
+        c.s.panel_empty[work.plan.b_slot()].arrive_if(c.leader && work.plan.frees_b());
         if (!work.plan.ends_term()) return;
 #pragma unroll
         for (int j = 0; j < 64; ++j) sum[j] = fmaf(work.coefficient, product[j], sum[j]);
     };
+    auto add_and_give = [&] {
+        weight.add_and_store<T>(c.granule, sum);
+        c.give_weight();
+    };
 
-    unsigned char* granule;
-    Fragment weight;
-    auto take_weight = [&] {
-        granule = s.area + weights.slot * kGranule;
-        s.weight_full[weights.slot].wait(weights.parity);
-        weight.load(granule);
-        close();
-        open();
-    };
-    auto give_weight = [&] {
-        fence_async_shared();
-        __syncwarp();
-        s.weight_done[weights.slot].arrive_if(leader);
-        weights.advance(kConsumers);
-    };
-    for (open(); tile.target != kEnd;) {
-        if (tile.products() == 0) {  // what is base is copied
-            take_weight();
-            give_weight();
-            continue;
-        }
-        look(), issue();
-        for (;;) {
+    c.look(), issue();
+    for (;;) {
 #pragma unroll
-            for (int j = 0; j < 64; ++j) sum[j] = 0.0f;
-            Work work = next;
-            for (;; work = next) {
-                if (index == tile.products()) {
-                    if (tile.ends_tile()) break;
-                    close();
-                    open();
-                }
-                look();
-                finish(work);
-                issue();
+        for (int j = 0; j < 64; ++j) sum[j] = 0.0f;
+        Work work = c.next;
+        for (;; work = c.next) {
+            if (c.ends_entry()) {
+                if (c.tile.ends_tile()) break;
+                c.close();
+                c.open();
             }
-            take_weight();
-            if (tile.products() == 0) {
-                finish(work);
-                weight.add_and_store<T>(granule, sum);
-                give_weight();
-                break;
-            }
-            look();
+            c.look();
             finish(work);
-            if (is_ready) {
-                issue();
-                weight.add_and_store<T>(granule, sum);
-                give_weight();
-            } else {  // W does not wait for panels
-                weight.add_and_store<T>(granule, sum);
-                give_weight();
-                issue();
-            }
+            issue();
+        }
+        c.take_weight(weight);
+        if (c.tile.products() == 0 || (kHolds && c.tile.holds())) {
+            finish(work);
+            return add_and_give();
+        }
+        c.look();
+        finish(work);
+        if (c.is_ready) {
+            issue();
+            add_and_give();
+        } else {  // W does not wait for panels
+            add_and_give();
+            issue();
         }
     }
 }
 
-// 64 rows of W's tile where the ranks are deep: B's first panels stay in registers for a run of tiles, as wgmma's first operand. That
-// leaves registers for one accumulator: coefficients ascend in magnitude, and after each term but the last the accumulator is multiplied by
-// the quotient of its coefficient and the next one's, so that the last coefficient is all that is missing in the end. What falls below
-// 2^-149 of the last coefficient on the way is lost.
-template <class T> __device__ void run_holder(Shared& s, int consumer) {
-    const bool leader = threadIdx.x % 32 == 0;
-    Ring entries(kEntries), weights(s.geometry.granules, consumer);
-    Header tile;     // of the entry, not all of it
-    uint32_t index;  // of the entry's next product
-    Work next;
-    bool is_ready;  // whether its panels are there
-    uint32_t held[kHeld][4][4] = {};  // the compiler takes what is never set for what need not be kept
-    float sum[64];
-
-    auto open = [&] {
-        const Entry& entry = next_entry(s, entries);
-        if (leader) tile.target = entry.header.target, tile.packed = entry.header.packed;
-        tile.target = __shfl_sync(kFullWarp, tile.target, 0), tile.packed = __shfl_sync(kFullWarp, tile.packed, 0);
-        index = 0;
-    };
-    auto close = [&] {
-        s.entry_empty[entries.slot].arrive_if(leader);
-        entries.advance();
-    };
-    auto look = [&] {
-        next = take(s.entry[entries.slot].products[index++], consumer);
-        const Plan& p = next.plan;
-        is_ready = test_both(s.panel_full[p.b_slot()], p.b_parity(), s.panel_full[p.a_slot()], p.a_parity());
-    };
+// Tiles of deep ranks: B's first panels stay in registers for a run of tiles, as wgmma's first operand. That leaves registers for one
+// accumulator: coefficients ascend in magnitude, and after each term but the last the accumulator is multiplied by the quotient of its
+// coefficient and the next one's, so that the last coefficient is all that is missing in the end. What falls below 2^-149 of the last
+// coefficient on the way is lost.
+template <class T> __device__ __forceinline__ void add_held(Consumer& c) {
+    Shared& s = c.s;
+    uint32_t held[kHeld][4][4] = {};
+    float sum[64] = {};
+    Fragment weight{};
     auto hold = [&](uint32_t (&b)[4][4], const Plan& p) {
-        const int lane = threadIdx.x % 32, row = 64 * consumer + threadIdx.x / 32 % 4 * 16 + lane % 16;
+        const int lane = threadIdx.x % 32, row = 64 * c.consumer + threadIdx.x / 32 % 4 * 16 + lane % 16;
         unsigned char* panel = s.panels() + p.b_slot() * s.geometry.panel_bytes;
 #pragma unroll
         for (int i = 0; i < 4; ++i) ldmatrix4(b[i], panel + swizzle(row * 128 + (2 * i + lane / 16) * 16, 7));
         __syncwarp();
-        s.panel_empty[p.b_slot()].arrive_if(leader);
-    };
-
-    unsigned char* granule;
-    Fragment weight;
-    auto take_weight = [&] {
-        granule = s.area + weights.slot * kGranule;
-        s.weight_full[weights.slot].wait(weights.parity);
-        weight.load(granule);
-        close();
-        open();
-        if (tile.products() > 0) look();
-    };
-    auto give_weight = [&] {
-        fence_async_shared();
-        __syncwarp();
-        s.weight_done[weights.slot].arrive_if(leader);
-        weights.advance(kConsumers);
+        s.panel_empty[p.b_slot()].arrive_if(c.leader);
     };
     // One product and, under it, the look at its successor; whether it is of the same tile.
     float coefficient;
     auto step = [&](auto issue) {
-        const Work work = next;
-        const Plan& p = work.plan;
-        if (!is_ready) wait_both(s.panel_full[p.b_slot()], p.b_parity(), s.panel_full[p.a_slot()], p.a_parity());
+        const Work work = c.next;
+        c.wait_ready();
         issue(work);
         bool goes_on = true;
-        if (index == tile.products()) {
-            goes_on = !tile.ends_tile();
-            if (goes_on) close(), open();
+        if (c.ends_entry()) {
+            goes_on = !c.tile.ends_tile();
+            if (goes_on) {
+                c.close(), c.open();
+            } else {
+                c.take_weight(weight);
+            }
         }
-        goes_on ? look() : take_weight();
+        if (goes_on || c.tile.holds()) c.look();
         wgmma_wait<0>();
-        s.panel_empty[p.a_slot()].arrive_if(leader);
+        s.panel_empty[work.plan.a_slot()].arrive_if(c.leader);
         coefficient = work.coefficient;
-        if (goes_on && p.ends_term()) {
+        if (goes_on && work.plan.ends_term()) {
 #pragma unroll
             for (int j = 0; j < 64; ++j) sum[j] *= coefficient;
         }
         return goes_on;
     };
-    open();
-    if (tile.products() > 0) look();
-    while (tile.target != kEnd) {
-        if (tile.products() == 0) {  // what is base is copied
-            take_weight();
-            give_weight();
-            continue;
-        }
+    c.look();
+    do {
         bool goes_on = true;
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
@@ -898,12 +877,26 @@ template <class T> __device__ void run_holder(Shared& s, int consumer) {
             });
         }
         while (goes_on) {
-            const Plan plan = next.plan;
+            const Plan plan = c.next.plan;
             goes_on = step([&](const Work& work) { multiply_steps<4, T>(sum, work.b(), work.a(), true); });
-            s.panel_empty[plan.b_slot()].arrive_if(leader && plan.frees_b());
+            s.panel_empty[plan.b_slot()].arrive_if(c.leader && plan.frees_b());
         }
-        weight.add_and_store<T>(granule, sum, coefficient);
-        give_weight();
+        weight.add_and_store<T>(c.granule, sum, coefficient);
+        c.give_weight();
+    } while (c.tile.holds());
+}
+
+template <class T, int kSteps, bool kHolds = false> __device__ __forceinline__ void run_consumer(Shared& s, int consumer) {
+    for (Consumer c(s, consumer); c.tile.target != kEnd;) {
+        if (c.tile.products() == 0) {  // what is base is copied
+            Fragment weight;
+            c.take_weight(weight);
+            c.give_weight();
+        } else if (kHolds && c.tile.holds()) {
+            add_held<T>(c);
+        } else {
+            add<T, kSteps, kHolds>(c);
+        }
     }
 }
 
@@ -925,7 +918,8 @@ template <class T> __device__ __forceinline__ void switch_all(const LswSwitchArg
     if (warp == 0) canonical_route(args, s.route);
     if (threadIdx.x == 32) {
         init_barriers(s);
-        s.geometry.depth = 16, s.geometry.most_ranks = s.geometry.most_panels = s.geometry.most_steps = 0, s.geometry.least_steps = ~0u;
+        s.geometry = {};
+        s.geometry.depth = 16, s.geometry.least_steps = ~0u;
         s.groups = (args.last - args.first + 31) / 32;
     }
     __syncthreads();
@@ -945,8 +939,8 @@ template <class T> __device__ __forceinline__ void switch_all(const LswSwitchArg
         take_registers<kConsumerRegisters>();
         const int consumer = warp / 4 - 2;
         const uint32_t steps = s.geometry.most_steps == s.geometry.least_steps ? s.geometry.most_steps : 0;
-        if (s.geometry.held > 0) {
-            run_holder<T>(s, consumer);
+        if (s.geometry.may_hold) {
+            run_consumer<T, 0, true>(s, consumer);
         } else if (steps == 1) {
             run_consumer<T, 1>(s, consumer);
         } else if (steps == 2) {

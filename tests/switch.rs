@@ -641,8 +641,8 @@ fn runs_of_tiles(backend: &Backend) {
     }
 }
 
-/// Ranks of whole panels, more than 128 together: in place the Hopper kernel holds the first four panels of B in registers, up to four more
-/// stay in shared memory and the rest passes through it, with more products than an entry has in the end. Over several tiles in a row, with
+/// Ranks of whole panels, more than 128 together: the Hopper kernel holds the first four panels of B in registers, up to four more stay in
+/// shared memory and the rest passes through it, with more products than an entry has in the end. Over several tiles in a row, with
 /// coefficients in no order, and routes of which some are not deep; what is not finite shows from base and is healed.
 fn deep_ranks(backend: &Backend) {
     let cases: [(usize, usize, &[usize]); 4] = [
@@ -685,6 +685,44 @@ fn deep_ranks(backend: &Backend) {
         let gates = vec![0.5; k];
         model.to(&ids, &gates);
         model.assert_holds(&ids, &gates, "healed");
+    }
+}
+
+/// Targets whose B the Hopper kernel holds among others, whose ranks are few (second), whole but not deep (third), or deep but not whole
+/// (fourth). From base each has the bits that it has alone, where no zero gate names another adapter either.
+fn deep_and_shallow_targets(backend: &Backend) {
+    let shapes = vec![(130, 320), (70, 200), (300, 264), (64, 128), (129, 72)];
+    let ranks = [[64, 8, 64, 128, 256], [128, 20, 64, 100, 256], [64, 40, 0, 64, 256], [16, 64, 256, 64, 20]];
+    for (dtype, form) in FLOATS.into_iter().flat_map(|dtype| [(dtype, Form::FromBase), (dtype, Form::InPlace)]) {
+        let spec = Spec { shapes: shapes.clone(), max_rank: 256, ..small(dtype, form) };
+        let mut model = Model::new(backend, &spec);
+        for (slot, ranks) in ranks.iter().enumerate() {
+            let pairs = shapes.iter().zip(ranks).map(|(&(o, i), &rank)| Some(model.pair(o, i, rank, 0.5, 0.1))).collect();
+            model.set_slot(slot, pairs);
+        }
+        let ids = [0, 1, 2, 3];
+        let routes = [[0.25, -1.0, 0.5, 0.0], [1.5, 0.75, -0.3, 0.0]];
+        if form == Form::InPlace {
+            let mut drift = Drift::new(&spec);
+            for gates in routes {
+                model.to(&ids, &gates);
+                drift.assert_holds(&model, &ids, &gates, &format!("{dtype}, gates {gates:?}"));
+            }
+            continue;
+        }
+        for gates in routes {
+            model.to(&ids, &gates);
+            model.assert_holds(&ids, &gates, &format!("{dtype}, gates {gates:?}"));
+            let together = model.all_bits();
+            model.set.invalidate(&backend.stream).unwrap();
+            let (few_ids, few_gates) = (Grid::ids(backend, &ids[..3]), Grid::floats(backend, &gates[..3]));
+            for (t, bits) in together.iter().enumerate() {
+                model.weights[t].set_bits(&vec![0; bits.len()]);
+                model.set.to_targets(&backend.stream, t as u64..t as u64 + 1, &few_ids.mat(), &few_gates.mat()).unwrap();
+                backend.synchronize();
+                assert_eq!(&model.weights[t].bits(), bits, "{dtype}, target {t} alone");
+            }
+        }
     }
 }
 
@@ -913,6 +951,7 @@ on_paths!(
     many_targets,
     runs_of_tiles,
     deep_ranks,
+    deep_and_shallow_targets,
     runs_of_tiles_downwards,
     more_targets_than_a_launch_plans,
     largest_rank_and_k,
