@@ -31,7 +31,7 @@
 // - The last block to leave the queue records. Only schedulers read the old record, and by then all of them are done with it.
 //
 // Memory order first: blocks take tiles from one counter, so that all SMs work close together in memory (long private strips cost 6-10%). What a
-// run of tiles saves on B it can lose there: three tiles are best until the ranks add up to more than 128, 4 to 16 beyond.
+// run of tiles saves on B it can lose there: three tiles are best until the ranks add up to more than 128, 8 to 32 beyond.
 // Every layout assumption is asserted where it is used.
 #include "args.h"
 #include "common/num.cuh"
@@ -47,15 +47,16 @@ constexpr int kGroups = LSW_SWITCH90_GROUPS;
 constexpr int kHalf = 64 * 128;             // bytes of 64 rows of 64 elements: one swizzle atom wide
 constexpr int kGranule = 2 * kHalf;         // bytes: 64 rows of W's tile, its left and right 64 columns
 constexpr int kArea = 13 * kGranule;        // bytes for granules of W and panels of A and B
-constexpr uint32_t kMostGranules = 6, kFewestGranules = 4;
-static_assert(kMostGranules % kConsumers == 0 && kFewestGranules % kConsumers == 0, "a place stays with one consumer: who waits at a barrier sees all its phases");
-constexpr uint32_t kMostPanels = (kArea - kMostGranules * kGranule) / (16 * 256);  // of the smallest
+constexpr uint32_t kMostGranules = 8, kGranules = 6, kFewestGranules = 4;
+static_assert(kMostGranules % kConsumers == 0 && kGranules % kConsumers == 0 && kFewestGranules % kConsumers == 0,
+              "a place stays with one consumer: who waits at a barrier sees all its phases");
+constexpr uint32_t kMostPanels = (kArea - kGranules * kGranule) / (16 * 256);  // of the smallest
 constexpr uint32_t kFewestStay = 4;         // panels of B, of the largest
 constexpr uint32_t kHeld = 4;               // panels of B that consumers hold in registers, of 64 of a rank
 constexpr uint32_t kLoaders = 4;            // warps
 static_assert(kFewestStay >= kLoaders, "a loader that comes to a place must not be two uses ahead of it");
 constexpr uint32_t kGrab = 3, kDeepGrab = 8;  // tiles that a block takes at a time
-constexpr uint32_t kHeldGrab = 4, kLongHeldGrab = 16;  // where the consumers hold B: all of it, a part
+constexpr uint32_t kHeldGrab = 16, kLongHeldGrab = 32;  // where the consumers hold B: all of it, a part
 constexpr uint32_t kDeep = 128;                // a sum of ranks beyond which panels are scarcer than granules
 constexpr int kEntries = 4;                 // tiles between the scheduler and the slowest role
 constexpr uint32_t kEnd = ~0u;
@@ -258,16 +259,17 @@ __device__ void meet_target(const LswSwitchArgs& args, Shared& s, uint32_t targe
 }
 
 // One thread. Short grabs where they can be: memory likes all blocks close together, and the last blocks want tiles too. Deep ranks need B
-// to stay for longer.
-__device__ void lay_out(Shared& s, uint32_t total, uint32_t blocks) {
+// to stay for longer. In place W's granules stay for a read and a write of the same memory, and more of them help where panels are small. More
+// than half of the places are B's: 8 of 14 for panels of 32, so that four terms' next run comes while one is used.
+__device__ void lay_out(const LswSwitchArgs& args, Shared& s, uint32_t total, uint32_t blocks) {
     Geometry& g = s.geometry;
     const bool is_deep = g.most_ranks > kDeep;
     g.panel_bytes = g.depth * 256;
     const bool is_held = g.may_hold && !g.may_not, is_all_held = is_held && g.most_panels <= kHeld;
-    g.granules = is_deep ? kFewestGranules : kMostGranules;
+    g.granules = is_deep ? kFewestGranules : args.in_place && g.depth == 16 ? kMostGranules : kGranules;
     g.panels = shared_address(s.panels());
     const uint32_t slots = min(kMostPanels, (kArea - g.granules * kGranule) / g.panel_bytes);
-    g.stays = is_all_held ? 0 : g.depth == 64 ? kFewestStay : slots / 2;
+    g.stays = is_all_held ? 0 : g.depth == 64 ? kFewestStay : slots / 2 + 1;
     g.passes = slots - g.stays;
     const uint32_t most = !is_held ? (is_deep ? kDeepGrab : kGrab) : is_all_held ? kHeldGrab : kLongHeldGrab;
     g.grab = max(1u, min(most, (total + blocks - 1) / blocks));
@@ -291,7 +293,7 @@ __device__ void plan(const LswSwitchArgs& args, Shared& s) {
             if (g < s.groups) s.group[g + 1] = sum;
             carry = __shfl_sync(kFullWarp, sum, 31);
         }
-        if (lane == 0) s.group[0] = 0, lay_out(s, carry, gridDim.x);
+        if (lane == 0) s.group[0] = 0, lay_out(args, s, carry, gridDim.x);
     }
     __syncthreads();
 }
