@@ -68,11 +68,14 @@ enum {
     LSW_EXPAND_CHUNKS = 8,    /* at most as many times LSW_EXPAND_THREADS outputs a block */
 
     /* Of few rows of 16 bits. */
-    LSW_FEW_ROWS = 16,         /* that share a product */
-    LSW_FEW_THREADS = 512,     /* a block of shrink, */
+    LSW_FEW_ROWS = 32,         /* that share B */
+    LSW_FEW_THREADS = 256,     /* a block of shrink, */
     LSW_FEW_RANKS = 16,        /* with so many rows of A */
-    LSW_FEW_SPLITS = 4,        /* and one of so many slices of x, which expand adds up */
-    LSW_FEW_STEPS = 8,         /* expand: of 16 ranks, in shared memory at a time */
+    LSW_FEW_COLUMNS = 1024,    /* and so many columns of x: a slice, which expand adds up, */
+    LSW_FEW_SLICES = 32,       /* or a multiple of them, so that there are no more slices than these */
+    LSW_FEW_EXPAND_THREADS = 256,
+    LSW_FEW_OUTPUTS = 128,     /* a block of expand */
+    LSW_FEW_STEPS = 8,         /* expand: of 16 ranks, in registers at a time */
     LSW_FEW_SHARED = 64 * 1024,
 
     /* Of many rows of 16 bits, on the tensor cores. */
@@ -312,7 +315,7 @@ typedef struct LswApplyArgs {
     uint32_t width;       /* a multiple of 8 */
     uint32_t units;       /* blocks of all targets for a row, an entry of its route, or a group of rows */
     uint32_t shrink_rows; /* 1 or LSW_SHRINK_ROWS */
-    uint32_t splits;      /* of many rows, shrink: blocks that share the ranks of their rows */
+    uint32_t splits;      /* of few rows of 16 bits, slices of x; of many, shrink: blocks that share the ranks of their rows */
     uint32_t chunks;      /* expand: of LSW_EXPAND_THREADS outputs a block; of many rows, of LSW_MANY_OUTPUTS */
     uint32_t y_type;      /* 0 f32, 1 f16, 2 bf16 */
     uint32_t x_aligned;   /* address and row bytes are multiples of 16 */

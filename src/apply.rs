@@ -2,7 +2,7 @@
 
 use crate::bank::AdapterBank;
 use crate::check::{Checked, MAX_COUNT, Named, narrow};
-use crate::cuda::args::{LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_FEW_SPLITS, LSW_MANY_PRODUCT_BYTES, LSW_MAX_K};
+use crate::cuda::args::{LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_FEW_COLUMNS, LSW_FEW_SLICES, LSW_MANY_PRODUCT_BYTES, LSW_MAX_K};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::stream::{Stream, StreamKind};
@@ -60,6 +60,13 @@ struct Group {
     width: u32,
 }
 
+impl Group {
+    /// Of x, in which up to 64 rows in 16 bits compute A x.
+    fn slices(&self) -> u32 {
+        self.in_features.div_ceil(u64::from(LSW_FEW_COLUMNS)).clamp(1, u64::from(LSW_FEW_SLICES)) as u32
+    }
+}
+
 /// A checked call: both halves of it, or either.
 pub(crate) struct Plan<'b> {
     pub bank: &'b AdapterBank,
@@ -73,6 +80,8 @@ pub(crate) struct Plan<'b> {
     pub products: RawMat,
     /// Where a permutation of many rows has its place, u32 [rows].
     pub order: Option<u64>,
+    /// See `Group::slices`.
+    pub slices: u32,
     pub rows: u32,
     pub k: u32,
 }
@@ -245,7 +254,7 @@ impl Sizes {
         let is_half = dtype != DType::F32;
         let is_many = rows > LSW_APPLY_MANY && is_half;
         let (product_bytes, ordered_rows) = if is_many { (LSW_MANY_PRODUCT_BYTES, rows) } else { (4, 0) };
-        let sliced_entries = if is_half { u64::from(rows.min(LSW_APPLY_MANY) * k * LSW_FEW_SPLITS) } else { 0 };
+        let sliced_entries = if is_half { u64::from(rows.min(LSW_APPLY_MANY) * k * group.slices()) } else { 0 };
         Ok(Self { entries, sliced_entries, width, product_bytes: product_bytes.into(), ordered_rows })
     }
 
@@ -311,6 +320,7 @@ pub(crate) fn check<'b>(
         gates: gates.mat,
         row_map: row_map.map(|map| map.mat),
         products,
+        slices: group.slices(),
         order: (sizes.ordered_rows > 0).then(|| products.addr + sizes.products_bytes()),
         rows,
         k,

@@ -176,6 +176,18 @@ fn any_number_of_rows(backend: &Backend) {
     }
 }
 
+/// Longer inputs than slices of the least length make up.
+fn long_inputs(backend: &Backend) {
+    for dtype in FLOATS {
+        let spec = Spec { max_rank: 20, seed: 23, ..small(dtype, Form::FromBase) };
+        let model = Model::new(backend, &group(spec, &[40], 35_000));
+        let mut batch = Batch::random(&model, &mut Rng(23), 3, 2, dtype, Layout::dense);
+        let before = batch.bits();
+        batch.run(&model, Call::Whole);
+        batch.assert_added_to(&model, &before, "35,000 columns");
+    }
+}
+
 /// A row has the same bits in each run, in one call or two, with its route in another order, alone (or among 65 others, where more
 /// than 64 rows take another path) and in a larger batch.
 fn bits_depend_on_the_row_alone(backend: &Backend) {
@@ -500,8 +512,8 @@ fn bad_arguments_are_named(backend: &Backend) {
     for (result, name) in [(bytes(1..3, 5, 2), "targets[2].in_features"), (bytes(0..2, 1 << 31, 2), "rows"), (bytes(0..2, 5, 33), "k")] {
         assert!(matches!(&result, Err(Error::Argument { name: n, .. }) if n == name), "{result:?} should name {name}");
     }
-    assert_eq!(bytes(0..2, 5, 2).unwrap(), 4 * 5 * 2 * 2 * 24 * 4, "four slices; ranks of at most 20, in steps of 8");
-    assert_eq!(bytes(0..2, 65, 2).unwrap(), bytes(0..2, 64, 2).unwrap(), "never less for more rows");
+    assert_eq!(bytes(0..2, 5, 2).unwrap(), 5 * 2 * 2 * 24 * 4, "one slice; ranks of at most 20, in steps of 8");
+    assert!(bytes(0..2, 65, 2).unwrap() >= bytes(0..2, 64, 2).unwrap(), "never less for more rows");
     assert_eq!(bytes(0..2, 650, 2).unwrap(), 650 * 2 * 2 * 24 * 8 + 650 * 4, "in parts, and an order of the rows");
     assert_eq!(bytes(0..2, 0, 2).unwrap(), 0);
 }
@@ -509,6 +521,7 @@ fn bad_arguments_are_named(backend: &Backend) {
 on_backends!(
     matches_oracle,
     any_number_of_rows,
+    long_inputs,
     bits_depend_on_the_row_alone,
     alignment_does_not_matter,
     agrees_with_the_switch,

@@ -76,6 +76,16 @@ struct Barrier {
     }
 };
 
+// A word, where it exists; no branch.
+__device__ __forceinline__ uint32_t load_if(bool exists, const uint32_t* p, uint32_t otherwise) {
+    uint32_t x;
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\nmov.u32 %0, %3;\n@p ld.global.u32 %0, [%1];\n}"
+                 : "=&r"(x)
+                 : "l"(p), "r"(static_cast<uint32_t>(exists)), "r"(otherwise)
+                 : "memory");
+    return x;
+}
+
 // Brings a line into L2.
 __device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 

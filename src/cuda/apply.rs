@@ -1,13 +1,13 @@
 //! Launches of unmerged adapters.
 
 use super::args::{
-    LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_EXPAND_CHUNKS, LSW_EXPAND_THREADS, LSW_FEW_RANKS, LSW_FEW_ROWS, LSW_FEW_SHARED, LSW_FEW_SPLITS,
-    LSW_FEW_THREADS, LSW_MANY_CHUNKS, LSW_MANY_EXPAND_ROWS, LSW_MANY_EXPAND_THREADS, LSW_MANY_OUTPUTS, LSW_MANY_SHRINK_ROWS,
-    LSW_MANY_SHRINK_THREADS, LSW_MANY_SPLITS, LSW_ORDER_THREADS, LSW_SHRINK_ROWS, LSW_SHRINK_THREADS, LswApplyArgs, LswApplyTarget,
-    LswFactor,
+    LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_EXPAND_CHUNKS, LSW_EXPAND_THREADS, LSW_FEW_EXPAND_THREADS, LSW_FEW_OUTPUTS, LSW_FEW_RANKS,
+    LSW_FEW_ROWS, LSW_FEW_SHARED, LSW_FEW_THREADS, LSW_MANY_CHUNKS, LSW_MANY_EXPAND_ROWS, LSW_MANY_EXPAND_THREADS, LSW_MANY_OUTPUTS,
+    LSW_MANY_SHRINK_ROWS, LSW_MANY_SHRINK_THREADS, LSW_MANY_SPLITS, LSW_ORDER_THREADS, LSW_SHRINK_ROWS, LSW_SHRINK_THREADS, LswApplyArgs,
+    LswApplyTarget, LswFactor,
 };
 use super::context::{Apply, DeviceStream, by_dtype};
-use super::launch::{Grid, launch_dependent};
+use super::launch::{Cube, Grid, launch_dependent};
 use crate::apply::{GroupTarget, Plan};
 use crate::dtype::DType;
 use crate::error::Result;
@@ -59,7 +59,7 @@ pub(super) fn args(stream: &DeviceStream, plan: &Plan<'_>) -> LswApplyArgs {
         width: plan.products.cols as u32,
         units: 0,
         shrink_rows: 1,
-        splits: 1,
+        splits: plan.slices,
         chunks: 1,
         y_type: plan.targets().find_map(|t| t.y).map_or(0, |y| by_dtype(y.dtype) as u32),
         x_aligned: plan.x.is_some_and(|x| x.aligned16()).into(),
@@ -107,15 +107,15 @@ pub(crate) fn shrink(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
             let is_busy = u64::from(entries) * u64::from(units(1)) > u64::from(BUSY * device.processors);
             let shrink_rows = if is_busy { LSW_SHRINK_ROWS } else { 1 };
             let args = LswApplyArgs { units: units(shrink_rows), shrink_rows, ..all };
-            (rows.shrink, args, entries * args.units, LSW_SHRINK_THREADS)
+            (rows.shrink, args, [entries * args.units, 1, 1], LSW_SHRINK_THREADS)
         }
         Path::Few(few) => {
             let (units, begins) = begins(plan, |t| t.rank_cap.div_ceil(LSW_FEW_RANKS));
-            let blocks = |candidates: u32| u64::from(candidates) * u64::from(units) * u64::from(LSW_FEW_SPLITS);
+            let blocks = |candidates: u32| u64::from(candidates) * u64::from(units) * u64::from(plan.slices);
             let is_small = blocks(all.slots) <= u64::from(FEW_BLOCKS * device.processors);
             let candidates = if all.slots <= entries || is_small { all.slots } else { entries };
             let args = LswApplyArgs { units, begins, candidates, ..all };
-            (few.shrink, args, candidates * units * LSW_FEW_SPLITS, LSW_FEW_THREADS)
+            (few.shrink, args, [plan.slices, units, candidates], LSW_FEW_THREADS)
         }
         Path::Many(many) => {
             let grid = Grid { blocks: 1, threads: LSW_ORDER_THREADS, shared: 0 };
@@ -123,10 +123,10 @@ pub(crate) fn shrink(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
             unsafe { launch_dependent(stream, device.kernels.apply_order, grid, &all) }?;
             let groups = plan.rows.div_ceil(LSW_MANY_SHRINK_ROWS);
             let splits = (device.processors / groups).clamp(1, LSW_MANY_SPLITS);
-            (many.shrink, LswApplyArgs { splits, ..all }, groups * splits, LSW_MANY_SHRINK_THREADS)
+            (many.shrink, LswApplyArgs { splits, ..all }, [groups * splits, 1, 1], LSW_MANY_SHRINK_THREADS)
         }
     };
-    let grid = Grid { blocks, threads, shared: 0 };
+    let grid = Cube { blocks, threads, shared: 0 };
     // SAFETY: a checked plan: device memory of the stated shapes, kept by the caller's views; the bank's table, and adapters that the
     // bank keeps alive. The kernels wait first of all.
     unsafe { launch_dependent(stream, function, grid, &args) }
@@ -134,9 +134,10 @@ pub(crate) fn shrink(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
 
 pub(crate) fn expand(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
     // A block of `threads` does `rows` rows and up to `most` times `outputs` outputs, while there are `resident` blocks a multiprocessor.
-    let (function, threads, rows, outputs, most, resident, shared) = match Path::of(stream, plan) {
+    let path = Path::of(stream, plan);
+    let (function, threads, rows, outputs, most, resident, shared) = match path {
         Path::Rows(by_row) => (by_row.expand, LSW_EXPAND_THREADS, 1, LSW_EXPAND_THREADS, LSW_EXPAND_CHUNKS, RESIDENT, 0),
-        Path::Few(few) => (few.expand, LSW_EXPAND_THREADS, LSW_FEW_ROWS, LSW_EXPAND_THREADS, 1, RESIDENT, LSW_FEW_SHARED),
+        Path::Few(few) => (few.expand, LSW_FEW_EXPAND_THREADS, LSW_FEW_ROWS, LSW_FEW_OUTPUTS, 1, RESIDENT, LSW_FEW_SHARED),
         Path::Many(many) => {
             (many.expand, LSW_MANY_EXPAND_THREADS, LSW_MANY_EXPAND_ROWS, LSW_MANY_OUTPUTS, LSW_MANY_CHUNKS, MANY_RESIDENT, 0)
         }
@@ -150,7 +151,8 @@ pub(crate) fn expand(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
     let chunks = (u64::from(groups) * u64::from(units(1)) / resident).clamp(1, u64::from(most)) as u32;
     let (_, begins) = begins(plan, |t| t.out_features.div_ceil(outputs));
     let args = LswApplyArgs { units: units(chunks), begins, chunks, ..args(stream, plan) };
-    let grid = Grid { blocks: groups * args.units, threads, shared };
+    let blocks = if let Path::Few(_) = path { [args.units, groups, 1] } else { [groups * args.units, 1, 1] };
+    let grid = Cube { blocks, threads, shared };
     // SAFETY: as above. Before it waits, the kernel reads what nobody writes between the two halves (apply_shrink's contract).
     unsafe { launch_dependent(stream, function, grid, &args) }
 }

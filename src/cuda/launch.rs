@@ -15,13 +15,27 @@ pub(super) struct Grid {
     pub shared: u32,
 }
 
+/// A grid of three dimensions, for kernels that would otherwise begin with a division.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Cube {
+    pub blocks: [u32; 3],
+    pub threads: u32,
+    pub shared: u32,
+}
+
+impl From<Grid> for Cube {
+    fn from(grid: Grid) -> Self {
+        Self { blocks: [grid.blocks, 1, 1], threads: grid.threads, shared: grid.shared }
+    }
+}
+
 /// Enqueues a kernel.
 ///
 /// # Safety
 /// `args` is the struct that the kernel takes, and every address in it is what the kernel's contract says, until the work has finished.
 pub(super) unsafe fn launch<Args>(stream: &DeviceStream, function: Function, grid: Grid, args: &Args) -> Result<()> {
     // SAFETY: the caller's promise.
-    unsafe { launch_with(stream, function, grid, &mut [], args) }
+    unsafe { launch_with(stream, function, grid.into(), &mut [], args) }
 }
 
 /// Enqueues a kernel that may start while the work before it ends: it waits for it by itself. Where the card cannot do that, it starts
@@ -29,10 +43,10 @@ pub(super) unsafe fn launch<Args>(stream: &DeviceStream, function: Function, gri
 ///
 /// # Safety
 /// As for [`launch`], and the kernel calls `dependency_wait` on every path, before it touches what the work before it writes.
-pub(super) unsafe fn launch_dependent<Args>(stream: &DeviceStream, function: Function, grid: Grid, args: &Args) -> Result<()> {
+pub(super) unsafe fn launch_dependent<Args>(stream: &DeviceStream, function: Function, grid: impl Into<Cube>, args: &Args) -> Result<()> {
     let attributes: &mut [_] = if stream.device().has_dependent_launch { &mut [dependent()] } else { &mut [] };
     // SAFETY: the caller's promise.
-    unsafe { launch_with(stream, function, grid, attributes, args) }
+    unsafe { launch_with(stream, function, grid.into(), attributes, args) }
 }
 
 /// Like [`launch_dependent`], on a card that has clusters: `blocks` neighbours form one.
@@ -46,7 +60,7 @@ pub(super) unsafe fn launch_clustered<Args>(stream: &DeviceStream, function: Fun
         value: sys::CUlaunchAttributeValue { clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 } },
     };
     // SAFETY: the caller's promise.
-    unsafe { launch_with(stream, function, grid, &mut [cluster, dependent()], args) }
+    unsafe { launch_with(stream, function, grid.into(), &mut [cluster, dependent()], args) }
 }
 
 fn dependent() -> sys::CUlaunchAttribute {
@@ -62,15 +76,15 @@ fn dependent() -> sys::CUlaunchAttribute {
 unsafe fn launch_with<Args>(
     stream: &DeviceStream,
     function: Function,
-    grid: Grid,
+    grid: Cube,
     attributes: &mut [sys::CUlaunchAttribute],
     args: &Args,
 ) -> Result<()> {
     let _entered = stream.device().enter()?;
     let config = sys::CUlaunchConfig {
-        gridDimX: grid.blocks,
-        gridDimY: 1,
-        gridDimZ: 1,
+        gridDimX: grid.blocks[0],
+        gridDimY: grid.blocks[1],
+        gridDimZ: grid.blocks[2],
         blockDimX: grid.threads,
         blockDimY: 1,
         blockDimZ: 1,
