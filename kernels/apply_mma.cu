@@ -400,6 +400,7 @@ __device__ __forceinline__ uint32_t load_terms(const LswApplyArgs& args, const L
     const uint32_t lane = threadIdx.x % 32;
     __syncwarp();  // other lanes may still read the list before
     uint32_t count = 0, mine = 0;
+    __syncwarp();
     for (uint32_t slot; count < kTerms && (slot = walk.step(routes)) != kNone; ++count) {
         if (lane < kGroup) terms[count].position[lane] = walk.position;
         if (lane == count) mine = slot;
@@ -675,25 +676,32 @@ __device__ __forceinline__ void find_buckets(const LswApplyArgs& args, uint32_t 
         item[i] = first + i * kStep < args.rows ? item_of(args, first + i * kStep) : -1;
         low[i] = next[i] = kNone;
     }
-    for (uint32_t e = 0; e < args.k; ++e) {
-        int slot[kRows];
+    constexpr uint32_t kAhead = 2;
+    for (uint32_t e0 = 0; e0 < args.k; e0 += kAhead) {
+        int slot[kAhead][kRows];
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) slot[i] = item[i] >= 0 ? id_at(args, item[i], e) : -1;
+        for (int i = 0; i < kAhead * kRows; ++i) {
+            slot[i / kRows][i % kRows] = item[i % kRows] >= 0 ? id_at(args, item[i % kRows], e0 + i / kRows) : -1;
+        }
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            slot[i] = known_id(slot[i], args.slots);
-            if (slot[i] < 0 || slot[i] == low[i]) continue;
-            next[i] = min(next[i], max(low[i], static_cast<uint32_t>(slot[i])));
-            low[i] = min(low[i], static_cast<uint32_t>(slot[i]));
+        for (int i = 0; i < kAhead * kRows; ++i) {
+            const int known = known_id(slot[i / kRows][i % kRows], args.slots);
+            uint32_t &lowest = low[i % kRows], &second = next[i % kRows];
+            if (known < 0 || known == lowest) continue;
+            second = min(second, max(lowest, static_cast<uint32_t>(known)));
+            lowest = min(lowest, static_cast<uint32_t>(known));
         }
     }
-    const uint32_t fine = LSW_ORDER_BUCKETS / args.slots, finest = max(fine / args.slots, 1);
+    // Without divisions: any number below `fine` that does not fall with the slot is good.
+    const uint32_t fine = LSW_ORDER_BUCKETS / args.slots, spare = max(fine / args.slots, 1), mask = (1u << (31 - __clz(spare))) - 1;
+    const float scale = static_cast<float>(fine) / args.slots;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
         if (next[i] == kNone) next[i] = low[i];
-        bucket[i] = fine == 0 ? static_cast<uint64_t>(low[i]) * LSW_ORDER_BUCKETS / args.slots : low[i] * fine + next[i] * fine / args.slots;
+        bucket[i] = fine == 0 ? static_cast<uint64_t>(low[i]) * LSW_ORDER_BUCKETS / args.slots
+                              : low[i] * fine + min(fine - 1, static_cast<uint32_t>(next[i] * scale));
         // Rows of one route go to different counters, if there are some to spare: on one they would wait for each other.
-        bucket[i] += (first + i * kStep) % finest;
+        bucket[i] += (first + i * kStep) & mask;
         if (low[i] == kNone) bucket[i] = LSW_ORDER_BUCKETS - 1;
     }
 }

@@ -4,6 +4,7 @@
 #include "../args.h"
 #include "num.cuh"
 #include "pack.cuh"
+#include "ptx.cuh"
 
 // Eight elements: of 16 bits a pack, of 32 bits two.
 template <class T> struct Eight {
@@ -41,7 +42,7 @@ template <class T> __device__ __forceinline__ Eight<T> load_eight_if(bool exists
 template <class T> __device__ __forceinline__ void store_eight(T* p, const Eight<T>& eight, uint32_t left, bool aligned) {
     if (aligned && left >= 8) {
 #pragma unroll
-        for (int i = 0; i < 8 / kPack<T>; ++i) store16(p + i * kPack<T>, eight.part[i]);
+        for (int i = 0; i < 8 / kPack<T>; ++i) store16_whole(p + i * kPack<T>, eight.part[i].bits);
     } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {

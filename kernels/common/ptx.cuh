@@ -86,6 +86,11 @@ __device__ __forceinline__ uint32_t load_if(bool exists, const uint32_t* p, uint
     return x;
 }
 
+// 16 bytes at once: a plain store of a struct may become four, each of a part of its sector.
+__device__ __forceinline__ void store16_whole(void* global, uint4 x) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
 // Brings a line into L2.
 __device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
