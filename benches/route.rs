@@ -98,6 +98,7 @@ impl Call {
             groups: r.groups as u64,
             top_groups: r.top_groups as u64,
             group_score: r.group_score,
+            only_x_is_new: true, // weights are as old as the bench
             ..RouteOptions::default()
         };
         let (x, ids, gates) = (self.x.rows(tokens), &mut self.ids.rows_mut(tokens), &mut self.gates.rows_mut(tokens));

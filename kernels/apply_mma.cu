@@ -400,7 +400,6 @@ __device__ __forceinline__ uint32_t load_terms(const LswApplyArgs& args, const L
     const uint32_t lane = threadIdx.x % 32;
     __syncwarp();  // other lanes may still read the list before
     uint32_t count = 0, mine = 0;
-    __syncwarp();
     for (uint32_t slot; count < kTerms && (slot = walk.step(routes)) != kNone; ++count) {
         if (lane < kGroup) terms[count].position[lane] = walk.position;
         if (lane == count) mine = slot;

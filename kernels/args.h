@@ -144,6 +144,7 @@ enum {
     LSW_ROUTE_SUM_TWO = 4,  /* a group's score is the sum of its two best, not its best */
     LSW_ROUTE_PADDED = 8,   /* there are valid or mask */
     LSW_ROUTE_COUNTED = 16, /* there are counts */
+    LSW_ROUTE_ONLY_X_IS_NEW = 64, /* a gate: all but x was written before the launch before this one */
     LSW_ROUTE_PACKED = 32   /* a lane's experts are all there or none is, and 16-byte loads serve them: rows and bias are aligned */
 };
 

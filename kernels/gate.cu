@@ -83,23 +83,33 @@ __device__ __forceinline__ void multiply_packs(const Pack<T> (&a)[kM][kSteps][2]
     }
 }
 
-// sums[m][n] += 16 experts by 8 tokens over kChain elements from `at` on, as mma lays them out: thread (g, t) = (lane / 4, lane % 4) holds
-// expert g by tokens 2t, 2t + 1, then expert g + 8 by the same.
-template <bool kWhole, int kM, int kN, class T>
-__device__ __forceinline__ void multiply_rows(const LswGateArgs& args, uint32_t first_expert, uint32_t first_token, uint64_t at, float (&sums)[kM][kN][4]) {
+// A chain's packs of the experts' rows, as the first operand of mma takes them.
+constexpr int kStepPacks = 4;  // lanes with a pack each
+template <class T> constexpr int kSteps = kChain / (kStepPacks * kPack<T>);
+template <int kM, class T> using ExpertPacks = Pack<T>[kM][kSteps<T>][2];
+
+template <bool kWhole, int kM, class T>
+__device__ __forceinline__ void load_experts(const LswGateArgs& args, uint32_t first_expert, uint64_t at, ExpertPacks<kM, T>& a) {
     const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    constexpr int kStep = 4 * kPack<T>, kSteps = kChain / kStep;
     at += t * kPack<T>;
-    Pack<T> a[kM][kSteps][2];
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
         const T *low = expert_row<T>(args, first_expert + m * 16 + g), *high = expert_row<T>(args, first_expert + m * 16 + g + 8);
 #pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
-            a[m][s][0] = load_row<kWhole>(args, low, at + s * kStep);
-            a[m][s][1] = load_row<kWhole>(args, high, at + s * kStep);
+        for (int s = 0; s < kSteps<T>; ++s) {
+            a[m][s][0] = load_row<kWhole>(args, low, at + s * kStepPacks * kPack<T>);
+            a[m][s][1] = load_row<kWhole>(args, high, at + s * kStepPacks * kPack<T>);
         }
     }
+}
+
+// sums[m][n] += 16 experts by 8 tokens over kChain elements from `at` on, as mma lays them out: thread (g, t) = (lane / 4, lane % 4) holds
+// expert g by tokens 2t, 2t + 1, then expert g + 8 by the same.
+template <bool kWhole, int kM, int kN, class T>
+__device__ __forceinline__ void multiply_rows(const LswGateArgs& args, const ExpertPacks<kM, T>& a, uint32_t first_token, uint64_t at, float (&sums)[kM][kN][4]) {
+    const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    constexpr int kStep = kStepPacks * kPack<T>, kSteps = ::kSteps<T>;
+    at += t * kPack<T>;
     if constexpr (sizeof(T) == 2) {
         Pack<T> b[kN][kSteps];
 #pragma unroll
@@ -135,18 +145,26 @@ __device__ __forceinline__ void multiply_rows(const LswGateArgs& args, uint32_t 
     }
 }
 
-// Over the chains of warp `warp` in the slice of block `rank`. Branches once and not at each load, which would then wait for one another.
-template <int kM, int kN, class T>
-__device__ __forceinline__ void multiply(const LswGateArgs& args, uint32_t first_expert, uint32_t first_token, uint32_t rank, uint32_t warp, float (&sums)[kM][kN][4]) {
+// Over the chains of warp `warp` in the slice of block `rank`. The first packs of experts are on their way when `wait` is called, those of
+// tokens come behind it. Branches once and not at each load, which would then wait for one another. `kAllWhole`: chains are whole, or none.
+template <bool kAllWhole, int kM, int kN, class T, class Wait>
+__device__ __forceinline__ void multiply(const LswGateArgs& args, uint32_t first_expert, uint32_t first_token, uint32_t rank, uint32_t warp, float (&sums)[kM][kN][4],
+                                         const Wait& wait) {
 #pragma unroll
     for (int i = 0; i < kM * kN * 4; ++i) sums[i / (kN * 4)][i / 4 % kN][i % 4] = 0.0f;
     uint64_t at = static_cast<uint64_t>(rank * kWarps + warp) * args.chains * kChain;
+    ExpertPacks<kM, T> a;
+    const auto is_whole = [&] { return (kAllWhole || args.aligned) && at + kChain <= args.hidden; };
+    if (is_whole()) load_experts<true, kM, T>(args, first_expert, at, a);
+    wait();
 #pragma unroll 1
     for (uint32_t c = 0; c < args.chains; ++c, at += kChain) {
-        if (args.aligned && at + kChain <= args.hidden) {
-            multiply_rows<true, kM, kN, T>(args, first_expert, first_token, at, sums);
-        } else if (at < args.hidden) {
-            multiply_rows<false, kM, kN, T>(args, first_expert, first_token, at, sums);
+        if (is_whole()) {
+            if (c > 0) load_experts<true, kM, T>(args, first_expert, at, a);
+            multiply_rows<true, kM, kN, T>(args, a, first_token, at, sums);
+        } else if (!kAllWhole && at < args.hidden) {
+            load_experts<false, kM, T>(args, first_expert, at, a);
+            multiply_rows<false, kM, kN, T>(args, a, first_token, at, sums);
         }
     }
 }
@@ -259,12 +277,14 @@ template <bool kIsPlain, int kRows, int kCols, class T> __device__ __forceinline
     }
 #endif
     for (uint32_t e = threadIdx.x; route.flags & LSW_ROUTE_COUNTED && e < route.experts; e += LSW_GATE_THREADS) shared.counts[e] = 0;
-    dependency_wait();
-    LswRouteWorkspace& workspace = *reinterpret_cast<LswRouteWorkspace*>(route.workspace);
-    if (threadIdx.x == LSW_GATE_THREADS - 1 && own > 0 && blocks > 1) shared.ticket = atomicInc(&workspace.tickets[adder], blocks - 1);
-
+    const auto wait = [&] {
+        dependency_wait();
+        LswRouteWorkspace& workspace = *reinterpret_cast<LswRouteWorkspace*>(route.workspace);
+        if (threadIdx.x == LSW_GATE_THREADS - 1 && own > 0 && blocks > 1) shared.ticket = atomicInc(&workspace.tickets[adder], blocks - 1);
+    };
+    if (!(route.flags & LSW_ROUTE_ONLY_X_IS_NEW)) dependency_wait();
     float sums[kRows / 16][kCols / 8][4];
-    multiply<kRows / 16, kCols / 8, T>(args, tile * kRows, first_token, rank, warp, sums);
+    multiply<kIsClustered, kRows / 16, kCols / 8, T>(args, tile * kRows, first_token, rank, warp, sums, wait);
 #pragma unroll
     for (int i = 0; i < kRows * kCols / 32; ++i) {
         constexpr int kTile = kCols / 2;  // sums of 16 experts
@@ -338,7 +358,7 @@ template <class T> __device__ __forceinline__ void project(const LswGateArgs& ar
         float sum[kTiles][4] = {};
         for (uint32_t w = 0; w < kWarps; ++w) {
             float part[1][kTiles][4];
-            multiply<1, kTiles, T>(args, first_expert, first_token, rank, w, part);
+            multiply<false, 1, kTiles, T>(args, first_expert, first_token, rank, w, part, [] {});
 #pragma unroll
             for (int i = 0; i < kTiles * 4; ++i) sum[i / 4][i % 4] += part[0][i / 4][i % 4];
         }
@@ -454,18 +474,24 @@ template <class T> __device__ __forceinline__ void project_tile(const LswGateArg
 
 }  // namespace
 
-#define LSW_GATE(name, is_plain, T, rows, cols)                                                                              \
-    extern "C" __global__ void __launch_bounds__(LSW_GATE_THREADS, 1) lsw_##name(const __grid_constant__ LswGateArgs args) { \
-        gate<is_plain, rows, cols, T>(args);                                                                                 \
+// A multiprocessor has a place for a block of the next launch where registers allow it, which depends on the compiler's target.
+#if __CUDA_ARCH__ == 900
+#define LSW_GATE_PLAIN_BLOCKS 2
+#else
+#define LSW_GATE_PLAIN_BLOCKS 1
+#endif
+#define LSW_GATE(name, is_plain, T, rows, cols, blocks)                                                                           \
+    extern "C" __global__ void __launch_bounds__(LSW_GATE_THREADS, blocks) lsw_##name(const __grid_constant__ LswGateArgs args) { \
+        gate<is_plain, rows, cols, T>(args);                                                                                      \
     }
-#define LSW_GATES(kind, is_plain)                                                                \
-    LSW_GATE(gate_##kind##_f32, is_plain, float, LSW_GATE_EXPERTS, LSW_GATE_TOKENS)          \
-    LSW_GATE(gate_##kind##_f16, is_plain, __half, LSW_GATE_EXPERTS, LSW_GATE_TOKENS)         \
-    LSW_GATE(gate_##kind##_bf16, is_plain, __nv_bfloat16, LSW_GATE_EXPERTS, LSW_GATE_TOKENS) \
-    LSW_GATE(gate_many_##kind##_f16, is_plain, __half, LSW_GATE_MANY, LSW_GATE_MANY)         \
-    LSW_GATE(gate_many_##kind##_bf16, is_plain, __nv_bfloat16, LSW_GATE_MANY, LSW_GATE_MANY)
-LSW_GATES(plain, true)
-LSW_GATES(scored, false)
+#define LSW_GATES(kind, is_plain, blocks)                                                                \
+    LSW_GATE(gate_##kind##_f32, is_plain, float, LSW_GATE_EXPERTS, LSW_GATE_TOKENS, 1)               \
+    LSW_GATE(gate_##kind##_f16, is_plain, __half, LSW_GATE_EXPERTS, LSW_GATE_TOKENS, 1)              \
+    LSW_GATE(gate_##kind##_bf16, is_plain, __nv_bfloat16, LSW_GATE_EXPERTS, LSW_GATE_TOKENS, 1)      \
+    LSW_GATE(gate_many_##kind##_f16, is_plain, __half, LSW_GATE_MANY, LSW_GATE_MANY, blocks)         \
+    LSW_GATE(gate_many_##kind##_bf16, is_plain, __nv_bfloat16, LSW_GATE_MANY, LSW_GATE_MANY, blocks)
+LSW_GATES(plain, true, LSW_GATE_PLAIN_BLOCKS)
+LSW_GATES(scored, false, 1)
 static_assert(sizeof(GateShared<LSW_GATE_EXPERTS, LSW_GATE_TOKENS>) <= LSW_GATE_SHARED && sizeof(GateShared<LSW_GATE_MANY, LSW_GATE_MANY>) <= LSW_GATE_SHARED_MANY,
               "asked for by the host");
 static_assert(sizeof(ProjectShared<__half>) == LSW_GATE_SHARED_TILE, "asked for by the host");

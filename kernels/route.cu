@@ -54,7 +54,8 @@ template <Kind kKind, int kItems, class T> __device__ __forceinline__ void route
     LSW_ROUTE(kPlain, plain, 32, suffix, T, 2) \
     LSW_SCORED(kSoftmax, softmax, suffix, T)   \
     LSW_SCORED(kSigmoid, sigmoid, suffix, T)   \
-    LSW_SCORED(kSqrtSoftplus, sqrt_softplus, suffix, T)
+    LSW_SCORED(kSqrtSoftplus, sqrt_softplus, suffix, T) \
+    LSW_ROUTE(kGrouped, grouped, 8, suffix, T, 8)
 LSW_ROUTES(f32, float)
 LSW_ROUTES(f16, __half)
 LSW_ROUTES(bf16, __nv_bfloat16)

@@ -36,8 +36,8 @@ pub(crate) struct Plan {
 ///   ready for the next, of whatever shape, if it is large enough for that: nobody else writes to it. As for `route_counted`, calls
 ///   that share one are in flight on one stream at a time, and after a failed launch it must be zeroed again.
 ///
-/// Products and sums are in f32 in an order that H alone decides: a token's bits depend neither on T nor on the other tokens, but that on
-/// CUDA the last bit of gates may be another above 1,024 tokens, as for `route`. On CUDA one launch up to 64 tokens, two beyond.
+/// Products and sums are in f32 in an order that H alone decides: a token's bits depend neither on T nor on the other tokens. On CUDA one
+/// launch up to 64 tokens, two beyond.
 ///
 /// # Errors
 /// As for `route`, and on an x, a weight or a workspace that breaks the above; outputs are untouched then.

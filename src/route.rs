@@ -57,6 +57,10 @@ pub struct RouteOptions<'a> {
     pub valid: Option<&'a Mat<'a>>,
     /// `[1, T]` u8 in the stream's memory: tokens whose byte is 0 are padding.
     pub mask: Option<&'a Mat<'a>>,
+    /// For [`gate`](crate::gate::gate), up to 64 tokens: the work directly before it on the stream (its last kernel launch, say) does not
+    /// write the weight. Then, on CUDA, the weight is read while that work still runs. Where that work starts early itself, as a dependent
+    /// launch, like `route` and `gate`, the same is asked of what comes before it. Default: false, and nothing is read early.
+    pub only_x_is_new: bool,
 }
 
 impl Default for RouteOptions<'_> {
@@ -72,6 +76,7 @@ impl Default for RouteOptions<'_> {
             group_score: GroupScore::Best,
             valid: None,
             mask: None,
+            only_x_is_new: false,
         }
     }
 }
@@ -104,6 +109,7 @@ pub(crate) struct Choice {
     pub groups: u32,
     pub top_groups: u32,
     pub group_score: GroupScore,
+    pub only_x_is_new: bool,
 }
 
 impl Choice {
@@ -138,8 +144,7 @@ pub(crate) struct Plan {
 /// range. Where the sum of the chosen scores underflows to 0, as sigmoids of logits below -88 do, the gates are 0. The stream's
 /// [`take_odd`](Stream::take_odd) tells that a NaN, a +inf or such a row was met.
 ///
-/// Deterministic, and a token's bits do not depend on the other tokens; nor on their number, but that on CUDA the last bit of gates may be
-/// another above 1,024 tokens. One launch, no workspace. On CUDA the work is enqueued.
+/// Deterministic, and a token's bits depend neither on the other tokens nor on their number. One launch, no workspace. On CUDA the work is enqueued.
 ///
 /// # Errors
 /// On shapes, dtypes, strides, places, overlaps and options that break the above; outputs are untouched then.
@@ -272,6 +277,7 @@ pub(crate) fn check_choice(
         groups,
         top_groups,
         group_score: if groups > 1 { options.group_score } else { GroupScore::Best },
+        only_x_is_new: options.only_x_is_new,
     })
 }
 

@@ -23,7 +23,7 @@ SIGMOID, SUM_OF_TWO = 1, 1  # LSW_SIGMOID, LSW_GROUP_SUM_OF_TWO
 class RouteOptions(ctypes.Structure):
     """lsw_route_options; zeros mean none of it."""
 
-    _fields_ = [("struct_size", ctypes.c_uint64), ("renormalize", ctypes.c_int32), ("reserved", ctypes.c_int32),
+    _fields_ = [("struct_size", ctypes.c_uint64), ("renormalize", ctypes.c_int32), ("only_x_is_new", ctypes.c_int32),
                 ("score", ctypes.c_int32), ("group_score", ctypes.c_int32), ("scale", ctypes.c_float), ("softcap", ctypes.c_float),
                 ("groups", ctypes.c_uint64), ("top_groups", ctypes.c_uint64)] + [
                     (name, ctypes.POINTER(Mat)) for name in ("bias", "valid", "mask")]

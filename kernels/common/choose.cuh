@@ -30,7 +30,7 @@
 static_assert(LSW_MAX_K == 32 && LSW_MAX_GROUPS == 32, "one lane a chosen expert, and one lane a group at least");
 static_assert(LSW_MAX_EXPERTS == 1024, "ten bits of a key hold an id");
 
-constexpr float kInfinity = __builtin_inff(), kLargest = 0x1.fffffep127f;
+constexpr float kInfinity = __builtin_inff(), kNaN = __builtin_nanf(""), kLargest = 0x1.fffffep127f;
 
 // Through a shuffle, which tells the compiler that it is the same for all lanes: shuffles under branches on it need no repair code.
 __device__ __forceinline__ uint32_t warp_index() { return __shfl_sync(kFullWarp, threadIdx.x / 32, 0); }
@@ -38,7 +38,7 @@ __device__ __forceinline__ uint32_t warp_index() { return __shfl_sync(kFullWarp,
 // What one warp shares among its lanes: keys of candidates and, below them, the complements of their ids; in no order.
 struct ChoiceScratch {
     alignas(16) uint64_t candidates[32];  // read two at a time
-    float2 scores[32];                    // in x, as far apart as the candidates that they are of
+    float2 scores[32];                    // in x, as far apart as the candidates that they are of; in the end expert and gate by place
 };
 
 // Unsigned order of keys = order of floats, and none is 0; -0 becomes +0, so that the two tie.
@@ -60,15 +60,16 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// Which code serves a route: the scores, and before them the softmax over the chosen without any option.
-enum class Kind { kPlain, kSoftmax, kSigmoid, kSqrtSoftplus };
+// Which code serves a route: the scores; before them the softmax over the chosen without any option, and behind them the sigmoids of
+// DeepSeek-V3: with a bias, in groups that go by their two best, renormalised; four lanes a group, each with 8 experts by wide loads.
+enum class Kind { kPlain, kSoftmax, kSigmoid, kSqrtSoftplus, kGrouped };
 
 // Below 2^-126 it is 0. The power's argument is rounded, which errs by |x| 2^-24 of the result where x < 0.
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + power_of_two(-1.44269504f * x)); }
 
 // The score of a logit; of a softmax, the numerator, where no logit exceeds `top`. If nothing is above -inf, all are 0.
 template <Kind kKind> __device__ __forceinline__ float score(float x, float top) {
-    if constexpr (kKind == Kind::kSigmoid) return sigmoid(x);
+    if constexpr (kKind == Kind::kSigmoid || kKind == Kind::kGrouped) return sigmoid(x);
     if constexpr (kKind == Kind::kSqrtSoftplus) return sqrtf(fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))));
     return expf(x - fmaxf(top, -kLargest));
 }
@@ -85,11 +86,17 @@ template <Kind kKind> __device__ __forceinline__ float usable_logit(const LswRou
 // The experts of a lane: from `first` on, below `end`. A group's lanes take runs of `lane_experts` neighbours.
 struct LaneExperts {
     uint32_t group, first, end;
-    __device__ __forceinline__ explicit LaneExperts(const LswRouteArgs& args, bool is_grouped) {
+    __device__ __forceinline__ LaneExperts(const LswRouteArgs& args, Kind kind) {
         const uint32_t lane = threadIdx.x % 32;
-        group = is_grouped ? lane >> args.group_lanes_log2 : 0;
-        first = is_grouped ? group * args.group_experts + (lane - (group << args.group_lanes_log2)) * args.lane_experts : lane * args.lane_experts;
-        end = group < args.groups || !is_grouped ? min(first + args.lane_experts, (group + 1) * args.group_experts) : 0;
+        if (kind == Kind::kPlain) {
+            group = 0, first = lane * args.lane_experts, end = min(first + args.lane_experts, args.group_experts);
+        } else if (kind == Kind::kGrouped) {
+            group = lane / 4, first = lane * 8, end = first < args.experts ? first + 8 : 0;
+        } else {
+            group = lane >> args.group_lanes_log2;
+            first = group * args.group_experts + (lane - (group << args.group_lanes_log2)) * args.lane_experts;
+            end = group < args.groups ? min(first + args.lane_experts, (group + 1) * args.group_experts) : 0;
+        }
     }
     __device__ __forceinline__ uint32_t at(int i) const { return first + i; }
     __device__ __forceinline__ bool has(int i) const { return at(i) < end; }
@@ -97,22 +104,24 @@ struct LaneExperts {
 
 // A lane's row of `values`, by the widest loads where it is whole and aligned; `none` where the lane has no expert.
 template <int kItems, class T>
-__device__ __forceinline__ void load_run(const LaneExperts& own, bool is_packed, const T* values, float none, float (&x)[kItems]) {
+__device__ __forceinline__ void load_run(const LaneExperts& own, bool is_packed, const T* values, T none, float (&x)[kItems]) {
     constexpr int kRun = kItems * sizeof(T) < 16 ? kItems : 16 / sizeof(T);
     struct alignas(kRun * sizeof(T)) Run {
         T lane[kRun];
     };
     if (kItems > 1 && is_packed) {
-        Run runs[kItems / kRun] = {};
+        Run runs[kItems / kRun];
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) runs[i / kRun].lane[i % kRun] = none;
 #pragma unroll
         for (int r = 0; r < kItems / kRun; ++r) {
             if (own.has(0)) runs[r] = reinterpret_cast<const Run*>(values + own.first)[r];
         }
 #pragma unroll
-        for (int i = 0; i < kItems; ++i) x[i] = own.has(0) ? to_float(runs[i / kRun].lane[i % kRun]) : none;
+        for (int i = 0; i < kItems; ++i) x[i] = to_float(runs[i / kRun].lane[i % kRun]);
     } else {
 #pragma unroll
-        for (int i = 0; i < kItems; ++i) x[i] = own.has(i) ? to_float(values[own.at(i)]) : none;
+        for (int i = 0; i < kItems; ++i) x[i] = to_float(own.has(i) ? values[own.at(i)] : none);
     }
 }
 
@@ -120,13 +129,25 @@ __device__ __forceinline__ void load_run(const LaneExperts& own, bool is_packed,
 __device__ __forceinline__ void count_if_reaching(uint32_t& n, uint32_t a, uint32_t b) {
     asm("{\n.reg .pred p;\nsetp.ge.u32 p, %1, %2;\n@p add.u32 %0, %0, 1;\n}" : "+r"(n) : "r"(a), "r"(b));
 }
+__device__ __forceinline__ void count_if_reaching(uint32_t& n, float a, float b) {
+    asm("{\n.reg .pred p;\nsetp.ge.f32 p, %1, %2;\n@p add.u32 %0, %0, 1;\n}" : "+r"(n) : "f"(a), "f"(b));
+}
 __device__ __forceinline__ void count_if_above(uint32_t& n, uint64_t a, uint64_t b) {
     asm("{\n.reg .pred p;\nsetp.gt.u64 p, %1, %2;\n@p add.u32 %0, %0, 1;\n}" : "+r"(n) : "l"(a), "l"(b));
 }
 
-// Whether this lane's group is one of the best. `choice` is -inf where the lane has no expert.
-template <int kItems>
-__device__ __forceinline__ bool is_best_group(const LswRouteArgs& args, const LaneExperts& own, const float (&choice)[kItems]) {
+// The largest of a lane; NaN if there is one.
+template <int kItems> __device__ __forceinline__ float largest(const float (&x)[kItems]) {
+    float most = x[0];
+#pragma unroll
+    for (int i = 1; i < kItems; ++i) asm("max.NaN.f32 %0, %0, %1;" : "+f"(most) : "f"(x[i]));
+    return most;
+}
+
+// Whether this lane's group is one of the best. `choice` is -inf where the lane has no expert; `most`, its largest.
+template <Kind kKind, int kItems>
+__device__ __forceinline__ bool is_best_group(const LswRouteArgs& args, const LaneExperts& own, const float (&choice)[kItems], float& most) {
+    constexpr bool kIsGrouped = kKind == Kind::kGrouped;
     float best[kItems], second[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; i += 2) {
@@ -142,27 +163,36 @@ __device__ __forceinline__ bool is_best_group(const LswRouteArgs& args, const La
 #pragma unroll
         for (int i = 0; i < kItems; i += 2 * step) merge(best[i], second[i], best[i + step], second[i + step]);
     }
-    for (uint32_t step = 1; step >> args.group_lanes_log2 == 0; step *= 2) {
+    most = best[0];
+    const uint32_t lanes_log2 = kIsGrouped ? 2 : args.group_lanes_log2;
+    for (uint32_t step = 1; step >> lanes_log2 == 0; step *= 2) {
         const float other = __shfl_xor_sync(kFullWarp, best[0], step), other_second = __shfl_xor_sync(kFullWarp, second[0], step);
         merge(best[0], second[0], other, other_second);
     }
-    // A group's key, and below it the complement of its number: no two are equal.
-    const uint32_t key = order_key(args.flags & LSW_ROUTE_SUM_TWO ? fmaxf(best[0] + second[0], -kInfinity) : best[0]);
-    const uint64_t mine = static_cast<uint64_t>(key) << 32 | ~own.group;
-    uint32_t rank = 0;
+    const float score = kIsGrouped || args.flags & LSW_ROUTE_SUM_TWO ? fmaxf(best[0] + second[0], -kInfinity) : best[0];
+    const uint32_t key = own.group < args.groups ? order_key(score) : 0;
+    uint32_t left = key, bound = __reduce_max_sync(kFullWarp, left);
 #pragma unroll 1
-    for (uint32_t first = 0; first < args.groups; first += 8) {  // eight trips between lanes at a time
-#pragma unroll
-        for (uint32_t i = 0; i < 8; ++i) {
-            const uint32_t group = first + i, other = __shfl_sync(kFullWarp, key, group << args.group_lanes_log2);
-            count_if_above(rank, static_cast<uint64_t>(group < args.groups ? other : 0) << 32 | ~group, mine);
-        }
+    for (uint32_t g = 1; g < args.top_groups; ++g) {
+        if (left == bound) left = 0;
+        bound = __reduce_max_sync(kFullWarp, left);
     }
-    return rank < args.top_groups;
+    bool is_best = key >= bound;
+    if (__popc(__ballot_sync(kFullWarp, is_best)) > args.top_groups << lanes_log2) [[unlikely]] {
+        // Equal ones left together: those of lower numbers are better.
+        uint32_t rank = 0;
+#pragma unroll 1
+        for (uint32_t g = 0; g < args.groups; ++g) {
+            const uint32_t other = __shfl_sync(kFullWarp, key, g << lanes_log2);
+            rank += other > key || (other == key && g < own.group);
+        }
+        is_best = rank < args.top_groups;
+    }
+    return is_best;
 }
 
 // How many of a lane's experts reach `bound`.
-template <int kItems> __device__ __forceinline__ uint32_t count_reaching(const uint32_t (&keys)[kItems], uint32_t bound) {
+template <int kItems, class T> __device__ __forceinline__ uint32_t count_reaching(const T (&keys)[kItems], T bound) {
     uint32_t count = 0;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) count_if_reaching(count, keys[i], bound);
@@ -225,10 +255,10 @@ __device__ __forceinline__ Candidate rank_lanes(const LswRouteArgs& args, const 
     return {key, own.first, place, score};
 }
 
-// Leaves one candidate a lane, among them the k best, and ranks them.
+// Leaves one candidate a lane, among them the k best, and ranks them. `most`: the largest key of the lane, `highest`: of all.
 template <bool kKeepsScores, int kItems>
 __device__ __forceinline__ Candidate rank_runs(const LswRouteArgs& args, const LaneExperts& own, bool is_few, bool is_best, uint32_t most,
-                                               uint32_t highest, uint32_t (&keys)[kItems], const float (&scores)[kItems], ChoiceScratch& scratch) {
+                                               uint32_t highest, float (&choice)[kItems], const float (&scores)[kItems], ChoiceScratch& scratch) {
     const uint32_t lane = threadIdx.x % 32;
     uint32_t bound;
     if (is_few) {
@@ -257,17 +287,18 @@ __device__ __forceinline__ Candidate rank_runs(const LswRouteArgs& args, const L
             }
         }
     }
-    uint32_t own_bound = is_best ? bound : ~0u, own_count = count_reaching(keys, own_bound);
-    uint32_t count = __reduce_add_sync(kFullWarp, own_count);
+    float own_bound = is_best ? key_value(bound) : kNaN;  // which nothing reaches
+    uint32_t own_count = count_reaching(choice, own_bound), count = __reduce_add_sync(kFullWarp, own_count);
     if (bound <= kNothing || count > 32) [[unlikely]] {
         // What is no expert, or of another group, must not be taken for an expert at -inf.
         bound = max(bound, 1u);
+        uint32_t keys[kItems];
 #pragma unroll
-        for (int i = 0; i < kItems; ++i) {
-            if (!own.has(i) || !is_best) keys[i] = 0;
-        }
+        for (int i = 0; i < kItems; ++i) keys[i] = own.has(i) && is_best ? order_key(choice[i]) : 0;
         if (__reduce_add_sync(kFullWarp, count_reaching(keys, bound)) > 32) raise_bound(own, args.k, highest, bound, keys);
-        own_bound = bound, own_count = count_reaching(keys, bound), count = __reduce_add_sync(kFullWarp, own_count);
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) choice[i] = keys[i] >= bound ? choice[i] : kNaN;
+        own_bound = -kInfinity, own_count = count_reaching(choice, own_bound), count = __reduce_add_sync(kFullWarp, own_count);
     }
     uint32_t before = 0;  // of the lanes below, a ballot for each bit of their counts
 #pragma unroll
@@ -281,21 +312,23 @@ __device__ __forceinline__ Candidate rank_runs(const LswRouteArgs& args, const L
         const uint32_t complement = LSW_MAX_EXPERTS - 1 - own.at(i);
         if constexpr (kKeepsScores) {
             asm volatile(
-                "{\n.reg .pred p;\nsetp.ge.u32 p, %1, %2;\n@p st.shared.v2.u32 [%0], {%3, %1};\n@p st.shared.f32 [%0 + 256], %4;\n"
+                "{\n.reg .pred p;\nsetp.ge.f32 p, %1, %2;\n@p st.shared.v2.b32 [%0], {%3, %1};\n@p st.shared.f32 [%0 + 256], %4;\n"
                 "@p add.u32 %0, %0, 8;\n}"
                 : "+r"(slot)
-                : "r"(keys[i]), "r"(own_bound), "r"(complement), "f"(scores[i])
+                : "f"(choice[i]), "f"(own_bound), "r"(complement), "f"(scores[i])
                 : "memory");
         } else {
-            asm volatile("{\n.reg .pred p;\nsetp.ge.u32 p, %1, %2;\n@p st.shared.v2.u32 [%0], {%3, %1};\n@p add.u32 %0, %0, 8;\n}"
+            asm volatile("{\n.reg .pred p;\nsetp.ge.f32 p, %1, %2;\n@p st.shared.v2.b32 [%0], {%3, %1};\n@p add.u32 %0, %0, 8;\n}"
                          : "+r"(slot)
-                         : "r"(keys[i]), "r"(own_bound), "r"(complement)
+                         : "f"(choice[i]), "f"(own_bound), "r"(complement)
                          : "memory");
         }
     }
-    if (lane >= count) scratch.candidates[lane] = 0;
     __syncwarp();
-    const uint64_t mine = scratch.candidates[lane];
+    uint64_t mine = scratch.candidates[lane];  // a choice, still, and no candidate behind the last
+    mine = lane < count ? static_cast<uint64_t>(order_key(__uint_as_float(mine >> 32))) << 32 | static_cast<uint32_t>(mine) : 0;
+    scratch.candidates[lane] = mine;
+    __syncwarp();
     uint32_t place = 0;
 #pragma unroll 1
     for (uint32_t c = 0; c < count; c += 4) {  // four at a time: the places behind the last candidate hold 0
@@ -308,29 +341,32 @@ __device__ __forceinline__ Candidate rank_runs(const LswRouteArgs& args, const L
     return {static_cast<uint32_t>(mine >> 32), LSW_MAX_EXPERTS - 1 - static_cast<uint32_t>(mine), place, score};
 }
 
-// Routes one token; at most 32 * kItems experts. `is_few`: fast for few tokens rather than for many; the last bit of gates depends on it.
+// Routes one token; at most 32 * kItems experts. `is_few`: fast for few tokens rather than for many, with the same bits.
 // `counts`, if the route is counted, gain the chosen ones.
 template <Kind kKind, int kItems, class T>
 __device__ __forceinline__ void choose(const LswRouteArgs& args, bool is_few, uint32_t token, const T* logits, ChoiceScratch& scratch,
                                        uint32_t* counts) {
-    constexpr bool kIsPlain = kKind == Kind::kPlain, kIsSoftmax = kIsPlain || kKind == Kind::kSoftmax, kKeepsScores = !kIsSoftmax;
+    constexpr bool kIsPlain = kKind == Kind::kPlain, kIsGrouped = kKind == Kind::kGrouped;
+    constexpr bool kIsSoftmax = kIsPlain || kKind == Kind::kSoftmax, kKeepsScores = !kIsSoftmax;
     const uint32_t lane = threadIdx.x % 32;
-    const LaneExperts own(args, !kIsPlain);
-    const bool renormalize = kIsPlain || args.flags & LSW_ROUTE_RENORMALIZE, by_score = !kIsPlain && args.flags & LSW_ROUTE_BY_SCORE;
-    const bool is_packed = args.flags & LSW_ROUTE_PACKED && args.lane_experts == kItems;
+    const LaneExperts own(args, kKind);
+    const bool renormalize = kIsPlain || kIsGrouped || args.flags & LSW_ROUTE_RENORMALIZE;
+    const bool by_score = kIsGrouped || (!kIsPlain && args.flags & LSW_ROUTE_BY_SCORE);
+    const bool is_packed = kIsGrouped || (args.flags & LSW_ROUTE_PACKED && args.lane_experts == kItems);
+    const bool is_biased = kIsGrouped || (!kIsPlain && args.bias != 0), is_capped = !kIsPlain && !kIsGrouped && args.softcap != 0.0f;
     float choice[kItems], bias[kItems], scores[kItems] = {};
-    load_run(own, is_packed, logits, -kInfinity, choice);
+    load_run(own, is_packed, logits, from_float<T>(-kInfinity), choice);
     // Loaded beside the logits, so that their latencies are one.
-    if (!kIsPlain && args.bias) load_run(own, is_packed, reinterpret_cast<const float*>(args.bias), -kInfinity, bias);
-    bool is_odd = false;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) is_odd |= !(choice[i] <= kLargest);
-    is_odd = __any_sync(kFullWarp, is_odd);
-    if (is_odd || (!kIsPlain && args.softcap != 0.0f)) [[unlikely]] {
+    if (is_biased) load_run(own, is_packed, reinterpret_cast<const float*>(args.bias), -kInfinity, bias);
+    float most = largest(choice);
+    const bool is_odd = __any_sync(kFullWarp, !(most <= kLargest));
+    if (is_odd || is_capped) [[unlikely]] {
         // One after the other, by turning the row: what is rare must not stand in the way of what is not, and code does.
+        most = -kInfinity;
 #pragma unroll 1
         for (int turn = 0; turn < kItems; ++turn) {
             const float x = usable_logit<kKind>(args, choice[0]);
+            most = fmaxf(most, x);
 #pragma unroll
             for (int i = 0; i + 1 < kItems; ++i) choice[i] = choice[i + 1];
             choice[kItems - 1] = x;
@@ -341,10 +377,7 @@ __device__ __forceinline__ void choose(const LswRouteArgs& args, bool is_few, ui
     float top = 0.0f, sum = 0.0f;
     if constexpr (kKind == Kind::kSoftmax) {
         if (by_score || !renormalize) {
-            top = -kInfinity;
-#pragma unroll
-            for (int i = 0; i < kItems; ++i) top = fmaxf(top, choice[i]);
-            top = warp_max(top);
+            top = warp_max(most);
 #pragma unroll
             for (int i = 0; i < kItems; ++i) sum += score<kKind>(choice[i], top);
             sum = warp_sum(sum);
@@ -358,7 +391,7 @@ __device__ __forceinline__ void choose(const LswRouteArgs& args, bool is_few, ui
             choice[i] = scores[i] * share;
         }
         // What is no expert goes back to -inf.
-        if (args.bias) {
+        if (is_biased) {
 #pragma unroll
             for (int i = 0; i < kItems; ++i) choice[i] = fmaxf(choice[i] + bias[i], -kInfinity);
         } else {
@@ -366,18 +399,17 @@ __device__ __forceinline__ void choose(const LswRouteArgs& args, bool is_few, ui
             for (int i = 0; i < kItems; ++i) choice[i] = own.has(i) ? choice[i] : -kInfinity;
         }
     }
-    const bool is_best = kIsPlain || args.groups == 1 || is_best_group(args, own, choice);
-    uint32_t keys[kItems], most = 0;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-        keys[i] = order_key(choice[i]);
-        most = max(most, keys[i]);
+    bool is_best = true;
+    if (kIsGrouped || (!kIsPlain && args.groups > 1)) {
+        is_best = is_best_group<kKind>(args, own, choice, most);
+    } else if (by_score) {
+        most = largest(choice);
     }
-    if (!is_best || (kItems == 1 && !own.has(0))) most = 0;
-    const uint32_t highest = __reduce_max_sync(kFullWarp, most);
+    const uint32_t key = is_best && (kItems > 1 || own.has(0)) ? order_key(most) : 0;
+    const uint32_t highest = __reduce_max_sync(kFullWarp, key);
 
-    const Candidate candidate = kItems == 1 ? rank_lanes(args, own, most, scores[0])
-                                            : rank_runs<kKeepsScores>(args, own, is_few, is_best, most, highest, keys, scores, scratch);
+    const Candidate candidate = kItems == 1 ? rank_lanes(args, own, key, scores[0])
+                                            : rank_runs<kKeepsScores>(args, own, is_few, is_best, key, highest, choice, scores, scratch);
     const bool is_chosen = candidate.key != 0 && candidate.place < args.k;
     float x = -kInfinity, gate = 0.0f;
     if (is_chosen && args.flags & LSW_ROUTE_COUNTED) [[unlikely]] atomicAdd(&counts[candidate.expert], 1u);
@@ -395,12 +427,23 @@ __device__ __forceinline__ void choose(const LswRouteArgs& args, bool is_few, ui
         if (is_chosen) gate = score<kKind>(x, top);
         is_nothing = __all_sync(kFullWarp, x == -kInfinity);
     }
+    uint32_t expert = candidate.expert, place = candidate.place;
+    bool has_place = is_chosen;
+    if constexpr (kItems > 1) {
+        // From here on lane j has the j-th: where a candidate was, which the bound decides, must not decide the order of a sum.
+        __syncwarp();
+        if (is_chosen) scratch.scores[place] = {__uint_as_float(expert), gate};
+        __syncwarp();
+        const float2 chosen = scratch.scores[lane];
+        expert = __float_as_uint(chosen.x), place = lane, has_place = lane < args.k;
+        gate = has_place ? chosen.y : 0.0f;
+    }
     if (renormalize) sum = warp_sum(gate);
     if (kIsSoftmax || renormalize) gate = sum > 0.0f ? __fdividef(gate, sum) : 0.0f;
     if (!kIsPlain) gate *= args.scale;
-    if (is_chosen) {
-        reinterpret_cast<int32_t*>(args.ids)[token * args.ids_stride + candidate.place] = static_cast<int32_t>(candidate.expert);
-        reinterpret_cast<float*>(args.gates)[token * args.gates_stride + candidate.place] = gate;
+    if (has_place) {
+        reinterpret_cast<int32_t*>(args.ids)[token * args.ids_stride + place] = static_cast<int32_t>(expert);
+        reinterpret_cast<float*>(args.gates)[token * args.gates_stride + place] = gate;
     }
     if ((is_odd || is_nothing) && lane == 0) [[unlikely]] atomicOr(reinterpret_cast<uint32_t*>(args.status), LSW_ODD_LOGITS);
     __syncwarp();  // the scratch is free again

@@ -140,6 +140,7 @@ pub const LSW_ROUTE_BY_SCORE: _bindgen_ty_4 = 2;
 pub const LSW_ROUTE_SUM_TWO: _bindgen_ty_4 = 4;
 pub const LSW_ROUTE_PADDED: _bindgen_ty_4 = 8;
 pub const LSW_ROUTE_COUNTED: _bindgen_ty_4 = 16;
+pub const LSW_ROUTE_ONLY_X_IS_NEW: _bindgen_ty_4 = 64;
 pub const LSW_ROUTE_PACKED: _bindgen_ty_4 = 32;
 pub type _bindgen_ty_4 = ::core::ffi::c_uint;
 #[repr(C)]

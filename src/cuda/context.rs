@@ -84,6 +84,8 @@ pub(super) struct Routers {
     pub plain: [[Function; 3]; 6],
     /// By [`Score`](crate::route::Score).
     pub scored: [[[Function; 3]; 3]; 3],
+    /// Sigmoids in groups of 32, as [`super::route::is_grouped`] says.
+    pub grouped: [Function; 3],
 }
 
 pub(super) const PLAIN_ITEMS: [u32; 6] = [1, 2, 4, 8, 16, 32];
@@ -222,6 +224,7 @@ impl Modules {
                     self.routers("sigmoid", SCORED_ITEMS)?,
                     self.routers("sqrt_softplus", SCORED_ITEMS)?,
                 ],
+                grouped: self.functions("route", "route_grouped_8", floats)?,
             },
             gate: [self.functions("gate", "gate_plain", floats)?, self.functions("gate", "gate_scored", floats)?],
             gate_many: [

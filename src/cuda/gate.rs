@@ -38,7 +38,7 @@ enum Path {
     Parts,
     /// One launch; clusters add them up, and hand logits to each other where there are more than [`LSW_GATE_EXPERTS`] experts.
     Clusters,
-    /// The same with larger tiles.
+    /// The same with larger tiles, of rows that are aligned and chains that are whole.
     ManyClusters,
     /// A launch before the router's.
     Project,
@@ -52,13 +52,14 @@ const FEW: u32 = 2;
 impl Path {
     fn of(stream: &DeviceStream, plan: &Plan, is_aligned: bool) -> Self {
         let (tokens, has_halves) = (plan.choice.tokens, plan.x.dtype.size() == 2);
+        let is_whole = is_aligned && plan.x.cols.is_multiple_of(u64::from(LSW_GATE_CHAIN));
         let is_one_tile = plan.choice.experts <= LSW_GATE_EXPERTS;
         match tokens {
             BEYOND_FUSED.. if has_halves && is_aligned => Self::ProjectTiles,
             BEYOND_FUSED.. => Self::Project,
             _ if !stream.device().has_dependent_launch || stream.portable => Self::Parts,
             0..=FEW if !is_one_tile => Self::Parts,
-            _ if has_halves && !is_one_tile => Self::ManyClusters,
+            _ if has_halves && is_whole && !is_one_tile => Self::ManyClusters,
             _ => Self::Clusters,
         }
     }

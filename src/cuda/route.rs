@@ -1,7 +1,7 @@
 //! The router's launch.
 
 use super::args::{
-    LSW_ROUTE_BY_SCORE, LSW_ROUTE_COUNTED, LSW_ROUTE_PACKED, LSW_ROUTE_PADDED, LSW_ROUTE_RENORMALIZE, LSW_ROUTE_SUM_TWO, LSW_ROUTE_THREADS,
+    LSW_ROUTE_BY_SCORE, LSW_ROUTE_COUNTED, LSW_ROUTE_ONLY_X_IS_NEW, LSW_ROUTE_PACKED, LSW_ROUTE_PADDED, LSW_ROUTE_RENORMALIZE, LSW_ROUTE_SUM_TWO, LSW_ROUTE_THREADS,
     LswRouteArgs, LswRouteWorkspace,
 };
 use super::context::{DeviceStream, Function, PLAIN_ITEMS, SCORED_ITEMS, by_dtype};
@@ -24,6 +24,18 @@ pub(super) fn is_plain(choice: &Choice) -> bool {
         && choice.bias.is_none()
         && choice.groups == 1
         && (choice.scale, choice.softcap) == (1.0, 0.0)
+}
+
+/// Whether sigmoids with a bias choose in groups of 32 by their two best, and 16-byte loads serve all: the router of DeepSeek-V3.
+fn is_grouped(choice: &Choice, args: &LswRouteArgs) -> bool {
+    choice.score == Score::Sigmoid
+        && choice.renormalize
+        && choice.bias.is_some()
+        && choice.softcap == 0.0
+        && choice.group_score == GroupScore::SumOfTwo
+        && (5..=8).contains(&choice.groups) // four lanes each
+        && args.group_experts == 32
+        && args.flags & LSW_ROUTE_PACKED != 0
 }
 
 /// `logits`: where they are read from.
@@ -50,6 +62,7 @@ pub(super) fn choice_args(stream: &DeviceStream, choice: &Choice, logits: RawMat
             (choice.valid.is_some() || choice.mask.is_some(), LSW_ROUTE_PADDED),
             (choice.counts.is_some(), LSW_ROUTE_COUNTED),
             (is_packed, LSW_ROUTE_PACKED),
+            (choice.only_x_is_new, LSW_ROUTE_ONLY_X_IS_NEW),
         ]),
         status: stream.device().odd_word(),
         scale: choice.scale,
@@ -83,10 +96,12 @@ pub(super) unsafe fn launch_args(stream: &DeviceStream, dtype: usize, choice: &C
     let most = if args.counts == 0 { u32::MAX } else { device.processors * COUNTING_BLOCKS };
     let grid = Grid { blocks: blocks.min(most), threads: LSW_ROUTE_THREADS, shared: 0 };
     let kernels = &device.kernels.route;
-    let function = match is_plain(choice) {
-        true => first_that_serves(args, PLAIN_ITEMS, kernels.plain)[dtype],
-        false => first_that_serves(args, SCORED_ITEMS, kernels.scored[choice.score as usize])[dtype],
+    let functions = match () {
+        _ if is_plain(choice) => first_that_serves(args, PLAIN_ITEMS, kernels.plain),
+        _ if is_grouped(choice, args) => kernels.grouped,
+        _ => first_that_serves(args, SCORED_ITEMS, kernels.scored[choice.score as usize]),
     };
+    let function = functions[dtype];
     // SAFETY: the caller's promise; the kernel waits for the work before it.
     unsafe { enqueue(stream, function, grid, args) }
 }

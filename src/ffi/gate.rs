@@ -43,8 +43,7 @@ pub unsafe extern "C" fn lsw_gate_workspace_bytes(
 ///   bytes are needed.
 ///
 /// Products and sums are in f32 in an order that H alone decides: a token's bits depend neither on
-/// T nor on the other tokens, but that on CUDA the last bit of gates may be another above 1,024
-/// tokens, as for lsw_route. One launch up to 64 tokens, two beyond; enqueued, and may be captured.
+/// T nor on the other tokens. One launch up to 64 tokens, two beyond; enqueued, and may be captured.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_gate(
     context: *const lsw_context,

@@ -1,7 +1,7 @@
 //! The top-k router.
 
 use super::context::{lsw_context, on};
-use super::{Options, Out, check_reserved, flag, guard, lsw_mat, lsw_mat_mut, lsw_status, mat, mat_mut, optional, options};
+use super::{Options, Out, flag, guard, lsw_mat, lsw_mat_mut, lsw_status, mat, mat_mut, optional, options};
 use crate::error::{Error, Result};
 use crate::route::{GroupScore, RouteOptions, Score, route, route_counted, route_workspace_bytes};
 use crate::stream::Context;
@@ -30,8 +30,11 @@ pub struct lsw_route_options {
     /// 1: gates are scores over the sum of the chosen scores; of a softmax, that is the softmax
     /// over the chosen k. 0: they are the scores.
     pub renormalize: i32,
-    /// 0.
-    pub reserved: i32,
+    /// 0 or 1, for lsw_gate up to 64 tokens. 1: the work directly before it on the stream (its last
+    /// kernel launch, say) does not write the weight. Then, on CUDA, the weight is read while that
+    /// work still runs. Where that work starts early itself, as a dependent launch, like lsw_route
+    /// and lsw_gate, the same is asked of what comes before it. 0: nothing is read early.
+    pub only_x_is_new: i32,
     /// LSW_SOFTMAX to LSW_SQRT_SOFTPLUS: what a logit x becomes.
     pub score: i32,
     /// LSW_GROUP_BEST or LSW_GROUP_SUM_OF_TWO.
@@ -60,7 +63,7 @@ impl Options for lsw_route_options {
     const DEFAULT: Self = Self {
         struct_size: size_of::<Self>() as u64,
         renormalize: 1,
-        reserved: 0,
+        only_x_is_new: 0,
         score: LSW_SOFTMAX,
         group_score: LSW_GROUP_BEST,
         scale: 0.0,
@@ -97,7 +100,6 @@ impl Given<'_> {
 
     pub fn options(&self) -> Result<RouteOptions<'_>> {
         let given = &self.options;
-        check_reserved(given.reserved).map_err(|e| e.within("options"))?;
         let score = match given.score {
             LSW_SOFTMAX => Score::Softmax,
             LSW_SIGMOID => Score::Sigmoid,
@@ -120,6 +122,7 @@ impl Given<'_> {
             group_score,
             valid: self.valid.as_ref(),
             mask: self.mask.as_ref(),
+            only_x_is_new: flag(given.only_x_is_new, "options.only_x_is_new")?,
         })
     }
 }
@@ -146,9 +149,8 @@ impl Given<'_> {
 /// logits below -88 do, the gates are 0. lsw_context_take_odd tells that a NaN, a +inf or such a
 /// row was met.
 ///
-/// Deterministic, and a token's bits do not depend on the other tokens; nor on their number, but
-/// that on CUDA the last bit of gates may be another above 1,024 tokens. One launch, no workspace;
-/// enqueued, and may be captured.
+/// Deterministic, and a token's bits depend neither on the other tokens nor on their number. One
+/// launch, no workspace; enqueued, and may be captured.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_route(
     context: *const lsw_context,

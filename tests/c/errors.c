@@ -152,9 +152,9 @@ static void struct_sizes(void) {
     options.known.renormalize = 2;
     REFUSED(lsw_route(context, NULL, &options.known, &l, &i, &g), "options.renormalize is 2; it must be 0 or 1");
     options.known.renormalize = 1;
-    options.known.reserved = 1;
-    REFUSED(lsw_route(context, NULL, &options.known, &l, &i, &g), "options.reserved");
-    options.known.reserved = 0;
+    options.known.only_x_is_new = 2;
+    REFUSED(lsw_route(context, NULL, &options.known, &l, &i, &g), "options.only_x_is_new is 2");
+    options.known.only_x_is_new = 0;
     options.known.score = 3;
     REFUSED(lsw_route(context, NULL, &options.known, &l, &i, &g), "options.score is 3");
     options.known.score = LSW_SIGMOID, options.known.group_score = -1;
