@@ -15,6 +15,8 @@ struct Spec {
     /// Of the gate; None: the router alone.
     hidden: Option<u64>,
     routing: Routing,
+    /// The gate's weight may have been written by the launch before.
+    is_weight_new: bool,
 }
 
 pub fn cases() -> Vec<Case> {
@@ -31,14 +33,20 @@ pub fn cases() -> Vec<Case> {
         (16384, 64, 8),
         (16384, 256, 8),
     ] {
-        cases.push(case(format!("route/T{tokens}/N{experts}/k{k}/f32"), tokens, experts, None, Routing::plain(k as usize)));
+        cases.push(case(format!("route/T{tokens}/N{experts}/k{k}/f32"), tokens, experts, Routing::plain(k as usize)));
     }
     for tokens in [1, 16384] {
-        cases.push(case(format!("route/T{tokens}/N256/k8/grouped"), tokens, 256, None, deepseek_v3()));
+        cases.push(case(format!("route/T{tokens}/N256/k8/grouped"), tokens, 256, deepseek_v3()));
     }
     for (tokens, experts, k) in [(1, 8, 2), (1, 256, 8), (8, 256, 8), (64, 256, 8), (4096, 256, 8)] {
         let id = format!("gate/T{tokens}/H4096/N{experts}/k{k}/bf16");
-        cases.push(case(id, tokens, experts, Some(4096), Routing::plain(k as usize)));
+        for is_weight_new in [false, true] {
+            let id = if is_weight_new { format!("{id}/new-weight") } else { id.clone() };
+            let spec = Spec { tokens, experts, hidden: Some(4096), routing: Routing::plain(k as usize), is_weight_new };
+            if !is_weight_new || tokens <= 64 {
+                cases.push(of(id, spec));
+            }
+        }
     }
     cases
 }
@@ -51,8 +59,11 @@ fn deepseek_v3() -> Routing {
     Routing { score: Score::Sigmoid, scale: 2.5, bias: Some(bias), ..grouped }
 }
 
-fn case(id: String, tokens: u64, experts: u64, hidden: Option<u64>, routing: Routing) -> Case {
-    let spec = Spec { tokens, experts, hidden, routing };
+fn case(id: String, tokens: u64, experts: u64, routing: Routing) -> Case {
+    of(id, Spec { tokens, experts, hidden: None, routing, is_weight_new: false })
+}
+
+fn of(id: String, spec: Spec) -> Case {
     Case { id, modes: vec![Mode::Token], run: Box::new(move |lab, timing| run(lab, timing, &spec)) }
 }
 
@@ -98,7 +109,7 @@ impl Call {
             groups: r.groups as u64,
             top_groups: r.top_groups as u64,
             group_score: r.group_score,
-            only_x_is_new: true, // weights are as old as the bench
+            only_x_is_new: !self.spec.is_weight_new,
             ..RouteOptions::default()
         };
         let (x, ids, gates) = (self.x.rows(tokens), &mut self.ids.rows_mut(tokens), &mut self.gates.rows_mut(tokens));

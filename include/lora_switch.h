@@ -474,9 +474,8 @@ typedef struct lsw_linear_options {
      * 0 or 1: of all that the call reads, the work directly before it on the stream (its last
      * kernel launch, say) writes x alone; weights, adapters, the bank's slots, ids, gates and
      * row_map are older. Then, on CUDA, they are read while that work still runs, which hides the
-     * start of the launch. Where that work is a kernel of others that itself starts early and lets
-     * its dependents start before it has waited, the same is asked of what comes before it. With
-     * 0, nothing but prefetches into the L2 cache comes early.
+     * start of the launch. Where that work starts early itself, as a dependent launch, like lsw_route
+     * and lsw_gate, the same is asked of what comes before it. With 0, nothing but prefetches into the L2 cache comes early.
      */
     int32_t only_x_is_new;
     /**
@@ -652,9 +651,12 @@ typedef struct lsw_route_options {
      */
     int32_t renormalize;
     /**
-     * 0.
+     * 0 or 1, for lsw_gate up to 64 tokens. 1: the work directly before it on the stream (its last
+     * kernel launch, say) does not write the weight. Then, on CUDA, the weight is read while that
+     * work still runs. Where that work starts early itself, as a dependent launch, like lsw_route
+     * and lsw_gate, the same is asked of what comes before it. 0: nothing is read early.
      */
-    int32_t reserved;
+    int32_t only_x_is_new;
     /**
      * LSW_SOFTMAX to LSW_SQRT_SOFTPLUS: what a logit x becomes.
      */
@@ -1211,9 +1213,8 @@ lsw_status lsw_advise(const struct lsw_calibration *calibration,
  * logits below -88 do, the gates are 0. lsw_context_take_odd tells that a NaN, a +inf or such a
  * row was met.
  *
- * Deterministic, and a token's bits do not depend on the other tokens; nor on their number, but
- * that on CUDA the last bit of gates may be another above 1,024 tokens. One launch, no workspace;
- * enqueued, and may be captured.
+ * Deterministic, and a token's bits depend neither on the other tokens nor on their number. One
+ * launch, no workspace; enqueued, and may be captured.
  */
 lsw_status lsw_route(const struct lsw_context *context,
                      void *stream,
@@ -1274,8 +1275,7 @@ lsw_status lsw_gate_workspace_bytes(const struct lsw_context *context,
  *   bytes are needed.
  *
  * Products and sums are in f32 in an order that H alone decides: a token's bits depend neither on
- * T nor on the other tokens, but that on CUDA the last bit of gates may be another above 1,024
- * tokens, as for lsw_route. One launch up to 64 tokens, two beyond; enqueued, and may be captured.
+ * T nor on the other tokens. One launch up to 64 tokens, two beyond; enqueued, and may be captured.
  */
 lsw_status lsw_gate(const struct lsw_context *context,
                     void *stream,

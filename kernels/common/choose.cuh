@@ -5,8 +5,8 @@
 //   gates  = scale * score(x), over their sum if renormalised
 //
 // The lanes hold the experts in registers: a group of experts belongs to the same `group_lanes` lanes, each of which has a run of
-// neighbours (one group: lane l of 256 experts has 8 l to 8 l + 7), so that loads are wide. A choice becomes an unsigned key in the
-// order of floats. Then:
+// neighbours (one group: lane l of 256 experts has 8 l to 8 l + 7), so that loads are wide. What lanes compare with each other is an
+// unsigned key in the order of floats. Then:
 //
 //   bound    the k-th largest of the 32 lanes' largest keys: k experts at least reach it, so that nothing below it is chosen. With few
 //            tokens, where a chain of instructions is what counts, each lane compares its own with all others; else k warp-wide

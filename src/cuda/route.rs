@@ -1,8 +1,8 @@
 //! The router's launch.
 
 use super::args::{
-    LSW_ROUTE_BY_SCORE, LSW_ROUTE_COUNTED, LSW_ROUTE_ONLY_X_IS_NEW, LSW_ROUTE_PACKED, LSW_ROUTE_PADDED, LSW_ROUTE_RENORMALIZE, LSW_ROUTE_SUM_TWO, LSW_ROUTE_THREADS,
-    LswRouteArgs, LswRouteWorkspace,
+    LSW_ROUTE_BY_SCORE, LSW_ROUTE_COUNTED, LSW_ROUTE_ONLY_X_IS_NEW, LSW_ROUTE_PACKED, LSW_ROUTE_PADDED, LSW_ROUTE_RENORMALIZE,
+    LSW_ROUTE_SUM_TWO, LSW_ROUTE_THREADS, LswRouteArgs, LswRouteWorkspace,
 };
 use super::context::{DeviceStream, Function, PLAIN_ITEMS, SCORED_ITEMS, by_dtype};
 use super::flags;
