@@ -62,8 +62,10 @@ class Tokens(Context):
         return self.empty(U8, 1, size.value).zero_()
 
     def gate(self, x, weight, ids, gates, workspace):
-        self.call("lsw_gate", self.handle, self.stream(), None, self.mat(x), self.mat(weight), None, self.mat(ids), self.mat(gates), None,
-                  ctypes.c_void_p(workspace.data_ptr()), ctypes.c_uint64(workspace.numel()))
+        """Of a weight that the launch before does not write: a layer's."""
+        options = RouteOptions(struct_size=ctypes.sizeof(RouteOptions), renormalize=1, only_x_is_new=1)
+        self.call("lsw_gate", self.handle, self.stream(), ctypes.byref(options), self.mat(x), self.mat(weight), None, self.mat(ids),
+                  self.mat(gates), None, ctypes.c_void_p(workspace.data_ptr()), ctypes.c_uint64(workspace.numel()))
 
     def gather(self, x, inverse, rows):
         self.call("lsw_gather", self.handle, self.stream(), self.mat(x), self.mat(inverse), self.mat(rows))
