@@ -390,7 +390,7 @@ impl<'a> World<'a> {
         let (score, group_score, renormalize) = (self.bytes.below(3) as i32, self.bytes.below(2) as i32, self.bytes.below(2) as i32);
         c::lsw_route_options {
             renormalize: self.bytes.number(renormalize),
-            reserved: self.bytes.number(0),
+            only_x_is_new: self.bytes.number(1),
             score: self.bytes.number(score),
             group_score: self.bytes.number(group_score),
             scale: f32::from_bits((self.bytes.next() as u32) << 24),
