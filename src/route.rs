@@ -144,7 +144,8 @@ pub(crate) struct Plan {
 /// range. Where the sum of the chosen scores underflows to 0, as sigmoids of logits below -88 do, the gates are 0. The stream's
 /// [`take_odd`](Stream::take_odd) tells that a NaN, a +inf or such a row was met.
 ///
-/// Deterministic, and a token's bits depend neither on the other tokens nor on their number. One launch, no workspace. On CUDA the work is enqueued.
+/// Deterministic, and a token's bits depend neither on the other tokens nor on their number. One launch, no workspace. On CUDA the work is
+/// enqueued.
 ///
 /// # Errors
 /// On shapes, dtypes, strides, places, overlaps and options that break the above; outputs are untouched then.

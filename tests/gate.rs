@@ -136,10 +136,11 @@ fn bits_do_not_depend_on_tokens(backend: &Backend) {
         let router = Router::new(backend, &Routing { renormalize: false, ..Routing::plain(k) });
         let mut layer = Layer::new(backend, dtype, (130, experts, hidden), router, values, true, extra, 0);
         let (ids, gates, _) = layer.run(backend, 130);
-        for (tokens, portable) in [1, 2, 8, 9, 33, 64, 65].into_iter().flat_map(|tokens| [(tokens, false), (tokens, true)]) {
-            layer.only_x_is_new = !layer.only_x_is_new; // early or not
+        let ways = [(false, false), (false, true), (true, false), (true, true)];
+        for (tokens, (portable, only_x_is_new)) in [1, 2, 8, 9, 33, 64, 65].into_iter().flat_map(|tokens| ways.map(|way| (tokens, way))) {
+            layer.only_x_is_new = only_x_is_new;
             let (some_ids, some_gates, _) = layer.run(&on_path(backend, portable), tokens);
-            let name = format!("{tokens} tokens, {dtype}, portable: {portable}");
+            let name = format!("{tokens} tokens, {dtype}, portable: {portable}, only_x_is_new: {only_x_is_new}");
             assert_eq!((&some_ids[..], &some_gates[..]), (&ids[..tokens * k], &gates[..tokens * k]), "{name}");
         }
     }
