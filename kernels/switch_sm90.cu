@@ -13,11 +13,13 @@
 //   weights   (warps 2, 3) a consumer's granules of W: each is brought by the copy engine, and written back when it is done
 //
 // The product of a tile starts before its W arrives, and W runs up to three tiles ahead. A block takes a few tiles in a row, and B stays in
-// shared memory for that run; where a target has more panels than can stay, the rest passes through A's ring, tile by tile.
+// shared memory for that run; where a target has more panels than can stay, the rest passes through A's ring, tile by tile. A and B are what
+// other blocks read again, W is not: L2 is told to evict them last.
 //
 // A consumer is bound by the latency of its own instructions, not by the tensor cores: two warps a scheduler, and a term is a chain of wait,
 // product, fmas. So the scheduler works out all that a product needs, descriptors and places included, and whatever a consumer still has to
-// do it does while a product runs.
+// do it does while a product runs. Where it holds B, its 64 rows are two halves of 64 columns: one is scaled, or added to W, while the other's
+// product runs.
 //
 // Why it is right:
 // - Both operands come as PEFT stores them. B [out, rank] is K-major, A [rank, in] is N-major: wgmma takes both layouts by descriptor.
@@ -52,7 +54,6 @@ static_assert(kMostGranules % kConsumers == 0 && kGranules % kConsumers == 0 && 
               "a place stays with one consumer: who waits at a barrier sees all its phases");
 constexpr uint32_t kMostPanels = (kArea - kGranules * kGranule) / (16 * 256);  // of the smallest
 constexpr uint32_t kFewestStay = 4;         // panels of B, of the largest
-constexpr uint32_t kHeld = 4;               // panels of B that consumers hold in registers, of 64 of a rank
 constexpr uint32_t kLoaders = 4;            // warps
 static_assert(kFewestStay >= kLoaders, "a loader that comes to a place must not be two uses ahead of it");
 constexpr uint32_t kGrab = 3, kDeepGrab = 8;  // tiles that a block takes at a time
@@ -62,13 +63,17 @@ constexpr int kEntries = 4;                 // tiles between the scheduler and t
 constexpr uint32_t kEnd = ~0u;
 
 // A block starts with 128 registers a thread and can only share these out: asking for one more waits for ever.
-constexpr int kProducerRegisters = 72, kConsumerRegisters = 184;
-static_assert(256 * kProducerRegisters + 256 * kConsumerRegisters <= 512 * 128, "registers of a block");
+constexpr int kProducerRegisters = 56, kLoaderRegisters = 40, kConsumerRegisters = 208;
+static_assert(128 * kProducerRegisters + 128 * kLoaderRegisters + 256 * kConsumerRegisters <= 512 * 128, "registers of a block");
 
 static_assert(kThreads == 512 && kTile == 128, "two warpgroups of producers, two of consumers of 64 rows each");
 
 // Columns of the rank that one panel holds: the smallest box that a small rank fits in. The host encodes the maps by the same rule.
 __device__ __forceinline__ int panel_depth(uint32_t rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : 64; }
+
+// Panels of B that consumers hold in registers, a target's first ones. Each number has code of its own, where an index is a constant.
+constexpr uint32_t kMostHeld = 6;
+__device__ __forceinline__ uint32_t held_of(uint32_t panels) { return panels < 4 ? panels : panels < kMostHeld ? 4 : kMostHeld; }
 
 // What a target's sum has of one adapter.
 struct alignas(16) Term {
@@ -98,6 +103,7 @@ struct Plan {
     __device__ uint32_t a_slot() const { return bits >> 8 & 0xff; }
     __device__ uint32_t b_slot() const { return bits >> 16; }
     __device__ bool has_b() const { return a_slot() != b_slot(); }  // else it is in registers
+    __device__ void has_freed_b() { bits &= ~(1u << 5); }
 };
 
 // One panel of B times one of A, as the scheduler works it out.
@@ -129,14 +135,14 @@ struct Work {
 struct alignas(16) Header {
     uint32_t target;  // kEnd: there are no more
     int row, col;
-    uint32_t packed;  // products, rows of the matrix in the tile, whether B is held, begins a run, LSW_WEIGHT_BLOCKS
+    uint32_t packed;  // products, rows of the matrix in the tile, panels of B that are held, ends the tile, begins a run, LSW_WEIGHT_BLOCKS
 
-    __device__ static uint32_t pack(uint32_t products, uint32_t rows, bool holds, bool ends_tile, bool begins_run, bool blocks) {
-        return products | rows << 8 | holds << 28 | ends_tile << 29 | begins_run << 30 | static_cast<uint32_t>(blocks) << 31;
+    __device__ static uint32_t pack(uint32_t products, uint32_t rows, uint32_t held, bool ends_tile, bool begins_run, bool blocks) {
+        return products | rows << 8 | held << 16 | ends_tile << 29 | begins_run << 30 | static_cast<uint32_t>(blocks) << 31;
     }
     __device__ uint32_t products() const { return packed & 0xff; }
     __device__ int rows() const { return packed >> 8 & 0xff; }
-    __device__ bool holds() const { return packed >> 28 & 1; }
+    __device__ uint32_t held() const { return packed >> 16 & 0xff; }
     __device__ bool ends_tile() const { return packed >> 29 & 1; }
     __device__ bool begins_run() const { return packed >> 30 & 1; }
     __device__ bool blocks() const { return packed >> 31; }
@@ -265,11 +271,11 @@ __device__ void lay_out(const LswSwitchArgs& args, Shared& s, uint32_t total, ui
     Geometry& g = s.geometry;
     const bool is_deep = g.most_ranks > kDeep;
     g.panel_bytes = g.depth * 256;
-    const bool is_held = g.may_hold && !g.may_not, is_all_held = is_held && g.most_panels <= kHeld;
+    const bool is_held = g.may_hold && !g.may_not, is_all_held = is_held && g.most_panels == held_of(g.most_panels);
     g.granules = is_deep ? kFewestGranules : args.in_place && g.depth == 16 ? kMostGranules : kGranules;
     g.panels = shared_address(s.panels());
     const uint32_t slots = min(kMostPanels, (kArea - g.granules * kGranule) / g.panel_bytes);
-    g.stays = is_all_held ? 0 : g.depth == 64 ? kFewestStay : slots / 2 + 1;
+    g.stays = is_held ? min(kFewestStay, g.most_panels - held_of(g.most_panels)) : g.depth == 64 ? kFewestStay : slots / 2 + 1;
     g.passes = slots - g.stays;
     const uint32_t most = !is_held ? (is_deep ? kDeepGrab : kGrab) : is_all_held ? kHeldGrab : kLongHeldGrab;
     g.grab = max(1u, min(most, (total + blocks - 1) / blocks));
@@ -304,7 +310,7 @@ struct Cursor {
     uint32_t before_lane = 0, lane_tiles = 0;  // of this lane's target in the group
     uint32_t start = 0, end = 0;               // the target's tiles
     uint32_t panels = 0;                       // of A, and as many of B, over its staged terms
-    uint32_t held = 0;                         // those of B, the first, that the consumers hold for a run of tiles; 0 or kHeld
+    uint32_t held = 0;                         // those of B, the first, that the consumers hold for a run of tiles
     int rows = 0, cols = 0;                    // of the target
     bool blocks = false;
     int row = 0, col = 0;  // of the tile
@@ -371,7 +377,6 @@ __device__ void seek(const LswSwitchArgs& args, Shared& s, Cursor& at, uint32_t 
         ranks += rank, whole = whole && is_whole(rank);
     }
     const bool by_size = __all_sync(kFullWarp, whole) && __reduce_add_sync(kFullWarp, ranks) > kDeep;
-    at.held = by_size ? kHeld : 0;
     __syncwarp();  // the last publish has read what was staged
     // Where consumers hold B: ascending by magnitude, equal ones as they come. So no quotient is above 1, and nothing overflows.
     auto key = [](int slot, float coefficient, uint32_t at) {
@@ -393,6 +398,7 @@ __device__ void seek(const LswSwitchArgs& args, Shared& s, Cursor& at, uint32_t 
     stage(by_size ? before_enter : terms.enter_at, terms.enter_slot, terms.enter);
     stage(by_size ? before_leave : terms.leave_at, terms.leave_slot, terms.leave);
     at.panels = __reduce_add_sync(kFullWarp, panels);
+    at.held = by_size ? held_of(at.panels) : 0;
     __syncwarp();
     // Each but the last by the quotient of its coefficient and the next one's.
     for (uint32_t i = 0; by_size && i + 1 < terms.count; i += 32) {
@@ -446,7 +452,7 @@ __device__ void publish(Shared& s, Ring& ring, Places& places, const Cursor& at,
         left -= count;
         if (lane == 0) {
             const uint32_t rows = min(at.rows - at.row, kTile);
-            entry.header = {at.target, at.row, at.col, Header::pack(count, rows, at.held > 0, left == 0, begins_run, at.blocks)};
+            entry.header = {at.target, at.row, at.col, Header::pack(count, rows, at.held, left == 0, begins_run, at.blocks)};
         }
         s.entry_full[ring.slot].arrive();  // each lane for what it wrote
         ring.advance();
@@ -461,10 +467,11 @@ __device__ __forceinline__ const Entry& next_entry(Shared& s, const Ring& ring) 
 }
 
 // `rows` x 128 elements as two blocks of 64 columns: in one box where the map knows blocks.
-__device__ __forceinline__ void load_pair(unsigned char* to, const LswMap* map, bool blocks, int col, int row, int rows, Barrier& full) {
-    if (blocks) return load_blocks(to, map, col / 64, row, full);
-    load_box(to, map, col, row, full);
-    load_box(to + rows * 128, map, col + 64, row, full);
+__device__ __forceinline__ void load_pair(unsigned char* to, const LswMap* map, bool blocks, int col, int row, int rows, Barrier& full,
+                                          uint64_t policy) {
+    if (blocks) return load_blocks(to, map, col / 64, row, full, policy);
+    load_box(to, map, col, row, full, policy);
+    load_box(to + rows * 128, map, col + 64, row, full, policy);
 }
 
 __device__ void run_scheduler(const LswSwitchArgs& args, Shared& s) {
@@ -567,11 +574,11 @@ template <class T> __device__ void run_panels(const LswSwitchArgs& args, Shared&
         const LswMap* maps = factor_maps(args, p.factor);
         const int depth = p.depth, k = p.k;
         bring(p.plan.a_slot(), p.plan.a_parity(), p.flags & LSW_A_ALIGNED, depth,
-              [&](unsigned char* panel, Barrier& full) { load_pair(panel, maps, tile.blocks(), tile.col, k, depth, full); },
+              [&](unsigned char* panel, Barrier& full) { load_pair(panel, maps, tile.blocks(), tile.col, k, depth, full, kEvictLast); },
               [&](unsigned char* panel) { load_a_slowly<T>(args, panel, tile, p); });
         if (p.plan.b_slot() < stays || !p.plan.has_b()) return;
         bring(p.plan.b_slot(), p.plan.b_parity(), p.flags & LSW_B_ALIGNED, depth,
-              [&](unsigned char* panel, Barrier& full) { load_box(panel, maps + 1, k, tile.row, full); },
+              [&](unsigned char* panel, Barrier& full) { load_box(panel, maps + 1, k, tile.row, full, kEvictLast); },
               [&](unsigned char* panel) { load_b_slowly<T>(panel, tile, p); });
     });
 }
@@ -590,7 +597,7 @@ template <class T> __device__ __forceinline__ void load_b(unsigned char* panel, 
 #pragma unroll 8
     for (int m = first; m < kTile; m += step, at += 512, from += stride) {
         if (m < rows) {
-            copy16_partly(to + swizzle(at, mask), from, bytes);
+            copy16_partly(to + swizzle(at, mask), from, bytes, kEvictLast);
         } else {
             *reinterpret_cast<int4*>(panel + swizzle(at, mask)) = int4{};
         }
@@ -635,7 +642,7 @@ __device__ void run_weights(const LswSwitchArgs& args, Shared& s, int consumer) 
             Barrier& full = s.weight_full[coming.slot];
             full.arrive_expecting(kGranule);
             load_pair(s.area + coming.slot * kGranule, target_maps(args, tile.target) + 1, tile.blocks(), tile.col, tile.row + 64 * consumer,
-                      64, full);
+                      64, full, kEvictNormal);
             coming.advance(kConsumers), --places;
         }
         if (places == all) break;
@@ -679,8 +686,8 @@ __device__ __forceinline__ void multiply(float (&product)[64], uint64_t b, uint6
 
 // A consumer's part of W's granule. Lane l has rows l / 4 and l / 4 + 8 of its warp's 16, columns 2 (l % 4) + {0, 1} of each 8: the layout of
 // wgmma's accumulators and of ldmatrix.
-struct Fragment {
-    uint32_t words[8][4];
+template <int kColumns> struct Fragment {
+    uint32_t words[kColumns / 16][4];
 
     __device__ __forceinline__ static unsigned char* place(unsigned char* granule, int j) {
         const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
@@ -688,13 +695,12 @@ struct Fragment {
     }
     __device__ __forceinline__ void load(unsigned char* granule) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) ldmatrix4(words[j], place(granule, j));
+        for (int j = 0; j < kColumns / 16; ++j) ldmatrix4(words[j], place(granule, j));
     }
     // W + coefficient * sum, one rounding.
-    template <class T>
-    __device__ __forceinline__ void add_and_store(unsigned char* granule, const float (&sum)[64], float coefficient = 1.0f) {
+    template <class T> __device__ __forceinline__ void add_and_store(unsigned char* granule, const float* sum, float coefficient) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
+        for (int j = 0; j < kColumns / 16; ++j) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float2 old = unpack(words[j][i], T{});
@@ -750,13 +756,14 @@ struct Consumer {
         const Plan& p = next.plan;
         if (!is_ready) wait_both(s.panel_full[p.b_slot()], p.b_parity(), s.panel_full[p.a_slot()], p.a_parity());
     }
-    // After the tile's last product was looked up.
-    __device__ __forceinline__ void take_weight(Fragment& weight) {
+    __device__ __forceinline__ void release(const Plan& p) {
+        s.panel_empty[p.a_slot()].arrive_if(leader);
+        s.panel_empty[p.b_slot()].arrive_if(leader && p.frees_b());
+    }
+    template <int kColumns> __device__ __forceinline__ void take_weight(Fragment<kColumns>& weight) {
         granule = s.area + weights.slot * kGranule;
         s.weight_full[weights.slot].wait(weights.parity);
         weight.load(granule);
-        close();
-        open();
     }
     __device__ __forceinline__ void give_weight() {
         fence_async_shared();
@@ -770,7 +777,7 @@ struct Consumer {
 // one the sum is added to it. kSteps: those of every product of this launch, 0 where they differ. kHolds: whether the other kind may follow.
 template <class T, int kSteps, bool kHolds> __device__ __forceinline__ void add(Consumer& c) {
     float sum[64], product[64] = {};
-    Fragment weight;
+    Fragment<kTile> weight;
     auto issue = [&] {
         c.wait_ready();
         const Plan& p = c.next.plan;
@@ -779,14 +786,13 @@ template <class T, int kSteps, bool kHolds> __device__ __forceinline__ void add(
     // Waits for the product and frees its panels; after the last one of a term: sum += coefficient * product.
     auto finish = [&](const Work& work) {
         wgmma_wait<0>();
-        c.s.panel_empty[work.plan.a_slot()].arrive_if(c.leader);
-        c.s.panel_empty[work.plan.b_slot()].arrive_if(c.leader && work.plan.frees_b());
+        c.release(work.plan);
         if (!work.plan.ends_term()) return;
 #pragma unroll
         for (int j = 0; j < 64; ++j) sum[j] = fmaf(work.coefficient, product[j], sum[j]);
     };
     auto add_and_give = [&] {
-        weight.add_and_store<T>(c.granule, sum);
+        weight.template add_and_store<T>(c.granule, sum, 1.0f);
         c.give_weight();
     };
 
@@ -805,13 +811,13 @@ template <class T, int kSteps, bool kHolds> __device__ __forceinline__ void add(
             finish(work);
             issue();
         }
+        c.close();
+        c.open();
+        const bool goes_on = c.tile.products() > 0 && !(kHolds && c.tile.held() > 0);
+        if (goes_on) c.look();
         c.take_weight(weight);
-        if (c.tile.products() == 0 || (kHolds && c.tile.holds())) {
-            finish(work);
-            return add_and_give();
-        }
-        c.look();
         finish(work);
+        if (!goes_on) return add_and_give();
         if (c.is_ready) {
             issue();
             add_and_give();
@@ -822,15 +828,20 @@ template <class T, int kSteps, bool kHolds> __device__ __forceinline__ void add(
     }
 }
 
-// Tiles of deep ranks: B's first panels stay in registers for a run of tiles, as wgmma's first operand. That leaves registers for one
-// accumulator: coefficients ascend in magnitude, and after each term but the last the accumulator is multiplied by the quotient of its
-// coefficient and the next one's, so that the last coefficient is all that is missing in the end. What falls below 2^-149 of the last
-// coefficient on the way is lost.
-template <class T> __device__ __forceinline__ void add_held(Consumer& c) {
+// Tiles of deep ranks: B's first panels stay in registers for a run of tiles, as wgmma's first operand; what else there is comes from shared
+// memory. That leaves registers for one accumulator, whose halves take turns. Coefficients ascend in magnitude, and after each term but the
+// last the accumulator is multiplied by the quotient of its coefficient and the next one's, so that the last coefficient is all that is
+// missing in the end. What falls below 2^-149 of the last coefficient on the way is lost.
+//
+// ptxas serialises all wgmma where it loses track of what runs: nothing runs over a branch that joins another way or over the end of a loop,
+// and whoever reads an accumulator has waited by its name.
+template <class T, int kPanels> __device__ __forceinline__ void add_held(Consumer& c) {
     Shared& s = c.s;
-    uint32_t held[kHeld][4][4] = {};
-    float sum[64] = {};
-    Fragment weight{};
+    uint32_t held[kPanels][4][4] = {};
+    float sums[2][32] = {};
+    Fragment<64> weight{};
+    Work work{};              // whose products were issued last
+    bool has_weight = false;  // that the last tile's left half is done, and its right half is to be added
     auto hold = [&](uint32_t (&b)[4][4], const Plan& p) {
         const int lane = threadIdx.x % 32, row = 64 * c.consumer + threadIdx.x / 32 % 4 * 16 + lane % 16;
         unsigned char* panel = s.panels() + p.b_slot() * s.geometry.panel_bytes;
@@ -839,63 +850,96 @@ template <class T> __device__ __forceinline__ void add_held(Consumer& c) {
         __syncwarp();
         s.panel_empty[p.b_slot()].arrive_if(c.leader);
     };
-    // One product and, under it, the look at its successor; whether it is of the same tile.
-    float coefficient;
-    auto step = [&](auto issue) {
-        const Work work = c.next;
-        c.wait_ready();
-        issue(work);
+    auto scale = [&](float (&sum)[32]) {
+        if (!work.plan.ends_term()) return;
+#pragma unroll
+        for (int j = 0; j < 32; ++j) sum[j] *= work.coefficient;
+    };
+    auto give_weight = [&] {
+        if (!has_weight) return;
+        weight.template add_and_store<T>(c.granule + kHalf, sums[1], work.coefficient);
+        c.give_weight();
+    };
+    // Under a product: the look at what is next; whether that is of the same tile. An entry has the held ones all together.
+    auto look = [&] {
         bool goes_on = true;
         if (c.ends_entry()) {
             goes_on = !c.tile.ends_tile();
-            if (goes_on) {
-                c.close(), c.open();
-            } else {
-                c.take_weight(weight);
-            }
+            c.close();
+            c.open();
         }
-        if (goes_on || c.tile.holds()) c.look();
-        wgmma_wait<0>();
-        s.panel_empty[work.plan.a_slot()].arrive_if(c.leader);
-        coefficient = work.coefficient;
-        if (goes_on && work.plan.ends_term()) {
-#pragma unroll
-            for (int j = 0; j < 64; ++j) sum[j] *= coefficient;
-        }
+        if (goes_on || c.tile.held() == kPanels) c.look();
+        if (!goes_on) c.take_weight(weight);
         return goes_on;
     };
     c.look();
     do {
         bool goes_on = true;
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i) {
-            if (!goes_on) break;
-            goes_on = step([&](const Work& work) {
-                if (work.plan.has_b()) hold(held[i], work.plan);
+        for (int i = 0; i < kPanels; ++i) {
+            c.wait_ready();
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                wgmma_wait<1>(sums[half]);
+                if (i == 0 && half == 1) give_weight();
+                if (i > 0 && half == 1) c.release(work.plan);
+                if (i > 0) scale(sums[half]);
+                if (half == 0 && c.next.plan.has_b()) hold(held[i], c.next.plan);
                 wgmma_fence();
 #pragma unroll
-                for (int k = 0; k < 4; ++k) wgmma(sum, held[i][k], work.a() + (2048 * k >> 4), i > 0 || k > 0, T{});
+                for (int k = 0; k < 4; ++k) {
+                    wgmma(sums[half], held[i][k], c.next.a() + (half * kHalf + 2048 * k >> 4), i > 0 || k > 0, T{});
+                }
                 wgmma_commit();
-            });
+            }
+            work = c.next;
+            work.plan.has_freed_b();
+            if (i < kPanels - 1) {
+                c.look();
+            } else {
+                goes_on = look();
+            }
         }
-        while (goes_on) {
-            const Plan plan = c.next.plan;
-            goes_on = step([&](const Work& work) { multiply_steps<4, T>(sum, work.b(), work.a(), true); });
-            s.panel_empty[plan.b_slot()].arrive_if(c.leader && plan.frees_b());
+        while (kPanels > 3 && goes_on) {
+            wgmma_wait<0>(sums[0]), wgmma_wait<0>(sums[1]);
+            c.release(work.plan);
+            scale(sums[0]), scale(sums[1]);
+            c.wait_ready();
+            work = c.next;
+            wgmma_fence();
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    wgmma(sums[half], work.b() + (32 * k >> 4), work.a() + (half * kHalf + 2048 * k >> 4), true, T{});
+                }
+            }
+            wgmma_commit();
+            goes_on = look();
         }
-        weight.add_and_store<T>(c.granule, sum, coefficient);
-        c.give_weight();
-    } while (c.tile.holds());
+        wgmma_wait<0>(sums[0]), wgmma_wait<0>(sums[1]);
+        c.release(work.plan);
+        weight.template add_and_store<T>(c.granule, sums[0], work.coefficient);
+        weight.load(c.granule + kHalf);
+        has_weight = true;
+    } while (c.tile.held() == kPanels);
+    give_weight();
 }
 
 template <class T, int kSteps, bool kHolds = false> __device__ __forceinline__ void run_consumer(Shared& s, int consumer) {
     for (Consumer c(s, consumer); c.tile.target != kEnd;) {
         if (c.tile.products() == 0) {  // what is base is copied
-            Fragment weight;
+            Fragment<kTile> weight;
             c.take_weight(weight);
             c.give_weight();
-        } else if (kHolds && c.tile.holds()) {
-            add_held<T>(c);
+            c.close();
+            c.open();
+        } else if (kHolds && c.tile.held() == 3) {
+            add_held<T, 3>(c);
+        } else if (kHolds && c.tile.held() == 4) {
+            add_held<T, 4>(c);
+        } else if (kHolds && c.tile.held() == kMostHeld) {
+            add_held<T, kMostHeld>(c);
         } else {
             add<T, kSteps, kHolds>(c);
         }
@@ -935,7 +979,7 @@ template <class T> __device__ __forceinline__ void switch_all(const LswSwitchArg
         if (warp == 1) run_panels<T>(args, s);
         if (warp >= 2 && elect_one()) run_weights(args, s, warp - 2);
     } else if (warp < 8) {
-        give_registers<kProducerRegisters>();
+        give_registers<kLoaderRegisters>();
         run_loaders<T>(s, warp - 4);
     } else {
         take_registers<kConsumerRegisters>();

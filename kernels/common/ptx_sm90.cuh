@@ -75,19 +75,30 @@ __device__ __forceinline__ void fence_tensor_map(const void* map) {
     asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
 }
 
-// A box of a matrix, global to shared; completes on the barrier. Outside the matrix: zeros.
-__device__ __forceinline__ void load_box(void* shared, const void* map, int col, int row, Barrier& full) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-                     shared_address(shared)),
-                 "l"(map), "r"(col), "r"(row), "r"(shared_address(&full.word))
+// How L2 treats what a load brings: as anything, or as what will be read again and is evicted last.
+constexpr uint64_t kEvictNormal = 0x1000000000000000, kEvictLast = 0x14f0000000000000;
+
+// As in ptx.cuh: the first `bytes` of 16, and zeros.
+__device__ __forceinline__ void copy16_partly(uint32_t shared, const void* global, uint32_t bytes, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(global), "r"(bytes), "l"(policy)
                  : "memory");
 }
+
+// A box of a matrix, global to shared; completes on the barrier. Outside the matrix: zeros.
+__device__ __forceinline__ void load_box(void* shared, const void* map, int col, int row, Barrier& full, uint64_t policy = kEvictNormal) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(
+            shared_address(shared)),
+        "l"(map), "r"(col), "r"(row), "r"(shared_address(&full.word)), "l"(policy)
+        : "memory");
+}
 // The same of a matrix seen as blocks of columns: [cols / 64][rows][64].
-__device__ __forceinline__ void load_blocks(void* shared, const void* map, int block, int row, Barrier& full) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
-                     shared_address(shared)),
-                 "l"(map), "r"(0), "r"(row), "r"(block), "r"(shared_address(&full.word))
-                 : "memory");
+__device__ __forceinline__ void load_blocks(void* shared, const void* map, int block, int row, Barrier& full, uint64_t policy = kEvictNormal) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(
+            shared_address(shared)),
+        "l"(map), "r"(0), "r"(row), "r"(block), "r"(shared_address(&full.word)), "l"(policy)
+        : "memory");
 }
 __device__ __forceinline__ void store_blocks(const void* map, int block, int row, const void* shared) {
     asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(map), "r"(0), "r"(row),
@@ -119,6 +130,13 @@ template <int kPending> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// The same for whoever reads `d` next: nothing in a wait says to the compiler that it is about d, and it may move the reads in front of it.
+template <int kPending, int kSize> __device__ __forceinline__ void wgmma_wait(float (&d)[kSize]) {
+    wgmma_wait<kPending>();
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // d (64 x 128, f32) = or += a (64 x 16, K-major) b (16 x 128, N-major), both in shared memory by descriptor.
 #define LSW_WGMMA(TYPE)                                                                                                                    \
     asm volatile(                                                                                                                          \
@@ -138,25 +156,33 @@ template <int kPending> __device__ __forceinline__ void wgmma_wait() {
 __device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, int add, __nv_bfloat16) { LSW_WGMMA("bf16"); }
 __device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, int add, __half) { LSW_WGMMA("f16"); }
 
-// The same with a in registers: of warp w's 16 rows what ldmatrix4 gives of [16, 16].
+// d (64 x 64, f32) = or += a b, b of 16 x 64: a by descriptor, or in registers: of warp w's 16 rows what ldmatrix4 gives of [16, 16].
+#define LSW_WGMMA_HALF(TYPE)                                                                                                               \
+    asm volatile(                                                                                                                          \
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                                                                                   \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                                                                        \
+        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "  \
+        "%27, %28, %29, %30, %31}, %32, %33, add, 1, 1, 0, 1;\n}\n"                                                                        \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),                      \
+          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),              \
+          "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]),             \
+          "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                                                                  \
+        : "l"(a), "l"(b), "r"(add))
+__device__ __forceinline__ void wgmma(float (&d)[32], uint64_t a, uint64_t b, int add, __nv_bfloat16) { LSW_WGMMA_HALF("bf16"); }
+__device__ __forceinline__ void wgmma(float (&d)[32], uint64_t a, uint64_t b, int add, __half) { LSW_WGMMA_HALF("f16"); }
 #define LSW_WGMMA_HELD(TYPE)                                                                                                               \
     asm volatile(                                                                                                                          \
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"                                                                                   \
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE                                                                       \
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"                                                                                   \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                                                                        \
         " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "  \
-        "%27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "    \
-        "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                                                                    \
-        "{%64, %65, %66, %67}, %68, add, 1, 1, 1;\n}\n"                                                                                    \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]),          \
-          "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]),             \
-          "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),             \
-          "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]),             \
-          "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]),             \
-          "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]),             \
-          "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])              \
+        "%27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, add, 1, 1, 1;\n}\n"                                                          \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),                      \
+          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),              \
+          "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]),             \
+          "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                                                                  \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
-__device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int add, __nv_bfloat16) { LSW_WGMMA_HELD("bf16"); }
-__device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int add, __half) { LSW_WGMMA_HELD("f16"); }
+__device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int add, __nv_bfloat16) { LSW_WGMMA_HELD("bf16"); }
+__device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int add, __half) { LSW_WGMMA_HELD("f16"); }
 
 // Four 8x8 matrices of 16-bit elements, registers to shared memory; addresses as for ldmatrix4.
 __device__ __forceinline__ void stmatrix4(void* row, const uint32_t (&r)[4]) {
