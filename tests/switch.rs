@@ -641,13 +641,16 @@ fn runs_of_tiles(backend: &Backend) {
     }
 }
 
-/// Ranks of whole panels, more than 128 together: the Hopper kernel holds the first four panels of B in registers, up to four more stay in
-/// shared memory and the rest passes through it, with more products than an entry has in the end. Over several tiles in a row, with
+/// Ranks of whole panels, more than 128 together: the Hopper kernel holds the first three, four or six panels of B in registers, up to four
+/// more stay in shared memory and the rest passes through it, with more products than an entry has in the end. Over several tiles in a row, with
 /// coefficients in no order, and routes of which some are not deep; what is not finite shows from base and is healed.
 fn deep_ranks(backend: &Backend) {
-    let cases: [(usize, usize, &[usize]); 4] = [
+    let cases: [(usize, usize, &[usize]); 7] = [
         (5, 54_400, &[64, 64, 50]),
+        (5, 27_200, &[128, 128]),
         (5, 27_200, &[128, 64, 127]),
+        (5, 27_200, &[192, 128, 64]),
+        (5, 27_200, &[256, 256]),
         (5, 27_200, &[128, 64, 256, 192, 64]),
         (130, 320, &[256, 256, 256, 256, 256, 256, 256, 256, 256]),
     ];
