@@ -38,8 +38,9 @@ enum {
     LSW_BANK_THREADS = 64,
     LSW_BANK_BATCH = 64, /* factors that one launch writes: they travel as kernel arguments (19 KB) */
 
-    LSW_SWITCH_CONSUMERS = 128, /* threads that compute */
-    LSW_SWITCH_THREADS = 160,   /* and a warp that fetches */
+    LSW_SWITCH_CONSUMERS = 128,     /* threads that compute */
+    LSW_SWITCH_THREADS_16BIT = 160, /* and a warp that fetches */
+    LSW_SWITCH_THREADS_32BIT = 192, /* and in f32 one that splits */
     LSW_SWITCH_TILE_ROWS = 64,
     LSW_SWITCH_TILE_COLS = 128,
     LSW_SWITCH_SHARED_16BIT = 74 * 1024, /* bytes a block; asserted by the kernel */

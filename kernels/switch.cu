@@ -9,7 +9,7 @@
 // A launch, block by block (persistent blocks, a work queue over tiles):
 //   1. canonical_route  ids that name no slot drop out, duplicates add up, entries sort by slot
 //   2. produce          one warp: which targets differ from what they hold, 32 at a time; which tile is next; its A and B
-//   3. consume          four warps: W of the tile, the product, W back
+//   3. consume          four warps: W of the tile, the product, W back; in f32 one more, which splits A (split_all)
 //   4. record           the last block to finish writes down what is merged now and resets the queue
 // No block waits for another: step 4 belongs to whichever block comes last, and by then all have read the old record.
 //
@@ -40,6 +40,9 @@
 // parts: in A or B it makes NaN. Plain fma is exact in the products, but at K = 64 it needs every issue slot for as long as memory needs
 // for W; two parts of TF32 take as many mmas, 8% less time at that depth, and leave out 2^-21.
 //
+// Splitting costs more instructions than the products do, unless an element is split once: A, which all warps multiply, and over a run
+// all tiles, by a warp of its own, in its place in the ring; B by the one warp that has its rows.
+//
 // Floor: W is read and written once, 4 bytes an element in 16 bits.
 //
 // Targets and adapters whose addresses or rows are not multiples of 16 bytes, and the ragged rim of every matrix, take the same road
@@ -52,20 +55,25 @@
 
 namespace {
 
-constexpr int kConsumers = LSW_SWITCH_CONSUMERS;  // threads; the warp behind them is the producer
+template <class T> constexpr bool kSplits = sizeof(T) == 4;  // f32: multiplies parts
+constexpr int kConsumers = LSW_SWITCH_CONSUMERS;             // threads; behind them the producer's warp and, if any, the splitter's
+template <class T> constexpr int kThreads = kSplits<T> ? LSW_SWITCH_THREADS_32BIT : LSW_SWITCH_THREADS_16BIT;
 constexpr int kRows = LSW_SWITCH_TILE_ROWS;
 constexpr int kCols = LSW_SWITCH_TILE_COLS;
-constexpr int kWarpRows = 32, kWarpCols = 64;  // of a tile, a warp's
-constexpr int kSlice = 16;                     // of a rank: what one mma takes
-constexpr int kTiles = 4;                      // that are known ahead
-template <class T> constexpr int kSlicesA = sizeof(T) == 2 ? 8 : 4;  // places of the rings: powers of two
-template <class T> constexpr int kSlicesB = sizeof(T) == 2 ? 8 : 4;
-// Of a tile, a thread has four rows, 8 apart, and in each of them, in both halves of its warp's columns, eight columns: one pack of 16
-// bytes or two, 16 columns apart.
-template <class T> constexpr int kHalfPacks = 8 / kPack<T>;
-template <class T> constexpr int kOwnPacks = 4 * 2 * kHalfPacks<T>;
-static_assert(kConsumers == kRows / kWarpRows * (kCols / kWarpCols) * 32, "the warps cover the tile");
-static_assert(kConsumers + 32 == LSW_SWITCH_THREADS, "and one warp fetches");
+// Of a tile, a warp's. One that splits has few rows, which no other warp splits again.
+template <class T> constexpr int kWarpRows = kSplits<T> ? 16 : 32;
+template <class T> constexpr int kWarpCols = kSplits<T> ? 128 : 64;
+constexpr int kSlice = 16;  // of a rank: what one mma takes
+constexpr int kTiles = 4;   // that are known ahead
+constexpr int kParts = 3;   // bf16 that make an f32
+template <class T> constexpr int kSlicesA = kSplits<T> ? 4 : 8;  // places of the rings
+template <class T> constexpr int kSlicesB = kSplits<T> ? 3 : 8;
+// Of its warp's part, a thread has every eighth row, and of it every fourth pack of 16 bytes.
+template <class T> constexpr int kRowPacks = kWarpCols<T> / (4 * kPack<T>);
+template <class T> constexpr int kOwnPacks = kWarpRows<T> / 8 * kRowPacks<T>;
+template <class T> constexpr bool kCovers = kConsumers == kRows / kWarpRows<T> * (kCols / kWarpCols<T>) * 32;
+static_assert(kCovers<__half> && kCovers<float>, "the warps cover the tile");
+static_assert(kConsumers + 32 == kThreads<__half> && kConsumers + 64 == kThreads<float>, "and others move and split");
 
 struct Term {
     const void* a;
@@ -94,14 +102,20 @@ struct Tile {
     bool keeps;  // its slices of A, which the next tile needs too
 };
 
-// Of 16 of a term's rank. What a warp reads at once falls into different banks: rows are padded, but for B's of 16 bits, of which every
-// other four have their halves exchanged.
+// Of 16 of a term's rank. What a warp reads at once falls into different banks: A's rows are padded, and in some of B's the halves are
+// exchanged.
 template <class T> struct SliceA {
     T at[kSlice][kCols + kPack<T>];
 };
+template <> struct SliceA<float> {
+    union {
+        float at[kSlice][kCols + kPack<float>];
+        uint4 words[kCols / 16][kParts][32];  // once it is split: of two blocks of columns and a part, what a lane hands to an mma
+    };
+};
 template <class T> struct SliceB {
-    T rows[kRows][kSlice + (sizeof(T) == 2 ? 0 : 8)];
-    static __device__ __forceinline__ uint32_t place_of(uint32_t m, uint32_t k) { return sizeof(T) == 2 ? k ^ m / 4 % 2 * 8 : k; }
+    T rows[kRows][kSlice];
+    static __device__ __forceinline__ uint32_t place_of(uint32_t m, uint32_t k) { return k ^ m / (8 / sizeof(T)) % 2 * 8; }
 };
 
 template <class T> struct Shared {
@@ -110,8 +124,11 @@ template <class T> struct Shared {
     SliceB<T> b[kSlicesB<T>];
     float coefficients[kSlicesB<T>];
     Tile tiles[kTiles];
-    // Full: 32 lanes' copies and the leading one's word. Free: a word of each warp that reads. What is full of B is so of its A.
+    // Full: 32 lanes' copies and the leading one's word. Free: a word of each lane that reads. What is full of B is so of its A; but what
+    // is split is raw when it comes, and full when all lanes have split it.
     Barrier a_free[kSlicesA<T>], b_full[kSlicesB<T>], b_free[kSlicesB<T>], tile_full[kTiles], tile_free[kTiles];
+    Barrier a_raw[kSplits<T> ? kSlicesA<T> : 1], a_full[kSplits<T> ? kSlicesA<T> : 1];
+    uint32_t a_ends[kSlicesA<T>];  // nothing more to split, says this place
     Job jobs[2];
     Route route;
     uint32_t is_last;
@@ -119,10 +136,7 @@ template <class T> struct Shared {
 };
 
 // The n-th use of a ring of `kCount` places: which one, and the parity of the phase that fills it.
-template <int kCount> __device__ __forceinline__ uint32_t place(uint32_t n) {
-    static_assert((kCount & (kCount - 1)) == 0, "a power of two");
-    return n % kCount;
-}
+template <int kCount> __device__ __forceinline__ uint32_t place(uint32_t n) { return n % kCount; }
 template <int kCount> __device__ __forceinline__ uint32_t parity(uint32_t n) { return n / kCount % 2; }
 
 // The producer's view of 32 targets at a time: lane l has the first + l-th.
@@ -295,6 +309,7 @@ __device__ __forceinline__ void load_slices(Shared<T>& s, uint32_t a, uint32_t b
                 } else {
                     load_a<true, false>(s.a[at], t, k, step.col, cols);
                 }
+                if (kSplits<T>) s.a_raw[at].arrive_after_copies(), s.a_raw[at].arrive();
             }
             const uint32_t at = place<kSlicesB<T>>(b);
             s.b_free[at].wait(parity<kSlicesB<T>>(b) ^ 1);
@@ -337,24 +352,73 @@ template <class T> __device__ void produce(const LswSwitchArgs& args, Shared<T>&
         b += slices;
         needs_a = !now_keeps;
     }
+    if (kSplits<T>) {
+        const uint32_t at = place<kSlicesA<T>>(a);
+        s.a_free[at].wait(parity<kSlicesA<T>>(a) ^ 1);
+        if (leads) s.a_ends[at] = 1;
+        s.a_raw[at].arrive_after_copies(), s.a_raw[at].arrive();
+    }
+}
+
+// x and y in parts, each of which is what those before left, rounded.
+struct Parts {
+    uint32_t of[kParts];
+};
+__device__ __forceinline__ Parts split(float x, float y) {
+    Parts parts;
+#pragma unroll
+    for (int p = 0; p < kParts; ++p) {
+        parts.of[p] = pack({x, y}, __nv_bfloat16{});
+        const float2 rounded = unpack(parts.of[p], __nv_bfloat16{});
+        x -= rounded.x, y -= rounded.y;
+    }
+    return parts;
+}
+
+// One warp: A in parts, in its place, for all warps and all tiles that need it.
+__device__ void split_all(Shared<float>& s) {
+    constexpr int kBlocks = kCols / 16;
+    const int lane = threadIdx.x % 32;
+    for (uint32_t a = 0;; ++a) {
+        const uint32_t at = place<kSlicesA<float>>(a);
+        s.a_raw[at].wait(parity<kSlicesA<float>>(a));
+        if (s.a_ends[at]) return;
+        SliceA<float>& slice = s.a[at];
+        float2 raw[kBlocks][4];
+#pragma unroll
+        for (int i = 0; i < 4 * kBlocks; ++i) {
+            const int row = i % 4 / 2 * 8 + lane % 4 * 2 + i % 2, n = i / 4 * 16 + lane / 4 * 2;
+            raw[i / 4][i % 4] = *reinterpret_cast<const float2*>(&slice.at[row][n]);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) {
+            const float2(&x)[4] = raw[i];
+            const Parts words[4] = {split(x[0].x, x[1].x), split(x[2].x, x[3].x), split(x[0].y, x[1].y), split(x[2].y, x[3].y)};
+#pragma unroll
+            for (int p = 0; p < kParts; ++p) slice.words[i][p][lane] = {words[0].of[p], words[1].of[p], words[2].of[p], words[3].of[p]};
+        }
+        s.a_full[at].arrive();
+    }
 }
 
 // A thread's place in its warp, and the warp's in a tile.
-struct Own {
+template <class T> struct Own {
     int group, in_group, row, col;
     __device__ Own() {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         group = lane / 4, in_group = lane % 4;
-        row = warp / (kCols / kWarpCols) * kWarpRows, col = warp % (kCols / kWarpCols) * kWarpCols;
+        constexpr int kAcross = kCols / kWarpCols<T>;
+        row = warp / kAcross * kWarpRows<T>, col = warp % kAcross * kWarpCols<T>;
     }
 };
 
 // Where in a tile a thread's packs begin.
-template <class T> __device__ __forceinline__ int row_of(const Own& own, int pack) {
-    return own.row + own.group + pack / (2 * kHalfPacks<T>) * 8;
+template <class T> __device__ __forceinline__ int row_of(const Own<T>& own, int pack) {
+    return own.row + own.group + pack / kRowPacks<T> * 8;
 }
-template <class T> __device__ __forceinline__ int col_of(const Own& own, int pack) {
-    return own.col + own.in_group * kPack<T> + pack / kHalfPacks<T> % 2 * (kWarpCols / 2) + pack % kHalfPacks<T> * 16;
+template <class T> __device__ __forceinline__ int col_of(const Own<T>& own, int pack) {
+    return own.col + (pack % kRowPacks<T> * 4 + own.in_group) * kPack<T>;
 }
 
 // Of rows x cols, how many elements there are from a place on, in its row.
@@ -364,7 +428,7 @@ __device__ __forceinline__ int valid_at(uint32_t rows, uint32_t cols, uint32_t r
 
 template <bool kPlain, class T>
 __device__ __forceinline__ void load_weight(uint4 (&own_packs)[kOwnPacks<T>][kConsumers], const Tile& tile) {
-    const Own own;
+    const Own<T> own;
     const uint64_t stride = tile.base_stride;
     const uint32_t rows = tile.rows, cols = tile.cols;
     const bool aligned = tile.is_aligned;
@@ -377,10 +441,10 @@ __device__ __forceinline__ void load_weight(uint4 (&own_packs)[kOwnPacks<T>][kCo
     }
 }
 
-// A warp's 32 x 64 of the sum: accumulators of mmas, by blocks of 16 rows and of 8 columns. Of a block, lane 4 g + t has columns 2 t and
+// A warp's part of the sum: accumulators of mmas, by blocks of 16 rows and of 8 columns. Of a block, lane 4 g + t has columns 2 t and
 // 2 t + 1. Blocks whose columns take turns make these neighbours: with kBlocks of them, column n of the j-th is kBlocks n + j, so that
 // the lane's own are kPack in a row, from kPack t on.
-using Sum = float[2][8][4];
+template <class T> using Sum = float[kWarpRows<T> / 16][kWarpCols<T> / 8][4];
 template <class T> constexpr int kBlocks = kPack<T> / 2;
 
 // Adds mmas of a row block.
@@ -392,8 +456,8 @@ __device__ __forceinline__ void add_product(float (*sum)[4], const float (&produ
 
 // One slice: sum += coefficient * b a.
 template <class T>
-__device__ __forceinline__ void multiply(Sum& sum, float coefficient, const SliceA<T>& slice_a, const SliceB<T>& slice_b) {
-    const Own own;
+__device__ __forceinline__ void multiply(Sum<T>& sum, float coefficient, const SliceA<T>& slice_a, const SliceB<T>& slice_b) {
+    const Own<T> own;
     const int lane = threadIdx.x % 32;
     uint32_t b[2][4];
 #pragma unroll
@@ -405,7 +469,7 @@ __device__ __forceinline__ void multiply(Sum& sum, float coefficient, const Slic
         uint32_t a[4][2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const T* p = &slice_a.at[8 * half + 2 * own.in_group][own.col + kWarpCols / 2 * h + 4 * own.group];
+            const T* p = &slice_a.at[8 * half + 2 * own.in_group][own.col + kWarpCols<T> / 2 * h + 4 * own.group];
             const uint2 even = *reinterpret_cast<const uint2*>(p), odd = *reinterpret_cast<const uint2*>(p + kCols + kPack<T>);
             a[0][half] = __byte_perm(even.x, odd.x, 0x5410), a[1][half] = __byte_perm(even.x, odd.x, 0x7632);
             a[2][half] = __byte_perm(even.y, odd.y, 0x5410), a[3][half] = __byte_perm(even.y, odd.y, 0x7632);
@@ -421,56 +485,38 @@ __device__ __forceinline__ void multiply(Sum& sum, float coefficient, const Slic
 }
 
 // f32: products of parts, six for one.
-struct Parts {
-    uint32_t of[3];
-};
-__device__ __forceinline__ Parts split(float x, float y) {
-    Parts parts;
-#pragma unroll
-    for (int p = 0; p < 3; ++p) {
-        parts.of[p] = pack({x, y}, __nv_bfloat16{});
-        const float2 rounded = unpack(parts.of[p], __nv_bfloat16{});
-        x -= rounded.x, y -= rounded.y;
-    }
-    return parts;
-}
-
 template <>
-__device__ __forceinline__ void multiply(Sum& sum, float coefficient, const SliceA<float>& slice_a, const SliceB<float>& slice_b) {
-    const Own own;
-    Parts b[2][4];
+__device__ __forceinline__ void multiply(Sum<float>& sum, float coefficient, const SliceA<float>& slice_a, const SliceB<float>& slice_b) {
+    const Own<float> own;
+    Parts b[4];
 #pragma unroll
-    for (int q = 0; q < 8; ++q) {
-        const int m = own.row + 16 * (q / 4) + 8 * (q % 2) + own.group;
-        const int kk = 8 * (q / 2 % 2) + 2 * own.in_group;
-        const float2 pair = *reinterpret_cast<const float2*>(&slice_b.rows[m][kk]);
-        b[q / 4][q % 4] = split(pair.x, pair.y);
+    for (int i = 0; i < 4; ++i) {
+        const int m = own.row + 8 * (i % 2) + own.group, k = 8 * (i / 2) + 2 * own.in_group;
+        const float2 pair = *reinterpret_cast<const float2*>(&slice_b.rows[m][SliceB<float>::place_of(own.group, k)]);
+        b[i] = split(pair.x, pair.y);
     }
     constexpr int kOrder[6][2] = {{2, 0}, {0, 2}, {1, 1}, {1, 0}, {0, 1}, {0, 0}};
 #pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {  // of blocks of columns
-        if (pair > 0) __syncwarp();  // or the compiler would begin too many at a time, and spill
-        Parts a[2][2];
+    for (int first = 0; first < kCols / 16; first += 2) {  // pairs of blocks of columns, two at a time
+        if (first > 0) __syncwarp();                       // or the compiler would begin too many, and spill
+        uint4 a[2][kParts];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const float* p = &slice_a.at[8 * half + 2 * own.in_group][own.col + 16 * pair + 2 * own.group];
-            const float2 even = *reinterpret_cast<const float2*>(p);
-            const float2 odd = *reinterpret_cast<const float2*>(p + kCols + kPack<float>);
-            a[0][half] = split(even.x, odd.x), a[1][half] = split(even.y, odd.y);
+        for (int j = 0; j < 2; ++j) {
+#pragma unroll
+            for (int p = 0; p < kParts; ++p) a[j][p] = slice_a.words[first + j][p][threadIdx.x % 32];
         }
-        float product[2][2][4] = {};
+        float product[4][4] = {};
 #pragma unroll
         for (int o = 0; o < 6; ++o) {
             const int p = kOrder[o][0], q = kOrder[o][1];
+            const uint32_t part[4] = {b[0].of[p], b[1].of[p], b[2].of[p], b[3].of[p]};
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const uint32_t part[4] = {b[i][0].of[p], b[i][1].of[p], b[i][2].of[p], b[i][3].of[p]};
-#pragma unroll
-                for (int j = 0; j < 2; ++j) mma16816(product[i][j], part, a[j][0].of[q], a[j][1].of[q], __nv_bfloat16{});
+            for (int j = 0; j < 2; ++j) {
+                mma16816(product[2 * j], part, a[j][q].x, a[j][q].y, __nv_bfloat16{});
+                mma16816(product[2 * j + 1], part, a[j][q].z, a[j][q].w, __nv_bfloat16{});
             }
         }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) add_product(&sum[i][2 * pair], product[i], coefficient);
+        add_product(&sum[0][2 * first], product, coefficient);
     }
 }
 
@@ -490,8 +536,8 @@ template <class T> __device__ __forceinline__ void add(Pack<T>& w, const float (
 
 // An empty sum copies bits.
 template <bool kPlain, class T>
-__device__ __forceinline__ void store_weight(uint4 (&own_packs)[kOwnPacks<T>][kConsumers], const Tile& tile, const Sum& sum) {
-    const Own own;
+__device__ __forceinline__ void store_weight(uint4 (&own_packs)[kOwnPacks<T>][kConsumers], const Tile& tile, const Sum<T>& sum) {
+    const Own<T> own;
     const uint64_t stride = tile.weight_stride;
     const uint32_t rows = tile.rows, cols = tile.cols;
     const bool aligned = tile.is_aligned, is_sum = tile.slices > 0;
@@ -506,7 +552,7 @@ __device__ __forceinline__ void store_weight(uint4 (&own_packs)[kOwnPacks<T>][kC
 #pragma unroll
             for (int p = 0; p < kTogether; ++p) {
                 const int pack = first + p;
-                const int i = pack / (2 * kHalfPacks<T>), j = pack % (2 * kHalfPacks<T>) * kBlocks<T>;
+                const int i = pack / kRowPacks<T>, j = pack % kRowPacks<T> * kBlocks<T>;
                 float x[kPack<T>];
 #pragma unroll
                 for (int e = 0; e < kPack<T>; ++e) x[e] = sum[i / 2][j + e % kBlocks<T>][i % 2 * 2 + e / kBlocks<T>];
@@ -545,18 +591,20 @@ template <class T> __device__ void consume(Shared<T>& s) {
     uint32_t a = 0, b = 0;
     for (uint32_t n = 0; s.tiles[place<kTiles>(n)].rows > 0; ++n) {
         const Tile& tile = s.tiles[place<kTiles>(n)];
-        Sum sum = {};
+        Sum<T> sum = {};
         const bool keeps = tile.keeps;
         const uint32_t first = a;
 #pragma unroll 1
         for (const uint32_t end = b + tile.slices; b < end; ++a, ++b) {
             const uint32_t at = place<kSlicesB<T>>(b), at_a = place<kSlicesA<T>>(a);
             s.b_full[at].wait(parity<kSlicesB<T>>(b));
+            if (kSplits<T>) s.a_full[at_a].wait(parity<kSlicesA<T>>(a));
             multiply(sum, s.coefficients[at], s.a[at_a], s.b[at]);
             s.b_free[at].arrive();
             s.a_free[at_a].arrive_if(!keeps);
         }
-        if (keeps) a = first;
+        // f32 has no register for `first`, without which 16 bits take 1% longer.
+        if (keeps) a = kSplits<T> ? a - tile.slices : first;
         copy_wait<0>();
         tile.is_plain ? store_weight<true, T>(s.weight, tile, sum) : store_weight<false, T>(s.weight, tile, sum);
         s.tile_free[place<kTiles>(n)].arrive();
@@ -574,10 +622,17 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
         s.jobs[0].slices = 0;
         for (int i = 0; i < kSlicesA<T>; ++i) s.a_free[i].init(kConsumers);
         for (int i = 0; i < kSlicesB<T>; ++i) s.b_full[i].init(32 + 1), s.b_free[i].init(kConsumers);
+        for (int i = 0; i < (kSplits<T> ? kSlicesA<T> : 0); ++i) s.a_raw[i].init(64), s.a_full[i].init(32), s.a_ends[i] = 0;
         for (int i = 0; i < kTiles; ++i) s.tile_full[i].init(1), s.tile_free[i].init(kConsumers);
     }
     __syncthreads();
-    threadIdx.x < kConsumers ? consume(s) : produce(args, s);
+    if (threadIdx.x < kConsumers) {
+        consume(s);
+    } else if (threadIdx.x < kConsumers + 32) {
+        produce(args, s);
+    } else if constexpr (kSplits<T>) {
+        split_all(s);
+    }
     __syncthreads();
 
     // Nothing to do: every block finds the same, so there is no queue to reset and nothing to record.
@@ -589,14 +644,14 @@ template <class T> __device__ void switch_all(const LswSwitchArgs& args) {
     __syncthreads();
     if (!s.is_last) return;
     __threadfence();
-    for (uint32_t target = args.first + threadIdx.x; target < args.last; target += LSW_SWITCH_THREADS) record(args, s.route, target);
+    for (uint32_t target = args.first + threadIdx.x; target < args.last; target += kThreads<T>) record(args, s.route, target);
     if (threadIdx.x == 0) state(args)->next_tile = 0, state(args)->blocks_done = 0;
 }
 
 }  // namespace
 
 #define LSW_SWITCH(suffix, T, blocks)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(LSW_SWITCH_THREADS, blocks)                                          \
+    extern "C" __global__ void __launch_bounds__(kThreads<T>, blocks)                                                 \
         lsw_switch_##suffix(const __grid_constant__ LswSwitchArgs args) {                                        \
         static_assert(sizeof(Shared<T>) <= (sizeof(T) == 2 ? LSW_SWITCH_SHARED_16BIT : LSW_SWITCH_SHARED_32BIT), \
                       "the host asks for this much shared memory");                                              \

@@ -732,9 +732,9 @@ fn deep_and_shallow_targets(backend: &Backend) {
 /// So many tiles one below the other that a block of the portable kernel takes several, for which it keeps A (two slices) or cannot (nine
 /// of them, more than stay). The last strip of tiles is a lone one. A second route, since what is kept must not outlive it.
 fn runs_of_tiles_downwards(backend: &Backend) {
-    for ranks in [vec![4, 2], vec![1; 9]] {
+    for (dtype, ranks) in [DType::Bf16, DType::F32].into_iter().flat_map(|dtype| [(dtype, vec![4, 2]), (dtype, vec![1; 9])]) {
         let (rows, cols, k) = (64 * 12_800 + 17, 8, ranks.len());
-        let spec = Spec { shapes: vec![(rows, cols)], max_rank: 4, slots: k, k_max: k, ..small(DType::Bf16, Form::FromBase) };
+        let spec = Spec { shapes: vec![(rows, cols)], max_rank: 4, slots: k, k_max: k, ..small(dtype, Form::FromBase) };
         let mut model = Model::new(backend, &spec);
         for (slot, &rank) in ranks.iter().enumerate() {
             let pair = model.pair(rows, cols, rank, 0.5, 0.3);

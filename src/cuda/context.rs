@@ -2,7 +2,7 @@
 
 use super::args::{
     LSW_FEW_SHARED, LSW_GATE_SHARED_MANY, LSW_GATE_SHARED_TILE, LSW_LINEAR_SHARED_MAX, LSW_LINEAR_THREADS, LSW_SWITCH_SHARED_16BIT,
-    LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS, LSW_SWITCH90_SHARED, LswTakeArgs,
+    LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS_16BIT, LSW_SWITCH_THREADS_32BIT, LSW_SWITCH90_SHARED, LswTakeArgs,
 };
 use super::images::{BUILT_WITH, IMAGES};
 use super::launch::{Grid, launch};
@@ -127,7 +127,8 @@ pub(super) fn by_dtype(dtype: DType) -> usize {
     }
 }
 
-/// Shared memory of the switch, by the same index.
+/// Threads and shared memory of the switch's blocks, by the same index.
+pub(super) const SWITCH_THREADS: [u32; 3] = [LSW_SWITCH_THREADS_32BIT, LSW_SWITCH_THREADS_16BIT, LSW_SWITCH_THREADS_16BIT];
 pub(super) const SWITCH_SHARED: [u32; 3] = [LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_16BIT];
 
 struct Modules(Vec<(&'static str, sys::CUmodule)>);
@@ -454,9 +455,9 @@ fn allow_shared(function: Function, bytes: u32) -> Result<()> {
 /// Allows the switch its shared memory and asks how many of its blocks the card holds at once.
 fn switch_blocks(kernels: &Kernels) -> Result<[u32; 3]> {
     let mut blocks = [0; 3];
-    for ((function, shared), blocks) in kernels.switch.iter().zip(SWITCH_SHARED).zip(&mut blocks) {
+    for (((function, threads), shared), blocks) in kernels.switch.iter().zip(SWITCH_THREADS).zip(SWITCH_SHARED).zip(&mut blocks) {
         allow_shared(*function, shared)?;
-        *blocks = resident_blocks(*function, LSW_SWITCH_THREADS, shared)?;
+        *blocks = resident_blocks(*function, threads, shared)?;
     }
     Ok(blocks)
 }

@@ -1,7 +1,7 @@
 //! The one launch.
 
 use super::args::*;
-use super::context::{DeviceStream, Function, SWITCH_SHARED, driver};
+use super::context::{DeviceStream, Function, SWITCH_SHARED, SWITCH_THREADS, driver};
 use crate::error::Result;
 use cudarc::driver::sys;
 use std::ffi::c_void;
@@ -114,8 +114,8 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
                 launch_dependent(stream, *function, one(LSW_GATE_THREADS, shared), &LswGateArgs::default())?;
             }
         }
-        for (function, shared) in k.switch.iter().zip(SWITCH_SHARED) {
-            launch(stream, *function, one(LSW_SWITCH_THREADS, shared), &LswSwitchArgs::default())?;
+        for ((function, threads), shared) in k.switch.iter().zip(SWITCH_THREADS).zip(SWITCH_SHARED) {
+            launch(stream, *function, one(threads, shared), &LswSwitchArgs::default())?;
         }
         for function in stream.device().hopper.iter().flat_map(|hopper| hopper.switch) {
             launch(stream, function, one(LSW_SWITCH90_THREADS, LSW_SWITCH90_SHARED), &LswSwitchArgs::default())?;

@@ -1,11 +1,11 @@
 //! The switch set's device tables and its launch.
 
 use super::args::{
-    LSW_MAX_K, LSW_PATH_ALL, LSW_PATH_BOXES, LSW_PATH_OTHERS, LSW_SWITCH_RUN, LSW_SWITCH_THREADS, LSW_SWITCH90_GROUPS, LSW_SWITCH90_SHARED,
+    LSW_MAX_K, LSW_PATH_ALL, LSW_PATH_BOXES, LSW_PATH_OTHERS, LSW_SWITCH_RUN, LSW_SWITCH90_GROUPS, LSW_SWITCH90_SHARED,
     LSW_SWITCH90_THREADS, LSW_SWITCH90_TILE, LSW_UNKNOWN, LSW_WEIGHT_ALIGNED, LSW_WEIGHT_BLOCKS, LSW_WEIGHT_BOXES, LswCurrentArgs, LswMap,
     LswMerged, LswSwitchArgs, LswSwitchState, LswTarget,
 };
-use super::context::{DeviceStream, Function, SWITCH_SHARED, by_dtype};
+use super::context::{DeviceStream, Function, SWITCH_SHARED, SWITCH_THREADS, by_dtype};
 use super::launch::{Grid, launch};
 use super::memory::DeviceMemory;
 use super::{Device, flags};
@@ -189,7 +189,7 @@ fn paths(device: &Device, plan: &SetPlan) -> Vec<Path> {
     if !others.is_empty() {
         let tiles: u64 = others.iter().map(|t| t.tiles()).sum();
         let blocks = tiles.clamp(1, u64::from(device.switch_blocks[by_dtype(dtype)])) as u32;
-        let grid = Grid { blocks, threads: LSW_SWITCH_THREADS, shared: SWITCH_SHARED[by_dtype(dtype)] };
+        let grid = Grid { blocks, threads: SWITCH_THREADS[by_dtype(dtype)], shared: SWITCH_SHARED[by_dtype(dtype)] };
         let path = if boxes.is_empty() { LSW_PATH_ALL } else { LSW_PATH_OTHERS };
         // Long runs share more of A; short ones share out better what is little.
         let run = if tiles >= RUNS_A_BLOCK * u64::from(blocks * LSW_SWITCH_RUN) { LSW_SWITCH_RUN } else { 1 };
