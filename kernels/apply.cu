@@ -26,8 +26,8 @@
 //   to shared memory.
 // - expand is a dependent launch. shrink lets it start as soon as shrink itself has passed its own wait: from then on all that came
 //   before shrink is complete, and shrink writes the products alone. So expand sorts its entries, reads factors and sends for B while
-//   shrink runs, and waits before the first product and y only. Both ask for as much shared memory as there is: a multiprocessor
-//   that has to divide its memory anew first runs empty, and expand would start when shrink has ended.
+//   shrink runs, and waits before the first product and y only. Both ask for the same division of a multiprocessor's memory, a half
+//   of it as L1: one that has to divide it anew first runs empty, and expand would start when shrink has ended.
 // - What waits for y is add alone: one trip for y and the sums. It is a plain launch: behind a product that ends on one stream while
 //   sum does on another, a dependent one began later.
 // - A, x and B come straight from memory into registers: the order of k within a step is free as long as both agree on it, so a lane

@@ -202,11 +202,12 @@ impl Modules {
         for function in [few.expand, few.sum] {
             allow_shared(function, LSW_FEW_SHARED)?;
         }
-        // A multiprocessor divides its memory anew only when it is empty: expand could not start beside shrink.
+        // A multiprocessor divides its memory anew only when it is empty: expand could not start beside shrink. A half has room for
+        // two blocks of expand on Hopper; the rest is L1.
         let carveout = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
         for function in [few.shrink, few.expand, few.sum] {
-            // SAFETY: functions of a loaded module. 100: as much shared memory as there can be.
-            unsafe { driver!(cuFuncSetAttribute(function, carveout, 100)) }?;
+            // SAFETY: functions of a loaded module. In percent.
+            unsafe { driver!(cuFuncSetAttribute(function, carveout, 50)) }?;
         }
         Ok(few)
     }
