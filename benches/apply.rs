@@ -9,7 +9,7 @@ use crate::timing::{Mode, Role, Subject, Timing, Work};
 use crate::values::Rng;
 use crate::{Case, Outcome};
 use cudarc::driver::{CudaStream, result};
-use lora_switch::{DType, Form, Mat, MatMut, Routes, Stream, apply, apply_expand, apply_shrink, apply_workspace_bytes, measure};
+use lora_switch::{DType, Form, Mat, MatMut, Routes, Stream, apply, apply_begin, apply_finish, apply_workspace_bytes, measure};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -170,10 +170,10 @@ impl<'l> Pass<'l> {
         }
         let (side, stream) = &self.side;
         side.join(&self.lab.cuda)?;
-        apply_shrink(stream, bank, targets, &x, &routes, &mut self.workspace.all_mut())?;
+        apply_begin(stream, bank, targets, &x, &routes, &mut self.workspace.all_mut())?;
         self.product(layer, group)?;
         self.lab.cuda.join(side)?;
-        Ok(apply_expand(&self.lab.stream, bank, first, &routes, &mut y, &self.workspace.all())?)
+        Ok(apply_finish(&self.lab.stream, bank, first, &routes, &mut y, &self.workspace.all())?)
     }
 
     /// The last layer, some rows and some columns of each target: the product alone, then with the adapters.

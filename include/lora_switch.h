@@ -1060,29 +1060,31 @@ lsw_status lsw_apply(const struct lsw_bank *bank,
                      uint64_t workspace_bytes);
 
 /**
- * The first half of lsw_apply: A x of all adapters in the rows' routes, into the workspace, for
- * the targets first <= i < first + count. It does not need y, so that it may run beside the base
- * product, on another stream; one of high priority, since its few blocks would otherwise wait
- * behind the product's.
+ * The first half of lsw_apply, into the workspace, for the targets first <= i < first + count: all
+ * that does not need y, so that it may run beside the base product that writes y, on another
+ * stream; one of high priority, since its few blocks would otherwise wait behind the product's. Of
+ * up to 64 rows in 16 bits that is everything but the addition to y; of others, A x of all
+ * adapters in the rows' routes.
  *
- * The second half, lsw_apply_expand, is ordered after it and gets the same targets, routes and
+ * The second half, lsw_apply_finish, is ordered after both and gets the same targets, routes and
  * workspace. In between nobody writes the workspace, ids, gates and row_map, nor the slots of the
- * bank that they name. One launch or two; enqueued, and may be captured.
+ * bank that they name. Together they give the bits of lsw_apply. Two launches on CUDA, in f32 one;
+ * enqueued, and may be captured.
  */
-lsw_status lsw_apply_shrink(const struct lsw_bank *bank,
-                            void *stream,
-                            uint64_t first,
-                            uint64_t count,
-                            const struct lsw_mat *x,
-                            const struct lsw_routes *routes,
-                            void *workspace,
-                            uint64_t workspace_bytes);
+lsw_status lsw_apply_begin(const struct lsw_bank *bank,
+                           void *stream,
+                           uint64_t first,
+                           uint64_t count,
+                           const struct lsw_mat *x,
+                           const struct lsw_routes *routes,
+                           void *workspace,
+                           uint64_t workspace_bytes);
 
 /**
- * The second half of lsw_apply: adds B times the workspace's products to y. See lsw_apply_shrink.
- * One launch; enqueued, and may be captured.
+ * The second half of lsw_apply: adds to y what the first has left in the workspace. See
+ * lsw_apply_begin. One launch; enqueued, and may be captured.
  */
-lsw_status lsw_apply_expand(const struct lsw_bank *bank,
+lsw_status lsw_apply_finish(const struct lsw_bank *bank,
                             void *stream,
                             uint64_t first,
                             const struct lsw_routes *routes,

@@ -4,6 +4,11 @@
 //   expand  y[r] = round(y[r] + sum over the slots of c B products[r, e])         c = gate * scale, slots ascending
 //
 // for all targets of a group that share x (q, k, v; gate, up) in one launch each. The products stay in f32: y is rounded once.
+// Beside the product that writes y, expand is in two, with the same bits:
+//
+//   sum     sums[r] = sum over the slots of c B products[r, e], or kUntouched
+//   add     y[r] = round(y[r] + sums[r])
+//
 // More rows: apply_mma.cu; f32, which tensor cores would round: apply_f32.cu.
 //
 // Floor: each adapter that a route names, read once (Llama-2-7B, rank 16, two of them: 0.16 GB, 35 us of an H200's bandwidth in 128
@@ -21,8 +26,10 @@
 //   to shared memory.
 // - expand is a dependent launch. shrink lets it start as soon as shrink itself has passed its own wait: from then on all that came
 //   before shrink is complete, and shrink writes the products alone. So expand sorts its entries, reads factors and sends for B while
-//   shrink runs, and waits before the first product and y only. Both ask for as much shared memory as there is: a multiprocessor
-//   that has to divide its memory anew first runs empty, and expand would start when shrink has ended.
+//   shrink runs, and waits before the first product and y only. Both ask for the same division of a multiprocessor's memory, a half
+//   of it as L1: one that has to divide it anew first runs empty, and expand would start when shrink has ended.
+// - What waits for y is add alone: one trip for y and the sums. It is a plain launch: behind a product that ends on one stream while
+//   sum does on another, a dependent one began later.
 // - A, x and B come straight from memory into registers: the order of k within a step is free as long as both agree on it, so a lane
 //   takes eight (B: four) consecutive elements of a row where the layout of the mma asks for pairs eight apart. In the same way a lane
 //   of expand owns four consecutive outputs of a row: y is read and written 8 or 16 bytes at a time.
@@ -565,27 +572,34 @@ __device__ __forceinline__ void multiply(const ExpandShared<T>& shared, uint32_t
     }
 }
 
+// In place of a sum, where nothing is added to a row of a target and y keeps its bits: a NaN that is no sum, since those of the
+// arithmetic are 0x7fffffff.
+constexpr uint32_t kUntouched = 0xffffffffu;
+
 // A block: a group of rows and LSW_FEW_OUTPUTS outputs of one target. A warp does 16 outputs; a lane owns four of them in rows g,
-// g + 8, g + 16 and g + 24.
-template <class T, class Y> __device__ __forceinline__ void expand(const LswApplyArgs& args, ExpandShared<T>& shared) {
+// g + 8, g + 16 and g + 24. kAdds: y += sum. Otherwise y is where the sums wait for it.
+template <class T, class Y, bool kAdds> __device__ __forceinline__ void expand(const LswApplyArgs& args, ExpandShared<T>& shared) {
     static_assert(LSW_FEW_OUTPUTS == kExpandThreads / 2, "16 outputs a warp");
     uint32_t unit = blockIdx.x;
     const uint32_t row0 = blockIdx.y * kGroup, lane = threadIdx.x % 32, g = lane / 4;
     const LswApplyTarget& target = target_of(args, unit);
     const uint32_t rows = min(kGroup, args.rows - row0), entries = rows << entry_bits(args.k);
     load_terms(args, target, row0, entries, unit == 0, shared);
-    if (shared.rank == 0) return dependency_wait();
+    if (shared.rank == 0) {
+        dependency_wait();
+        if (kAdds) return;
+    }
 
     // A term takes as many steps as the largest needs, to a power of two.
     const uint32_t step_bits = shared.rank <= 16 ? 0 : 32 - __clz((shared.rank - 1) / 16), step_mask = (1u << step_bits) - 1;
-    const uint32_t steps = shared.count << step_bits;
+    const uint32_t steps = shared.rank == 0 ? 0 : shared.count << step_bits;
     const uint32_t each_bits = min(step_bits, 31 - __clz(kSteps));  // steps of an entry that may be among kSteps
     const uint32_t items = entries << (each_bits + 2);
     const uint32_t first = unit * LSW_FEW_OUTPUTS + threadIdx.x / 32 * 16;
     const uint32_t mine = first + 4 * (lane % 4), outs = mine < target.out ? target.out - mine : 0;
     Y* const to = reinterpret_cast<Y*>(target.y) + (row0 + g) * target.y_stride + mine;
     const uint32_t touched = shared.rows >> g;
-    const bool is_whole = target.y_aligned && target.out % 4 == 0;
+    const bool is_whole = !kAdds || target.y_aligned && target.out % 4 == 0;
     float total[4][4] = {};
     Four<Y> y[4];
     for (uint32_t step0 = 0; step0 < steps; step0 += kSteps) {
@@ -606,8 +620,10 @@ template <class T, class Y> __device__ __forceinline__ void expand(const LswAppl
 #pragma unroll
                 for (uint32_t h = 0; h < 4; ++h) y[h] = load_four(to + 8 * h * target.y_stride, touched >> (8 * h) & 1 ? outs : 0, is_whole);
             };
-            if (is_whole) load(true);
-            else load(false);
+            if constexpr (kAdds) {
+                if (is_whole) load(true);
+                else load(false);
+            }
         }
         for (uint32_t i = threadIdx.x;;) {
             load_products(args, item, i % 4, shared);
@@ -626,18 +642,45 @@ template <class T, class Y> __device__ __forceinline__ void expand(const LswAppl
     }
 #pragma unroll
     for (uint32_t h = 0; h < 4; ++h) {
-        const float4 old = y[h].get();
-        y[h].set({old.x + total[h][0], old.y + total[h][1], old.z + total[h][2], old.w + total[h][3]});
-        store_four(to + 8 * h * target.y_stride, y[h], touched >> (8 * h) & 1 ? outs : 0, is_whole);
+        const bool is_touched = touched >> (8 * h) & 1;
+        if constexpr (kAdds) {
+            const float4 old = y[h].get();
+            y[h].set({old.x + total[h][0], old.y + total[h][1], old.z + total[h][2], old.w + total[h][3]});
+            store_four(to + 8 * h * target.y_stride, y[h], is_touched ? outs : 0, is_whole);
+        } else if (g + 8 * h < rows && outs > 0) {
+            uint4 words = {kUntouched, kUntouched, kUntouched, kUntouched};
+            if (is_touched) memcpy(&words, total[h], sizeof(words));
+            store16_whole(to + 8 * h * target.y_stride, words);
+        }
     }
 }
 
 template <class T> __device__ __forceinline__ void expand(const LswApplyArgs& args) {
     extern __shared__ __align__(16) unsigned char memory[];
     ExpandShared<T>& shared = *reinterpret_cast<ExpandShared<T>*>(memory);
-    if (args.y_type == 0) return expand<T, float>(args, shared);
-    if (args.y_type == 1) return expand<T, __half>(args, shared);
-    expand<T, __nv_bfloat16>(args, shared);
+    if (args.y_type == 0) return expand<T, float, true>(args, shared);
+    if (args.y_type == 1) return expand<T, __half, true>(args, shared);
+    expand<T, __nv_bfloat16, true>(args, shared);
+}
+template <class T> __device__ __forceinline__ void sum(const LswApplyArgs& args) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    expand<T, float, false>(args, *reinterpret_cast<ExpandShared<T>*>(memory));
+}
+
+// A thread: four outputs of a row. Both loads are on their way at once.
+template <class Y> __device__ __forceinline__ void add(const LswAddTarget& target) {
+    const uint32_t col = 4 * (blockIdx.x * LSW_ADD_THREADS + threadIdx.x), left = col < target.out ? target.out - col : 0;
+    Y* const y = reinterpret_cast<Y*>(target.y) + blockIdx.y * target.y_stride + col;
+    const float* const sums = reinterpret_cast<const float*>(target.sums) + blockIdx.y * target.sums_stride + col;
+    const auto add_four = [&](bool is_whole) {
+        Four<Y> four = load_four(y, left, is_whole);
+        const Four<float> sum = load_four(sums, left, true);
+        const float4 old = four.get(), more = sum.get();
+        four.set({old.x + more.x, old.y + more.y, old.z + more.z, old.w + more.w});
+        store_four(y, four, sum.words[0] == kUntouched ? 0 : left, is_whole);
+    };
+    if (target.y_aligned && target.out % 4 == 0) add_four(true);
+    else add_four(false);
 }
 
 }  // namespace
@@ -651,6 +694,18 @@ template <class T> __device__ __forceinline__ void expand(const LswApplyArgs& ar
     extern "C" __global__ void __launch_bounds__(LSW_FEW_EXPAND_THREADS, 2)                                                      \
         lsw_apply_expand_##suffix(const __grid_constant__ LswApplyArgs args) {                                               \
         if (args.rows > 0) expand<T>(args);                                                                                  \
+    }                                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(LSW_FEW_EXPAND_THREADS, 2)                                                      \
+        lsw_apply_sum_##suffix(const __grid_constant__ LswApplyArgs args) {                                               \
+        if (args.rows > 0) sum<T>(args);                                                                                  \
     }
 LSW_APPLY(f16, __half)
 LSW_APPLY(bf16, __nv_bfloat16)
+
+#define LSW_ADD(suffix, Y)                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(LSW_ADD_THREADS) lsw_apply_add_##suffix(const __grid_constant__ LswAddArgs args) { \
+        add<Y>(args.targets[blockIdx.z]);                                                                                    \
+    }
+LSW_ADD(f32, float)
+LSW_ADD(f16, __half)
+LSW_ADD(bf16, __nv_bfloat16)

@@ -78,6 +78,7 @@ enum {
     LSW_FEW_OUTPUTS = 128,     /* a block of expand */
     LSW_FEW_STEPS = 8,         /* expand: of 16 ranks, in registers at a time */
     LSW_FEW_SHARED = 64 * 1024,
+    LSW_ADD_THREADS = 128,     /* each adds to four outputs */
 
     /* Of many rows of 16 bits, on the tensor cores. */
     LSW_APPLY_MANY = 64,   /* there are more */
@@ -325,6 +326,18 @@ typedef struct LswApplyArgs {
     uint32_t begins[LSW_APPLY_TARGETS]; /* few rows of 16 bits: units before each target; behind the last, all ones */
     LswApplyTarget targets[LSW_APPLY_TARGETS];
 } LswApplyArgs;
+
+/* A target of y[r] = round(y[r] + sums[r]). All zero: there is none. */
+typedef struct LswAddTarget {
+    uint64_t y, y_stride;
+    uint64_t sums, sums_stride; /* float [rows, out]; address and row bytes are multiples of 16 */
+    uint32_t out;
+    uint32_t y_aligned; /* address and row bytes are multiples of 16 */
+} LswAddTarget;
+
+typedef struct LswAddArgs {
+    LswAddTarget targets[LSW_APPLY_TARGETS];
+} LswAddArgs;
 
 /* What the blocks of a linear hand to each other. All zero before a launch and after it. */
 typedef struct LswLinearHandOver {

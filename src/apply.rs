@@ -36,8 +36,8 @@ pub(crate) const Y_NAMES: [&str; MAX_TARGETS] = ["y[0]", "y[1]", "y[2]", "y[3]",
 /// Elements of y that a launch reaches: blocks of 128, fewer than 2^31 with those that are not whole.
 const MAX_OUTPUTS: u64 = (1 << 32) - 1;
 
-/// Ranks are padded to this many f32 in the workspace.
-const RANK_STEP: u64 = 8;
+/// Ranks, and the outputs of a sum that waits for its y, are padded to this many f32 in the workspace.
+const STEP: u64 = 8;
 
 /// A target of a checked call.
 #[derive(Debug, Clone, Copy)]
@@ -48,7 +48,9 @@ pub(crate) struct GroupTarget {
     pub out_features: u32,
     /// Of the products' rows, where this target's begin.
     pub column: u32,
-    /// To add to; none while A x is computed.
+    /// Likewise of the sums'.
+    pub sum_column: u64,
+    /// To add to; none in the first half.
     pub y: Option<RawMat>,
 }
 
@@ -58,6 +60,8 @@ struct Group {
     in_features: u64,
     /// f32 of A x for one entry of one row's route.
     width: u32,
+    /// f32 of what is added to one row.
+    sum_width: u64,
 }
 
 impl Group {
@@ -68,6 +72,7 @@ impl Group {
 }
 
 /// A checked call: both halves of it, or either.
+#[derive(Clone, Copy)]
 pub(crate) struct Plan<'b> {
     pub bank: &'b AdapterBank,
     pub targets: [Option<GroupTarget>; MAX_TARGETS],
@@ -78,6 +83,8 @@ pub(crate) struct Plan<'b> {
     pub row_map: Option<RawMat>,
     /// A x, f32 [rows k, width]: of row r and the p-th entry of its canonical route, in row r k + p. On CUDA, of many rows, in parts.
     pub products: RawMat,
+    /// What is added to each row, f32 [rows, all targets' outputs], which waits there for y: of up to 64 rows in 16 bits, between the halves.
+    pub sums: RawMat,
     /// Where a permutation of many rows has its place, u32 [rows].
     pub order: Option<u64>,
     /// See `Group::slices`.
@@ -143,20 +150,21 @@ pub fn apply(
     y: &mut [MatMut<'_>],
     workspace: &mut MatMut<'_>,
 ) -> Result<()> {
-    let plan = check(stream, bank, targets_from(first, y), Some(x.raw), routes, y, workspace.raw)?;
-    run_shrink(stream, &plan)?;
-    run_expand(stream, &plan)
+    run(stream, &check(stream, bank, targets_from(first, y), Some(x.raw), routes, y, workspace.raw)?, Part::Whole)
 }
 
-/// The first half of [`apply`]: A x of all adapters in the rows' routes, into the workspace. It does not need y, so that it may run
-/// beside the base product, on another stream; one of high priority, since its few blocks would otherwise wait behind the product's.
+/// The first half of [`apply`], into the workspace: all that does not need y, so that it may run beside the base product that writes y,
+/// on another stream; one of high priority, since its few blocks would otherwise wait behind the product's. Of up to 64 rows in 16
+/// bits that is everything but the addition to y; of others, A x of all adapters in the rows' routes.
 ///
-/// The second half, [`apply_expand`], is ordered after it and gets the same targets, routes and workspace. In between nobody writes
-/// the workspace, ids, gates and row map, nor the slots of the bank that they name.
+/// The second half, [`apply_finish`], is ordered after both and gets the same targets, routes and workspace. In between nobody writes
+/// the workspace, ids, gates and row map, nor the slots of the bank that they name. Together they give the bits of `apply`.
+///
+/// On CUDA two launches are enqueued, in f32 one.
 ///
 /// # Errors
 /// As for `apply`.
-pub fn apply_shrink(
+pub fn apply_begin(
     stream: &Stream,
     bank: &AdapterBank,
     targets: Range<u64>,
@@ -164,14 +172,14 @@ pub fn apply_shrink(
     routes: &Routes<'_>,
     workspace: &mut MatMut<'_>,
 ) -> Result<()> {
-    run_shrink(stream, &check(stream, bank, targets, Some(x.raw), routes, &[], workspace.raw)?)
+    run(stream, &check(stream, bank, targets, Some(x.raw), routes, &[], workspace.raw)?, Part::Begin)
 }
 
-/// The second half of [`apply`]: adds B times the workspace's products to y. See [`apply_shrink`].
+/// The second half of [`apply`]: adds to y what the first has left in the workspace, in one launch on CUDA. See [`apply_begin`].
 ///
 /// # Errors
 /// As for `apply`.
-pub fn apply_expand(
+pub fn apply_finish(
     stream: &Stream,
     bank: &AdapterBank,
     first: u64,
@@ -179,28 +187,25 @@ pub fn apply_expand(
     y: &mut [MatMut<'_>],
     workspace: &Mat<'_>,
 ) -> Result<()> {
-    run_expand(stream, &check(stream, bank, targets_from(first, y), None, routes, y, workspace.raw)?)
+    run(stream, &check(stream, bank, targets_from(first, y), None, routes, y, workspace.raw)?, Part::Finish)
 }
 
-fn run_shrink(stream: &Stream, plan: &Plan<'_>) -> Result<()> {
+/// What of a call is to be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    Whole,
+    Begin,
+    Finish,
+}
+
+fn run(stream: &Stream, plan: &Plan<'_>, part: Part) -> Result<()> {
     match &stream.0 {
         _ if plan.is_empty() => Ok(()),
         StreamKind::Cpu(pool) => {
-            crate::cpu::apply::shrink(pool, plan);
+            crate::cpu::apply::apply(pool, plan, part);
             Ok(())
         }
-        StreamKind::Cuda(stream) => crate::cuda::apply::shrink(stream, plan),
-    }
-}
-
-fn run_expand(stream: &Stream, plan: &Plan<'_>) -> Result<()> {
-    match &stream.0 {
-        _ if plan.is_empty() => Ok(()),
-        StreamKind::Cpu(pool) => {
-            crate::cpu::apply::expand(pool, plan);
-            Ok(())
-        }
-        StreamKind::Cuda(stream) => crate::cuda::apply::expand(stream, plan),
+        StreamKind::Cuda(stream) => crate::cuda::apply::apply(stream, plan, part),
     }
 }
 
@@ -214,7 +219,7 @@ fn check_group(bank: &AdapterBank, targets: Range<u64>) -> Result<Group> {
         let bound = format!("1 to {MAX_TARGETS} of the bank's {}", shapes.len());
         return Err(Error::argument("targets", format!("{targets:?}"), bound));
     }
-    let mut group = Group { targets: [None; MAX_TARGETS], in_features: shapes[targets.start as usize].in_features, width: 0 };
+    let mut group = Group { targets: [None; MAX_TARGETS], in_features: shapes[targets.start as usize].in_features, width: 0, sum_width: 0 };
     for (target, index) in group.targets.iter_mut().zip(targets) {
         let shape = &shapes[index as usize];
         if shape.in_features != group.in_features {
@@ -226,9 +231,11 @@ fn check_group(bank: &AdapterBank, targets: Range<u64>) -> Result<Group> {
             rank_cap: shape.rank_cap as u32,
             out_features: shape.out_features as u32,
             column: group.width,
+            sum_column: group.sum_width,
             y: None,
         });
-        group.width += shape.rank_cap.next_multiple_of(RANK_STEP) as u32;
+        group.width += shape.rank_cap.next_multiple_of(STEP) as u32;
+        group.sum_width += shape.out_features.next_multiple_of(STEP);
     }
     Ok(group)
 }
@@ -239,6 +246,8 @@ struct Sizes {
     entries: u64,
     /// Of up to 64 rows in 16 bits: what A x is while it lies in slices. Counted for more rows as well, so that they never need less.
     sliced_entries: u64,
+    /// Likewise: f32 that wait for y.
+    sums: u64,
     width: u64,
     product_bytes: u64,
     ordered_rows: u32,
@@ -254,16 +263,22 @@ impl Sizes {
         let is_half = dtype != DType::F32;
         let is_many = rows > LSW_APPLY_MANY && is_half;
         let (product_bytes, ordered_rows) = if is_many { (LSW_MANY_PRODUCT_BYTES, rows) } else { (4, 0) };
-        let sliced_entries = if is_half { u64::from(rows.min(LSW_APPLY_MANY) * k * group.slices()) } else { 0 };
-        Ok(Self { entries, sliced_entries, width, product_bytes: product_bytes.into(), ordered_rows })
+        let few_rows = if is_half && k > 0 && width > 0 { rows.min(LSW_APPLY_MANY) } else { 0 };
+        let (sliced_entries, sums) = (u64::from(few_rows * k * group.slices()), u64::from(few_rows) * group.sum_width);
+        Ok(Self { entries, sliced_entries, sums, width, product_bytes: product_bytes.into(), ordered_rows })
     }
 
     fn products_bytes(&self) -> u64 {
         self.entries * self.width * self.product_bytes
     }
 
+    /// Where what waits for y begins.
+    fn sliced_bytes(&self) -> u64 {
+        self.sliced_entries * self.width * 4
+    }
+
     fn bytes(&self) -> u64 {
-        (self.products_bytes() + u64::from(self.ordered_rows) * 4).max(self.sliced_entries * self.width * 4)
+        (self.products_bytes() + u64::from(self.ordered_rows) * 4).max(self.sliced_bytes() + self.sums * 4)
     }
 }
 
@@ -320,6 +335,13 @@ pub(crate) fn check<'b>(
         gates: gates.mat,
         row_map: row_map.map(|map| map.mat),
         products,
+        sums: RawMat {
+            addr: products.addr + sizes.sliced_bytes(),
+            rows: u64::from(rows),
+            cols: group.sum_width,
+            stride: group.sum_width,
+            ..products
+        },
         slices: group.slices(),
         order: (sizes.ordered_rows > 0).then(|| products.addr + sizes.products_bytes()),
         rows,

@@ -4,7 +4,7 @@ use crate::common::{Backend, FLOATS, Grid, Layout, Rng, cases, decode, encode};
 use crate::oracle::{self, Term};
 use crate::switch::{Model, Pair, Spec, small};
 use lora_switch::{
-    DType, Error, Form, Mat, MatMut, Odd, Routes, apply, apply_expand, apply_shrink, apply_workspace_bytes, permute,
+    DType, Error, Form, Mat, MatMut, Odd, Routes, Stream, apply, apply_begin, apply_finish, apply_workspace_bytes, permute,
     permute_workspace_bytes,
 };
 use proptest::prelude::*;
@@ -20,11 +20,13 @@ pub struct Batch {
 }
 
 /// How a call is made.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Call {
     Whole,
     Halves,
 }
+
+const CALLS: [Call; 2] = [Call::Whole, Call::Halves];
 
 impl Batch {
     /// Random rows and routes for all of a model's targets.
@@ -68,15 +70,23 @@ impl Batch {
 
     pub fn run_in(&mut self, model: &Model, call: Call, workspace: &mut Grid) -> Result<(), Error> {
         let (stream, bank) = (&model.backend.stream, &model.bank);
+        if call == Call::Halves {
+            return self.run_halves(model, stream, workspace, || ());
+        }
         let (ids, gates, row_map) = (self.ids.mat(), self.gates.mat(), self.row_map.as_ref().map(Grid::mat));
         let routes = Routes { ids: &ids, gates: &gates, row_map: row_map.as_ref() };
         let mut y: Vec<MatMut<'_>> = self.y.iter_mut().map(Grid::mat_mut).collect();
-        if call == Call::Halves {
-            apply_shrink(stream, bank, 0..y.len() as u64, &self.x.mat(), &routes, &mut workspace.mat_mut())?;
-            apply_expand(stream, bank, 0, &routes, &mut y, &workspace.mat())
-        } else {
-            apply(stream, bank, 0, &self.x.mat(), &routes, &mut y, &mut workspace.mat_mut())
-        }
+        apply(stream, bank, 0, &self.x.mat(), &routes, &mut y, &mut workspace.mat_mut())
+    }
+
+    /// The first half on a stream of its own.
+    pub fn run_halves(&mut self, model: &Model, beside: &Stream, workspace: &mut Grid, join: impl FnOnce()) -> Result<(), Error> {
+        let (ids, gates, row_map) = (self.ids.mat(), self.gates.mat(), self.row_map.as_ref().map(Grid::mat));
+        let routes = Routes { ids: &ids, gates: &gates, row_map: row_map.as_ref() };
+        let mut y: Vec<MatMut<'_>> = self.y.iter_mut().map(Grid::mat_mut).collect();
+        apply_begin(beside, &model.bank, 0..y.len() as u64, &self.x.mat(), &routes, &mut workspace.mat_mut())?;
+        join();
+        apply_finish(&model.backend.stream, &model.bank, 0, &routes, &mut y, &workspace.mat())
     }
 
     /// The route of a row; none if the map says so.
@@ -169,9 +179,11 @@ fn any_number_of_rows(backend: &Backend) {
             let spec = Spec { max_rank: 60, seed: rows as u64, ..small(dtype, Form::FromBase) };
             let model = Model::new(backend, &group(spec, &[1100, 33], 600));
             let mut batch = Batch::random(&model, &mut Rng(rows as u64), rows, 2, dtype, Layout::dense);
-            let before = batch.bits();
-            batch.run(&model, Call::Whole);
-            batch.assert_added_to(&model, &before, &format!("{rows} rows"));
+            for call in CALLS {
+                let before = batch.bits();
+                batch.run(&model, call);
+                batch.assert_added_to(&model, &before, &format!("{rows} rows, {call:?}"));
+            }
         }
     }
 }
@@ -234,20 +246,23 @@ fn bits_depend_on_the_row_alone(backend: &Backend) {
 /// The same values at multiples of 16 bytes and anywhere: the same bits.
 fn alignment_does_not_matter(backend: &Backend) {
     for dtype in FLOATS {
-        let bits = [true, false].map(|aligned| {
-            let mut model = Model::new(backend, &group(small(dtype, Form::FromBase), &[130, 33], 700));
+        let runs = [(true, Call::Whole), (false, Call::Whole), (true, Call::Halves), (false, Call::Halves)];
+        let bits = runs.map(|(aligned, call)| {
+            let mut model = Model::new(backend, &group(small(dtype, Form::FromBase), &[136, 33], 700));
             model.spec.aligned = aligned;
             let mut rng = Rng(19);
             for slot in 0..4 {
-                let pairs = [130, 33].map(|out| Some(model.pair_of(&mut rng, out, 700, 20)));
+                let pairs = [136, 33].map(|out| Some(model.pair_of(&mut rng, out, 700, 20)));
                 model.set_slot(slot, pairs.into());
             }
             let layout = |cols: usize| if aligned { Layout::dense(cols) } else { Layout { stride: cols + 1, shift: 1 } };
             let mut batch = Batch::random(&model, &mut rng, 9, 2, dtype, layout);
-            batch.run(&model, Call::Whole);
+            batch.run(&model, call);
             batch.bits()
         });
-        assert_eq!(bits[0], bits[1], "{dtype}");
+        for (bits_of, run) in bits.iter().zip(runs) {
+            assert_eq!(*bits_of, bits[0], "{dtype}: {run:?}");
+        }
     }
 }
 
@@ -309,7 +324,8 @@ fn routes_of_nothing(backend: &Backend) {
         let empty = vec![Some(model.pair_of(&mut rng, 48, 80, 0)), None];
         model.set_slot(1, empty);
         let (none, zero, one) = (u32::MAX, 0f32.to_bits(), 1f32.to_bits());
-        for (ids, gates) in [(vec![], vec![]), (vec![none; 3], vec![one; 3]), (vec![0, 2, 3], vec![zero; 3]), (vec![1; 3], vec![one; 3])] {
+        let routes = [(vec![], vec![]), (vec![none; 3], vec![one; 3]), (vec![0, 2, 3], vec![zero; 3]), (vec![1; 3], vec![one; 3])];
+        for ((ids, gates), call) in routes.iter().flat_map(|route| CALLS.map(|call| (route, call))) {
             let mut batch = Batch::random(&model, &mut rng, rows, ids.len(), dtype, Layout::dense);
             batch.ids.set_bits(&ids.repeat(rows));
             batch.gates.set_bits(&gates.repeat(rows));
@@ -318,15 +334,16 @@ fn routes_of_nothing(backend: &Backend) {
                 y.set_bits(&bits);
             }
             let before = batch.bits();
-            batch.run(&model, Call::Whole);
-            assert_eq!(batch.bits(), before, "{dtype}: {rows} rows, ids {ids:?}");
+            batch.run(&model, call);
+            assert_eq!(batch.bits(), before, "{dtype}: {rows} rows, ids {ids:?}, {call:?}");
         }
     }
 }
 
 /// A coefficient of zero does not touch its adapter, and no row sees the adapters of another: not even NaNs.
 fn rows_are_kept_apart(backend: &Backend) {
-    for (dtype, rows) in FLOATS.into_iter().flat_map(|dtype| [(dtype, 40), (dtype, 90)]) {
+    let sizes = FLOATS.into_iter().flat_map(|dtype| [(dtype, 40), (dtype, 90)]);
+    for ((dtype, rows), call) in sizes.flat_map(|size| CALLS.map(|call| (size, call))) {
         let mut model = Model::new(backend, &group(small(dtype, Form::FromBase), &[48, 33], 80));
         let mut rng = Rng(15);
         for slot in 0..4 {
@@ -347,10 +364,10 @@ fn rows_are_kept_apart(backend: &Backend) {
         let gates: Vec<u32> = (0..rows).flat_map(gates).map(f32::to_bits).collect();
         batch.ids.set_bits(&ids);
         batch.gates.set_bits(&gates);
-        batch.run(&model, Call::Whole);
+        batch.run(&model, call);
         for y in &batch.y {
             for (i, value) in y.values().iter().enumerate() {
-                assert_eq!(value.is_nan(), i / y.cols % 5 == 0, "{dtype}: row {} of {rows}", i / y.cols);
+                assert_eq!(value.is_nan(), i / y.cols % 5 == 0, "{dtype}: row {} of {rows}, {call:?}", i / y.cols);
             }
         }
     }
@@ -404,9 +421,11 @@ fn largest_rank_and_k(backend: &Backend) {
         let ids: Vec<u32> = (0..32).rev().chain([7; 32]).chain([u32::MAX; 32]).collect();
         batch.ids.set_bits(&ids.repeat(times));
         batch.gates.set_bits(&vec![(1.0f32 / 64.0).to_bits(); 96 * times]);
-        let before = batch.bits();
-        batch.run(&model, Call::Whole);
-        batch.assert_added_to(&model, &before, "k = 32, rank 256");
+        for call in CALLS {
+            let before = batch.bits();
+            batch.run(&model, call);
+            batch.assert_added_to(&model, &before, &format!("k = 32, rank 256, {call:?}"));
+        }
     }
 }
 
@@ -512,10 +531,12 @@ fn bad_arguments_are_named(backend: &Backend) {
     for (result, name) in [(bytes(1..3, 5, 2), "targets[2].in_features"), (bytes(0..2, 1 << 31, 2), "rows"), (bytes(0..2, 5, 33), "k")] {
         assert!(matches!(&result, Err(Error::Argument { name: n, .. }) if n == name), "{result:?} should name {name}");
     }
-    assert_eq!(bytes(0..2, 5, 2).unwrap(), 5 * 2 * 2 * 24 * 4, "one slice; ranks of at most 20, in steps of 8");
+    let sums = 5 * (48 + 40) * 4;
+    assert_eq!(bytes(0..2, 5, 2).unwrap(), 5 * 2 * 2 * 24 * 4 + sums, "one slice; ranks of at most 20, and outputs, in steps of 8");
     assert!(bytes(0..2, 65, 2).unwrap() >= bytes(0..2, 64, 2).unwrap(), "never less for more rows");
     assert_eq!(bytes(0..2, 650, 2).unwrap(), 650 * 2 * 2 * 24 * 8 + 650 * 4, "in parts, and an order of the rows");
     assert_eq!(bytes(0..2, 0, 2).unwrap(), 0);
+    assert_eq!(bytes(0..2, 5, 0).unwrap(), 0);
 }
 
 on_backends!(

@@ -102,7 +102,7 @@ fn set_routes(ids: &mut Grid, rng: &mut Rng) {
     ids.set_bits(&(0..count).map(|_| rng.below(9) as u32).collect::<Vec<_>>());
 }
 
-/// One capture of both halves serves other routes and refilled slots.
+/// One capture serves other routes and refilled slots.
 #[test]
 fn apply_replays() {
     let Some(backend) = Backend::cuda() else { return };
@@ -113,6 +113,36 @@ fn apply_replays() {
         let bytes = workspace_bytes(&model, rows, 2);
         let mut workspace = Grid::poisoned(&backend, DType::U8, 1, bytes, Layout::dense(bytes));
         let graph = capture(&backend, || batch.run_in(&model, Call::Whole, &mut workspace).unwrap());
+        for step in 0..6 {
+            if step % 2 == 1 {
+                model.refill(rng.below(8));
+            }
+            set_routes(&mut batch.ids, &mut rng);
+            let before = batch.bits();
+            graph.launch().unwrap();
+            batch.assert_added_to(&model, &before, "replayed");
+        }
+    }
+}
+
+/// One capture of the first half on a branch of its own serves other routes and refilled slots.
+#[test]
+fn apply_beside_replays() {
+    let Some(backend) = Backend::cuda() else { return };
+    let mut model = two_targets(&backend, vec![(96, 160), (33, 160)], 27);
+    let mut rng = Rng(28);
+    let main = backend.cuda.clone().unwrap();
+    let side = main.context().new_stream().unwrap();
+    let beside = backend.context.cuda_stream(&side).unwrap();
+    for rows in [1, 3, 40, 100] {
+        let mut batch = Batch::random(&model, &mut rng, rows, 2, DType::Bf16, Layout::dense);
+        let bytes = workspace_bytes(&model, rows, 2);
+        let mut workspace = Grid::poisoned(&backend, DType::U8, 1, bytes, Layout::dense(bytes));
+        backend.context.warm(&backend.stream).unwrap();
+        let graph = capture(&backend, || {
+            side.join(&main).unwrap();
+            batch.run_halves(&model, &beside, &mut workspace, || main.join(&side).unwrap()).unwrap();
+        });
         for step in 0..6 {
             if step % 2 == 1 {
                 model.refill(rng.below(8));

@@ -548,8 +548,8 @@ impl<'a> World<'a> {
             let (x, routes) = (w.bytes.pointer(&x), w.bytes.pointer(&routes));
             let (y, count) = (w.bytes.pointer(y.as_ptr()), w.bytes.count(&y));
             match w.bytes.below(4) {
-                0 => unsafe { c::lsw_apply_shrink(bank, null_mut(), first, count, x, routes, workspace, bytes) },
-                1 => unsafe { c::lsw_apply_expand(bank, null_mut(), first, routes, y, count, workspace, bytes) },
+                0 => unsafe { c::lsw_apply_begin(bank, null_mut(), first, count, x, routes, workspace, bytes) },
+                1 => unsafe { c::lsw_apply_finish(bank, null_mut(), first, routes, y, count, workspace, bytes) },
                 _ => unsafe { c::lsw_apply(bank, null_mut(), first, x, routes, y, count, workspace, bytes) },
             }
         });

@@ -1,7 +1,7 @@
 //! Unmerged adapters on the CPU.
 
 use super::Pool;
-use crate::apply::{GroupTarget, Plan};
+use crate::apply::{GroupTarget, Part, Plan};
 use crate::bank::{Entry, Factor};
 use crate::dtype::{Float, with_float};
 use crate::stream::Odd;
@@ -68,7 +68,17 @@ impl Plan<'_> {
     }
 }
 
-pub(crate) fn shrink(pool: &Pool, plan: &Plan<'_>) {
+/// The halves are A x, and all else.
+pub(crate) fn apply(pool: &Pool, plan: &Plan<'_>, part: Part) {
+    if part != Part::Finish {
+        shrink(pool, plan);
+    }
+    if part != Part::Begin {
+        expand(pool, plan);
+    }
+}
+
+pub(super) fn shrink(pool: &Pool, plan: &Plan<'_>) {
     with_float!(plan.bank.dtype(), shrink_as::<_>(pool, plan));
 }
 
@@ -93,7 +103,7 @@ fn shrink_as<T: Float>(pool: &Pool, plan: &Plan<'_>) {
     });
 }
 
-pub(crate) fn expand(pool: &Pool, plan: &Plan<'_>) {
+fn expand(pool: &Pool, plan: &Plan<'_>) {
     with_float!(plan.bank.dtype(), expand_as::<_>(pool, plan));
 }
 

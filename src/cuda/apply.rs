@@ -1,16 +1,17 @@
 //! Launches of unmerged adapters.
 
 use super::args::{
-    LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_EXPAND_CHUNKS, LSW_EXPAND_THREADS, LSW_FEW_EXPAND_THREADS, LSW_FEW_OUTPUTS, LSW_FEW_RANKS,
-    LSW_FEW_ROWS, LSW_FEW_SHARED, LSW_FEW_THREADS, LSW_MANY_CHUNKS, LSW_MANY_EXPAND_ROWS, LSW_MANY_EXPAND_THREADS, LSW_MANY_OUTPUTS,
-    LSW_MANY_SHRINK_ROWS, LSW_MANY_SHRINK_THREADS, LSW_MANY_SPLITS, LSW_ORDER_THREADS, LSW_SHRINK_ROWS, LSW_SHRINK_THREADS, LswApplyArgs,
-    LswApplyTarget, LswFactor,
+    LSW_ADD_THREADS, LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_EXPAND_CHUNKS, LSW_EXPAND_THREADS, LSW_FEW_EXPAND_THREADS, LSW_FEW_OUTPUTS,
+    LSW_FEW_RANKS, LSW_FEW_ROWS, LSW_FEW_SHARED, LSW_FEW_THREADS, LSW_MANY_CHUNKS, LSW_MANY_EXPAND_ROWS, LSW_MANY_EXPAND_THREADS,
+    LSW_MANY_OUTPUTS, LSW_MANY_SHRINK_ROWS, LSW_MANY_SHRINK_THREADS, LSW_MANY_SPLITS, LSW_ORDER_THREADS, LSW_SHRINK_ROWS,
+    LSW_SHRINK_THREADS, LswAddArgs, LswAddTarget, LswApplyArgs, LswApplyTarget, LswFactor,
 };
-use super::context::{Apply, DeviceStream, by_dtype};
-use super::launch::{Cube, Grid, launch_dependent};
-use crate::apply::{GroupTarget, Plan};
+use super::context::{Apply, DeviceStream, Few, by_dtype};
+use super::launch::{Cube, Grid, launch, launch_dependent};
+use crate::apply::{GroupTarget, Part, Plan};
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::view::RawMat;
 
 /// Above as many blocks of one row of A a multiprocessor, blocks take several rows.
 const BUSY: u32 = 8;
@@ -19,6 +20,7 @@ const RESIDENT: u32 = 4;
 /// The same of many rows, which should come in several waves, so that no multiprocessor ends long before the others.
 const MANY_RESIDENT: u32 = 6;
 /// Up to so many blocks of few rows a multiprocessor, each slot has its own, used or not: one that has to look for its slot waits longer.
+/// But beside a product, which the idle ones hold up.
 const FEW_BLOCKS: u32 = 2;
 
 fn target(plan: &Plan<'_>, target: &GroupTarget) -> LswApplyTarget {
@@ -74,7 +76,7 @@ enum Path {
     /// f32: row by row.
     Rows(Apply),
     /// Up to 64 rows of 16 bits.
-    Few(Apply),
+    Few(Few),
     Many(Apply),
 }
 
@@ -92,17 +94,40 @@ impl Path {
     fn of(stream: &DeviceStream, plan: &Plan<'_>) -> Self {
         let (kernels, dtype) = (&stream.device().kernels, by_dtype(plan.bank.dtype()));
         match plan.bank.dtype() {
-            DType::F32 => Self::Rows(kernels.apply[dtype]),
-            _ if plan.rows <= LSW_APPLY_MANY => Self::Few(kernels.apply[dtype]),
+            DType::F32 => Self::Rows(kernels.apply_f32),
+            _ if plan.rows <= LSW_APPLY_MANY => Self::Few(kernels.apply_few[dtype - 1]),
             _ => Self::Many(kernels.apply_many[dtype - 1]),
         }
     }
 }
 
-pub(crate) fn shrink(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
+pub(crate) fn apply(stream: &DeviceStream, plan: &Plan<'_>, part: Part) -> Result<()> {
+    let path = Path::of(stream, plan);
+    if part != Part::Finish {
+        shrink(stream, plan, &path, part)?;
+    }
+    match (&path, part) {
+        (Path::Few(_), Part::Begin) => expand(stream, &plan_of_sums(plan), &path, part),
+        (Path::Few(_), Part::Finish) => add(stream, plan),
+        (_, Part::Begin) => Ok(()),
+        (_, Part::Whole | Part::Finish) => expand(stream, plan, &path, part),
+    }
+}
+
+fn sums_of(plan: &Plan<'_>, target: &GroupTarget) -> RawMat {
+    RawMat { addr: plan.sums.addr + target.sum_column * plan.sums.dtype.size(), cols: target.out_features.into(), ..plan.sums }
+}
+
+/// With the sums in y's place.
+fn plan_of_sums<'b>(plan: &Plan<'b>) -> Plan<'b> {
+    let targets = plan.targets.map(|target| target.map(|target| GroupTarget { y: Some(sums_of(plan, &target)), ..target }));
+    Plan { targets, ..*plan }
+}
+
+fn shrink(stream: &DeviceStream, plan: &Plan<'_>, path: &Path, part: Part) -> Result<()> {
     let (device, all, entries) = (stream.device(), args(stream, plan), plan.rows * plan.k);
     let units = |ranks: u32| plan.targets().map(|t| t.rank_cap.div_ceil(ranks)).sum::<u32>();
-    let (function, args, blocks, threads) = match Path::of(stream, plan) {
+    let (function, args, blocks, threads) = match path {
         Path::Rows(rows) => {
             let is_busy = u64::from(entries) * u64::from(units(1)) > u64::from(BUSY * device.processors);
             let shrink_rows = if is_busy { LSW_SHRINK_ROWS } else { 1 };
@@ -112,7 +137,7 @@ pub(crate) fn shrink(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
         Path::Few(few) => {
             let (units, begins) = begins(plan, |t| t.rank_cap.div_ceil(LSW_FEW_RANKS));
             let blocks = |candidates: u32| u64::from(candidates) * u64::from(units) * u64::from(plan.slices);
-            let is_small = blocks(all.slots) <= u64::from(FEW_BLOCKS * device.processors);
+            let is_small = part == Part::Whole && blocks(all.slots) <= u64::from(FEW_BLOCKS * device.processors);
             let candidates = if all.slots <= entries || is_small { all.slots } else { entries };
             let args = LswApplyArgs { units, begins, candidates, ..all };
             (few.shrink, args, [plan.slices, units, candidates], LSW_FEW_THREADS)
@@ -132,12 +157,15 @@ pub(crate) fn shrink(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
     unsafe { launch_dependent(stream, function, grid, &args) }
 }
 
-pub(crate) fn expand(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
+/// To y; in the first half of a call of few rows, to the sums.
+fn expand(stream: &DeviceStream, plan: &Plan<'_>, path: &Path, part: Part) -> Result<()> {
     // A block of `threads` does `rows` rows and up to `most` times `outputs` outputs, while there are `resident` blocks a multiprocessor.
-    let path = Path::of(stream, plan);
     let (function, threads, rows, outputs, most, resident, shared) = match path {
         Path::Rows(by_row) => (by_row.expand, LSW_EXPAND_THREADS, 1, LSW_EXPAND_THREADS, LSW_EXPAND_CHUNKS, RESIDENT, 0),
-        Path::Few(few) => (few.expand, LSW_FEW_EXPAND_THREADS, LSW_FEW_ROWS, LSW_FEW_OUTPUTS, 1, RESIDENT, LSW_FEW_SHARED),
+        Path::Few(few) => {
+            let function = if part == Part::Begin { few.sum } else { few.expand };
+            (function, LSW_FEW_EXPAND_THREADS, LSW_FEW_ROWS, LSW_FEW_OUTPUTS, 1, RESIDENT, LSW_FEW_SHARED)
+        }
         Path::Many(many) => {
             (many.expand, LSW_MANY_EXPAND_THREADS, LSW_MANY_EXPAND_ROWS, LSW_MANY_OUTPUTS, LSW_MANY_CHUNKS, MANY_RESIDENT, 0)
         }
@@ -153,6 +181,31 @@ pub(crate) fn expand(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
     let args = LswApplyArgs { units: units(chunks), begins, chunks, ..args(stream, plan) };
     let blocks = if let Path::Few(_) = path { [args.units, groups, 1] } else { [groups * args.units, 1, 1] };
     let grid = Cube { blocks, threads, shared };
-    // SAFETY: as above. Before it waits, the kernel reads what nobody writes between the two halves (apply_shrink's contract).
+    // SAFETY: as above. Before it waits, the kernel reads what nobody writes between the two halves (apply_begin's contract).
     unsafe { launch_dependent(stream, function, grid, &args) }
+}
+
+/// The sums to y.
+fn add(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
+    let mut args = LswAddArgs::default();
+    let (mut widest, mut y_type) = (0, DType::F32);
+    for (args, target) in args.targets.iter_mut().zip(plan.targets()) {
+        let (y, sums) = (target.y.expect("a plan of this half"), sums_of(plan, target));
+        *args = LswAddTarget {
+            y: y.addr,
+            y_stride: y.stride,
+            sums: sums.addr,
+            sums_stride: sums.stride,
+            out: target.out_features,
+            y_aligned: y.aligned16().into(),
+        };
+        (widest, y_type) = (target.out_features.max(widest), y.dtype);
+    }
+    if widest == 0 {
+        return Ok(());
+    }
+    let blocks = [widest.div_ceil(4 * LSW_ADD_THREADS), plan.rows, plan.targets().count() as u32];
+    let grid = Cube { blocks, threads: LSW_ADD_THREADS, shared: 0 };
+    // SAFETY: as above.
+    unsafe { launch(stream, stream.device().kernels.apply_add[by_dtype(y_type)], grid, &args) }
 }

@@ -59,6 +59,7 @@ pub const LSW_FEW_EXPAND_THREADS: _bindgen_ty_1 = 256;
 pub const LSW_FEW_OUTPUTS: _bindgen_ty_1 = 128;
 pub const LSW_FEW_STEPS: _bindgen_ty_1 = 8;
 pub const LSW_FEW_SHARED: _bindgen_ty_1 = 65536;
+pub const LSW_ADD_THREADS: _bindgen_ty_1 = 128;
 pub const LSW_APPLY_MANY: _bindgen_ty_1 = 64;
 pub const LSW_MANY_SHRINK_THREADS: _bindgen_ty_1 = 256;
 pub const LSW_MANY_SHRINK_ROWS: _bindgen_ty_1 = 32;
@@ -664,6 +665,38 @@ const _: () = {
     ["Offset of field: LswApplyArgs::candidates"][::core::mem::offset_of!(LswApplyArgs, candidates) - 132usize];
     ["Offset of field: LswApplyArgs::begins"][::core::mem::offset_of!(LswApplyArgs, begins) - 136usize];
     ["Offset of field: LswApplyArgs::targets"][::core::mem::offset_of!(LswApplyArgs, targets) - 168usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct LswAddTarget {
+    pub y: u64,
+    pub y_stride: u64,
+    pub sums: u64,
+    pub sums_stride: u64,
+    pub out: u32,
+    pub y_aligned: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LswAddTarget"][::core::mem::size_of::<LswAddTarget>() - 40usize];
+    ["Alignment of LswAddTarget"][::core::mem::align_of::<LswAddTarget>() - 8usize];
+    ["Offset of field: LswAddTarget::y"][::core::mem::offset_of!(LswAddTarget, y) - 0usize];
+    ["Offset of field: LswAddTarget::y_stride"][::core::mem::offset_of!(LswAddTarget, y_stride) - 8usize];
+    ["Offset of field: LswAddTarget::sums"][::core::mem::offset_of!(LswAddTarget, sums) - 16usize];
+    ["Offset of field: LswAddTarget::sums_stride"][::core::mem::offset_of!(LswAddTarget, sums_stride) - 24usize];
+    ["Offset of field: LswAddTarget::out"][::core::mem::offset_of!(LswAddTarget, out) - 32usize];
+    ["Offset of field: LswAddTarget::y_aligned"][::core::mem::offset_of!(LswAddTarget, y_aligned) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct LswAddArgs {
+    pub targets: [LswAddTarget; 8usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LswAddArgs"][::core::mem::size_of::<LswAddArgs>() - 320usize];
+    ["Alignment of LswAddArgs"][::core::mem::align_of::<LswAddArgs>() - 8usize];
+    ["Offset of field: LswAddArgs::targets"][::core::mem::offset_of!(LswAddArgs, targets) - 0usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]

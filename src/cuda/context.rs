@@ -66,11 +66,14 @@ pub(super) struct Kernels {
     /// By bytes a unit: 16, 4, 2, 1.
     pub gather: [Function; 4],
     pub combine: [Function; 3],
-    /// f32 for any number of rows, f16 and bf16 for few.
-    pub apply: [Apply; 3],
-    /// Of many rows: f16, bf16.
+    /// Of any number of rows in f32.
+    pub apply_f32: Apply,
+    /// f16, bf16, as the next.
+    pub apply_few: [Few; 2],
     pub apply_many: [Apply; 2],
     pub apply_order: Function,
+    /// By the type of y.
+    pub apply_add: [Function; 3],
     pub linear: [Function; 3],
     pub measure_scale: [Function; 3],
     pub measure_fill: [Function; 3],
@@ -96,6 +99,14 @@ pub(super) const SCORED_ITEMS: [u32; 3] = [1, 8, 32];
 pub(super) struct Apply {
     pub shrink: Function,
     pub expand: Function,
+}
+
+/// The same of few rows; `sum`: expand to where y is waited for.
+#[derive(Clone, Copy)]
+pub(super) struct Few {
+    pub shrink: Function,
+    pub expand: Function,
+    pub sum: Function,
 }
 
 /// What only a Hopper card has. Whoever holds one may launch these kernels; only a device makes it.
@@ -186,16 +197,20 @@ impl Modules {
         Ok(Apply { shrink: function("shrink")?, expand: function("expand")? })
     }
 
-    fn apply_few(&self, suffix: &str) -> Result<Apply> {
-        let apply = self.apply("apply", suffix)?;
-        allow_shared(apply.expand, LSW_FEW_SHARED)?;
-        // A multiprocessor divides its memory anew only when it is empty: expand could not start beside shrink.
-        let carveout = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
-        for function in [apply.shrink, apply.expand] {
-            // SAFETY: functions of a loaded module. 100: as much shared memory as there can be.
-            unsafe { driver!(cuFuncSetAttribute(function, carveout, 100)) }?;
+    fn apply_few(&self, suffix: &str) -> Result<Few> {
+        let Apply { shrink, expand } = self.apply("apply", suffix)?;
+        let few = Few { shrink, expand, sum: self.function("apply", &format!("apply_sum_{suffix}"))? };
+        for function in [few.expand, few.sum] {
+            allow_shared(function, LSW_FEW_SHARED)?;
         }
-        Ok(apply)
+        // A multiprocessor divides its memory anew only when it is empty: expand could not start beside shrink. A half has room for
+        // two blocks of expand on Hopper; the rest is L1.
+        let carveout = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+        for function in [few.shrink, few.expand, few.sum] {
+            // SAFETY: functions of a loaded module. In percent.
+            unsafe { driver!(cuFuncSetAttribute(function, carveout, 50)) }?;
+        }
+        Ok(few)
     }
 
     fn routers<const N: usize>(&self, kind: &str, items: [u32; N]) -> Result<[[Function; 3]; N]> {
@@ -243,9 +258,11 @@ impl Modules {
             permute_scatter: self.function("permute", "permute_scatter")?,
             gather: self.functions("permute", "gather", ["16", "4", "2", "1"])?,
             combine: self.functions("permute", "combine", floats)?,
-            apply: [self.apply("apply_f32", "f32")?, self.apply_few("f16")?, self.apply_few("bf16")?],
+            apply_f32: self.apply("apply_f32", "f32")?,
+            apply_few: [self.apply_few("f16")?, self.apply_few("bf16")?],
             apply_many: [self.apply("apply_mma", "many_f16")?, self.apply("apply_mma", "many_bf16")?],
             apply_order: self.function("apply_mma", "apply_order")?,
+            apply_add: self.functions("apply", "apply_add", floats)?,
             linear: self.functions_with_shared("linear", "linear", floats, linear_shared()?)?,
             measure_scale: self.functions("measure", "measure_scale", floats)?,
             measure_fill: self.functions("measure", "measure_fill", floats)?,

@@ -1,7 +1,7 @@
 //! The one launch.
 
 use super::args::*;
-use super::context::{DeviceStream, Function, SWITCH_SHARED, SWITCH_THREADS, driver};
+use super::context::{Apply, DeviceStream, Few, Function, SWITCH_SHARED, SWITCH_THREADS, driver};
 use crate::error::Result;
 use cudarc::driver::sys;
 use std::ffi::c_void;
@@ -33,7 +33,7 @@ impl From<Grid> for Cube {
 ///
 /// # Safety
 /// `args` is the struct that the kernel takes, and every address in it is what the kernel's contract says, until the work has finished.
-pub(super) unsafe fn launch<Args>(stream: &DeviceStream, function: Function, grid: Grid, args: &Args) -> Result<()> {
+pub(super) unsafe fn launch<Args>(stream: &DeviceStream, function: Function, grid: impl Into<Cube>, args: &Args) -> Result<()> {
     // SAFETY: the caller's promise.
     unsafe { launch_with(stream, function, grid.into(), &mut [], args) }
 }
@@ -132,13 +132,15 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
         for function in k.measure_scale.into_iter().chain(k.measure_fill) {
             launch(stream, function, one(LSW_MEASURE_THREADS, 0), &LswMeasureArgs::default())?;
         }
-        let few = (k.apply.as_slice(), LSW_SHRINK_THREADS, LSW_EXPAND_THREADS);
-        let many = (k.apply_many.as_slice(), LSW_MANY_SHRINK_THREADS, LSW_MANY_EXPAND_THREADS);
-        for (kernels, shrink, expand) in [few, many] {
-            for apply in kernels {
-                launch_dependent(stream, apply.shrink, one(shrink, 0), &LswApplyArgs::default())?;
-                launch_dependent(stream, apply.expand, one(expand, 0), &LswApplyArgs::default())?;
-            }
+        let by_row = [(k.apply_f32.shrink, LSW_SHRINK_THREADS), (k.apply_f32.expand, LSW_EXPAND_THREADS)];
+        let of_few = |few: Few| [(few.shrink, LSW_FEW_THREADS), (few.expand, LSW_FEW_EXPAND_THREADS), (few.sum, LSW_FEW_EXPAND_THREADS)];
+        let of_many = |many: Apply| [(many.shrink, LSW_MANY_SHRINK_THREADS), (many.expand, LSW_MANY_EXPAND_THREADS)];
+        let few_and_many = k.apply_few.into_iter().flat_map(of_few).chain(k.apply_many.into_iter().flat_map(of_many));
+        for (function, threads) in by_row.into_iter().chain(few_and_many) {
+            launch_dependent(stream, function, one(threads, 0), &LswApplyArgs::default())?;
+        }
+        for function in k.apply_add {
+            launch(stream, function, one(LSW_ADD_THREADS, 0), &LswAddArgs::default())?;
         }
         for function in k.linear {
             launch_dependent(stream, function, one(LSW_LINEAR_THREADS, 0), &LswLinearArgs::default())?;

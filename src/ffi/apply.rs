@@ -2,7 +2,7 @@
 
 use super::bank::lsw_bank;
 use super::{Out, guard, handle, lsw_mat, lsw_mat_mut, lsw_status, mat, mat_mut, slice};
-use crate::apply::{MAX_TARGETS, Routes, apply, apply_expand, apply_shrink, apply_workspace_bytes};
+use crate::apply::{MAX_TARGETS, Routes, apply, apply_begin, apply_finish, apply_workspace_bytes};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::stream::Context;
@@ -154,16 +154,18 @@ pub unsafe extern "C" fn lsw_apply(
     })
 }
 
-/// The first half of lsw_apply: A x of all adapters in the rows' routes, into the workspace, for
-/// the targets first <= i < first + count. It does not need y, so that it may run beside the base
-/// product, on another stream; one of high priority, since its few blocks would otherwise wait
-/// behind the product's.
+/// The first half of lsw_apply, into the workspace, for the targets first <= i < first + count: all
+/// that does not need y, so that it may run beside the base product that writes y, on another
+/// stream; one of high priority, since its few blocks would otherwise wait behind the product's. Of
+/// up to 64 rows in 16 bits that is everything but the addition to y; of others, A x of all
+/// adapters in the rows' routes.
 ///
-/// The second half, lsw_apply_expand, is ordered after it and gets the same targets, routes and
+/// The second half, lsw_apply_finish, is ordered after both and gets the same targets, routes and
 /// workspace. In between nobody writes the workspace, ids, gates and row_map, nor the slots of the
-/// bank that they name. One launch or two; enqueued, and may be captured.
+/// bank that they name. Together they give the bits of lsw_apply. Two launches on CUDA, in f32 one;
+/// enqueued, and may be captured.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn lsw_apply_shrink(
+pub unsafe extern "C" fn lsw_apply_begin(
     bank: *const lsw_bank,
     stream: *mut c_void,
     first: u64,
@@ -180,14 +182,14 @@ pub unsafe extern "C" fn lsw_apply_shrink(
         let (stream, x, routes) = unsafe { (context.raw_stream(stream), mat(context, x, "x")?, RouteViews::new(context, routes)?) };
         // SAFETY: the conventions.
         let mut workspace = unsafe { super::workspace(context, workspace, workspace_bytes) };
-        apply_shrink(&stream, bank, first..first.saturating_add(count), &x, &routes.get(), &mut workspace)
+        apply_begin(&stream, bank, first..first.saturating_add(count), &x, &routes.get(), &mut workspace)
     })
 }
 
-/// The second half of lsw_apply: adds B times the workspace's products to y. See lsw_apply_shrink.
-/// One launch; enqueued, and may be captured.
+/// The second half of lsw_apply: adds to y what the first has left in the workspace. See
+/// lsw_apply_begin. One launch; enqueued, and may be captured.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn lsw_apply_expand(
+pub unsafe extern "C" fn lsw_apply_finish(
     bank: *const lsw_bank,
     stream: *mut c_void,
     first: u64,
@@ -206,6 +208,6 @@ pub unsafe extern "C" fn lsw_apply_expand(
         let (addr, bytes) = (workspace as u64, workspace_bytes);
         // SAFETY: the conventions.
         let workspace = unsafe { Mat::raw(context, addr, DType::U8, 1, bytes, bytes) };
-        apply_expand(&stream, bank, first, &routes.get(), &mut y, &workspace)
+        apply_finish(&stream, bank, first, &routes.get(), &mut y, &workspace)
     })
 }

@@ -378,14 +378,14 @@ static void unmerged(void) {
     REFUSED(lsw_apply(bank, NULL, 0, &input, &routes, both, 2, workspace, n - 1), "workspace.cols");
     REFUSED(lsw_apply(bank, NULL, 0, &input, &routes, both, 2, NULL, n), "workspace.data is null");
     bad = routes, bad.gates.dtype = LSW_F16;
-    REFUSED(lsw_apply_shrink(bank, NULL, 0, 2, &input, &bad, workspace, n), "gates.dtype is f16");
+    REFUSED(lsw_apply_begin(bank, NULL, 0, 2, &input, &bad, workspace, n), "gates.dtype is f16");
     bad = routes, bad.row_map = in(map, 1, 2, LSW_I32);
-    REFUSED(lsw_apply_expand(bank, NULL, 0, &bad, both, 2, workspace, n), "row_map.cols is 2");
+    REFUSED(lsw_apply_finish(bank, NULL, 0, &bad, both, 2, workspace, n), "row_map.cols is 2");
     OK(lsw_apply(bank, NULL, 0, &input, &routes, both, 2, workspace, n));
     EXPECT(y[0][3] == 36.0f && y[1][1] == 24.0f && y[2][1] == 108.0f && z[0][3] == 0.0f);
     routes.row_map = in(map, 1, 3, LSW_I32); /* rows 0 and 2 change places, row 1 has none */
-    OK(lsw_apply_shrink(bank, NULL, 0, 2, &input, &routes, workspace, n));
-    OK(lsw_apply_expand(bank, NULL, 0, &routes, both, 2, workspace, n));
+    OK(lsw_apply_begin(bank, NULL, 0, 2, &input, &routes, workspace, n));
+    OK(lsw_apply_finish(bank, NULL, 0, &routes, both, 2, workspace, n));
     EXPECT(y[0][3] == 144.0f && y[1][1] == 24.0f && y[2][1] == 144.0f);
 
     /* The same adapters on W x; W of ones in the first target, of the adapter's A in the second. */
