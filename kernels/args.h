@@ -87,9 +87,16 @@ enum {
     LSW_MANY_OUTPUTS = 64,         /* that a block does at a time */
     LSW_MANY_CHUNKS = 8,           /* at most as many times that many outputs a block */
     LSW_MANY_SPLITS = 8,           /* at most as many blocks share the ranks of their rows */
-    LSW_MANY_PRODUCT_BYTES = 8,    /* of an element of A x, in parts for the tensor cores */
-    LSW_ORDER_THREADS = 1024,
-    LSW_ORDER_BUCKETS = 4096,
+    LSW_STRIP_THREADS = 192,       /* expand where B fits into shared memory */
+    LSW_STRIP_BLOCKS = 2,          /* so many run on a multiprocessor, if its memory is enough */
+    LSW_STRIP_OUTPUTS = 128,       /* of which a block has B at a time */
+    LSW_STRIP_SLOTS = 32,          /* at most so many */
+    LSW_STRIP_STEP_BYTES = 4096,   /* of B: 16 ranks of a slot */
+    LSW_STRIP_WARP_BYTES = 8192,   /* of y: two tiles a warp */
+    LSW_STRIP_ROWS = 16,           /* a warp, at a time */
+    LSW_STRIP_HELD = 2,            /* steps of 16 ranks of a row's whole route, up to which */
+    LSW_STRIP_HELD_BYTES = 4096,   /* a warp has the products of two tiles as well */
+    LSW_ORDER_ROWS = 1024,         /* a block */
 
     LSW_LINEAR_TOKENS = 8,    /* of one call: the columns of a product of tensor cores */
     LSW_LINEAR_STREAMERS = 8, /* warps that stream weights */
@@ -307,8 +314,9 @@ typedef struct LswApplyTarget {
 typedef struct LswApplyArgs {
     uint64_t x, ids, gates;
     uint64_t row_map;  /* int32_t [rows], or 0: row r has the route of item r */
-    uint64_t order;    /* uint32_t [rows]: rows of like routes behind each other; or 0: as they come */
-    uint64_t products; /* float [rows, k, width]; of many rows in parts, LSW_MANY_PRODUCT_BYTES an element */
+    uint64_t order;    /* many rows of 16 bits: uint32_t [rows], rows of like routes behind each other; padded to 16 bytes; then canonical
+                          routes, uint32_t slot and float gate [rows, k] */
+    uint64_t products; /* float [rows, k, width] */
     uint64_t status;
     uint64_t x_stride, ids_stride, gates_stride;
     uint32_t rows, items, in, k, slots;
@@ -316,7 +324,8 @@ typedef struct LswApplyArgs {
     uint32_t width;       /* a multiple of 8 */
     uint32_t units;       /* blocks of all targets for a row, an entry of its route, or a group of rows */
     uint32_t shrink_rows; /* 1 or LSW_SHRINK_ROWS */
-    uint32_t splits;      /* of few rows of 16 bits, slices of x; of many, shrink: blocks that share the ranks of their rows */
+    uint32_t splits;      /* of few rows of 16 bits, slices of x; of many, shrink: blocks that share the ranks of their rows; strips: whether
+                             products have a place in shared memory */
     uint32_t chunks;      /* expand: of LSW_EXPAND_THREADS outputs a block; of many rows, of LSW_MANY_OUTPUTS */
     uint32_t y_type;      /* 0 f32, 1 f16, 2 bf16 */
     uint32_t x_aligned;   /* address and row bytes are multiples of 16 */

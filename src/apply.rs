@@ -2,7 +2,7 @@
 
 use crate::bank::AdapterBank;
 use crate::check::{Checked, MAX_COUNT, Named, narrow};
-use crate::cuda::args::{LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_FEW_COLUMNS, LSW_FEW_SLICES, LSW_MANY_PRODUCT_BYTES, LSW_MAX_K};
+use crate::cuda::args::{LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_FEW_COLUMNS, LSW_FEW_SLICES, LSW_MAX_K};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::stream::{Stream, StreamKind};
@@ -76,9 +76,9 @@ pub(crate) struct Plan<'b> {
     pub ids: RawMat,
     pub gates: RawMat,
     pub row_map: Option<RawMat>,
-    /// A x, f32 [rows k, width]: of row r and the p-th entry of its canonical route, in row r k + p. On CUDA, of many rows, in parts.
+    /// A x, f32 [rows k, width]: of row r and the p-th entry of its canonical route, in row r k + p.
     pub products: RawMat,
-    /// Where a permutation of many rows has its place, u32 [rows].
+    /// Where a permutation of many rows has its place, u32 [rows], and behind it their canonical routes.
     pub order: Option<u64>,
     /// See `Group::slices`.
     pub slices: u32,
@@ -240,8 +240,9 @@ struct Sizes {
     /// Of up to 64 rows in 16 bits: what A x is while it lies in slices. Counted for more rows as well, so that they never need less.
     sliced_entries: u64,
     width: u64,
-    product_bytes: u64,
     ordered_rows: u32,
+    /// Of canonical routes, behind the order.
+    route_bytes: u64,
 }
 
 impl Sizes {
@@ -253,17 +254,21 @@ impl Sizes {
         narrow("rows * the targets' out_features", u64::from(rows) * outputs, MAX_OUTPUTS)?;
         let is_half = dtype != DType::F32;
         let is_many = rows > LSW_APPLY_MANY && is_half;
-        let (product_bytes, ordered_rows) = if is_many { (LSW_MANY_PRODUCT_BYTES, rows) } else { (4, 0) };
+        let (ordered_rows, route_bytes) = if is_many { (rows, entries * 8) } else { (0, 0) };
         let sliced_entries = if is_half { u64::from(rows.min(LSW_APPLY_MANY) * k * group.slices()) } else { 0 };
-        Ok(Self { entries, sliced_entries, width, product_bytes: product_bytes.into(), ordered_rows })
+        Ok(Self { entries, sliced_entries, width, ordered_rows, route_bytes })
     }
 
     fn products_bytes(&self) -> u64 {
-        self.entries * self.width * self.product_bytes
+        self.entries * self.width * 4
+    }
+
+    fn order_bytes(&self) -> u64 {
+        (u64::from(self.ordered_rows) * 4).next_multiple_of(16)
     }
 
     fn bytes(&self) -> u64 {
-        (self.products_bytes() + u64::from(self.ordered_rows) * 4).max(self.sliced_entries * self.width * 4)
+        (self.products_bytes() + self.order_bytes() + self.route_bytes).max(self.sliced_entries * self.width * 4)
     }
 }
 
