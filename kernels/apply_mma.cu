@@ -6,9 +6,9 @@
 // row. An element of an mma's result depends on its own row of the first operand and its own column of the second alone: whatever the
 // others hold, NaN included, a row's bits are the same, and the same in any batch of more than 64.
 //
-//   order   a permutation that brings rows of like routes together, so that a group has few slots (with 8 slots, k = 2: 2.4 of 16 rows
-//           instead of 8). A block orders 1,024 rows; buckets of the two lowest slots; atomics decide the order within a bucket, which no
-//           result depends on.
+//   order   a permutation that brings rows of like routes together, so that a group has few slots (with 8 slots, k = 2, 4096 rows:
+//           2.1 of 16 rows and 2.2 of 32 instead of 8). One block; buckets of the two lowest slots; atomics decide the order within a
+//           bucket, which no result depends on.
 //   shrink  products = c A x, and each row's route in canonical form for expand. A block has 32 rows and up to 8 tiles of 8 ranks at a
 //           time, of whatever slots and targets; a warp has an eighth of in_features for all of them, and the eighths are added up in
 //           order. So x is read once where 8 tiles are enough, and what is left is A, once a block, through L2.
@@ -693,20 +693,14 @@ struct StripShared {
     uint32_t odd;  // slots, as bits, with something in B that is not finite
 };
 
-constexpr uint32_t kStrip = LSW_STRIP_OUTPUTS, kBlocks = kStrip / 32, kPlace = LSW_STRIP_STEP_BYTES / 16;
+constexpr uint32_t kStrip = LSW_STRIP_OUTPUTS, kBlocks = kStrip / 32;
 constexpr uint32_t kStripPieces = 2 * kBlocks;  // of 16 bytes, that a lane has of a tile of y: in rows g and g + 8, 8 of each 32 outputs
+static_assert(kStrip * 32 == LSW_STRIP_STEP_BYTES && 2 * kStripPieces * 32 * 16 == LSW_STRIP_WARP_BYTES, "the host asks for this much");
 
 template <class T> constexpr bool kHasRoom = true;  // for products of the next step in registers
 template <> constexpr bool kHasRoom<__half> = false;
 
-// What a warp has of y: two tiles; and of the products, where they are few enough.
-struct StripTiles {
-    uint4 y[2][kStripPieces][32];
-    float4 products[2][LSW_STRIP_HELD][2][32];
-};
-static_assert(sizeof(StripTiles) == LSW_STRIP_WARP_BYTES + LSW_STRIP_HELD_BYTES, "the host asks for this much shared memory");
-
-// Some groups of 16 rows at up to 128 outputs of a target.
+// Some groups of 16 rows at up to LSW_STRIP_OUTPUTS outputs of a target.
 struct Strip {
     const LswApplyTarget* target;
     uint32_t begin, count;  // outputs
@@ -803,7 +797,7 @@ __device__ __forceinline__ void load_strip(const LswApplyArgs& args, const Strip
     if (threadIdx.x == 0) shared.odd = 0;
     __syncthreads();
 #pragma unroll 3
-    for (uint32_t i = threadIdx.x; i < args.slots * strip.steps * kStrip; i += blockDim.x) {
+    for (uint32_t i = threadIdx.x; i < args.slots * strip.steps * kStrip; i += LSW_STRIP_THREADS) {
         const uint32_t place = i / kStrip, at = i % kStrip, slot = place / strip.steps, rank = place % strip.steps * 16;
         const StripSlot& f = shared.slots[slot];
         const uint32_t output = at / 32 * 32 + at % 8 / 2 * 8 + at / 8 % 4 * 2 + at % 2;
@@ -822,8 +816,8 @@ __device__ __forceinline__ void load_strip(const LswApplyArgs& args, const Strip
         for (int e = 0; e < 16; ++e) is_odd = is_odd || !is_finite(ranks[e / 8].at(e % 8));
         if (is_odd) atomicOr(&shared.odd, 1u << slot);
         const uint4 &x = ranks[0].part[0].bits, &y = ranks[1].part[0].bits;
-        b[place * kPlace + at] = {x.x, x.z, y.x, y.z};
-        b[place * kPlace + kStrip + at] = {x.y, x.w, y.y, y.w};
+        b[2 * place * kStrip + at] = {x.x, x.z, y.x, y.z};
+        b[2 * place * kStrip + kStrip + at] = {x.y, x.w, y.y, y.w};
     }
     __syncthreads();
 }
@@ -849,39 +843,31 @@ __device__ __forceinline__ void add_step(float (&sum)[kBlocks][4][4], const Part
     }
 }
 
-// A block: strips, and in each of them a warp every so many groups. y comes a tile ahead, and so do the products where they have a place
-// (kHolds); rows come two tiles ahead, routes one.
-template <bool kHolds, class T, class Y> __device__ __forceinline__ void expand_strips(const LswApplyArgs& args, StripShared& shared) {
+// A block: strips, and in each of them a warp every so many groups. y and routes come a group ahead, rows two.
+template <class T, class Y> __device__ __forceinline__ void expand_strips(const LswApplyArgs& args, StripShared& shared) {
     extern __shared__ uint4 dynamic_shared[];
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, outputs = 8 * (lane % 4);
-    constexpr bool kAhead = !kHolds && kHasRoom<T>;
-    constexpr uint32_t kTiles = (LSW_STRIP_WARP_BYTES + (kHolds ? LSW_STRIP_HELD_BYTES : 0)) / 16;
-    StripTiles& tiles = *reinterpret_cast<StripTiles*>(dynamic_shared + warp * kTiles);
-    uint4* b = dynamic_shared + warps * kTiles;
+    constexpr uint32_t kWarps = LSW_STRIP_THREADS / 32, kWarpPacks = LSW_STRIP_WARP_BYTES / 16;
+    constexpr bool kAhead = kHasRoom<T>;
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, outputs = 8 * (lane % 4);
+    uint4(*places)[kStripPieces][32] = reinterpret_cast<uint4(*)[kStripPieces][32]>(dynamic_shared + warp * kWarpPacks);
+    const uint4* b = dynamic_shared + kWarps * kWarpPacks;
     const uint32_t total = args.units * ((args.rows + kGroup - 1) / kGroup);
     const uint32_t end = (blockIdx.x + 1ull) * total / gridDim.x;
-    const auto y_at = [&](const Strip& strip, const uint32_t (&row)[2], uint32_t piece) {
-        return reinterpret_cast<Y*>(strip.target->y) + row[piece % 2] * strip.target->y_stride + strip.begin + outputs + piece / 2 * 32;
+    const auto y_at = [&](const Strip& strip, uint32_t row, uint32_t output) {
+        return reinterpret_cast<Y*>(strip.target->y) + row * strip.target->y_stride + strip.begin + output;
     };
-    const auto fetch = [&](const Strip& strip, const GroupRows& rows, uint32_t stage) {
+    const auto fetch = [&](const Strip& strip, const uint32_t (&row)[2], uint32_t stage) {
 #pragma unroll
         for (uint32_t i = 0; i < kStripPieces; ++i) {
-            const bool exists = rows.row[i % 2] < args.rows && outputs + i / 2 * 32 < strip.count;
-            if (exists) copy16_async(&tiles.y[stage][i][lane], y_at(strip, rows.row, i));
-        }
-#pragma unroll
-        for (uint32_t i = 0; kHolds && i < 2 * LSW_STRIP_HELD; ++i) {
-            const uint32_t entry = i / 2, column = entry % strip.steps * 16 + 4 * (lane % 4);
-            const bool exists = rows.row[i % 2] < args.rows && entry < args.k * strip.steps && column < strip.target->rank_cap;
-            const float4* from = products_at(args, rows.row[i % 2], entry / strip.steps, strip.target->column + column);
-            if (exists) copy16_async(&tiles.products[stage][entry][i % 2][lane], from);
+            const uint32_t output = i / 2 * 32 + outputs;
+            if (row[i % 2] < args.rows && output < strip.count) copy16_async(&places[stage][i][lane], y_at(strip, row[i % 2], output));
         }
         copy_commit();
     };
     Strip strip(args, static_cast<uint64_t>(blockIdx.x) * total / gridDim.x, end), coming = strip;
-    load_strip<T>(args, strip, shared, b);
+    load_strip<T>(args, strip, shared, dynamic_shared + kWarps * kWarpPacks);
     dependency_wait();
-    // The tile to come, and the rows of the one behind it where that is in the same strip.
+    // The group to come, and the rows of the one behind it where that is in the same strip.
     uint32_t coming_group = strip.first + warp, stage = 0;
     const auto settle = [&] {
         while (coming_group >= coming.last && coming.end < end) {
@@ -890,27 +876,12 @@ template <bool kHolds, class T, class Y> __device__ __forceinline__ void expand_
         }
     };
     settle();
-    GroupRows rows(args, coming_group < coming.last, coming_group), rows_behind(args, coming_group + warps < coming.last, coming_group + warps);
-    fetch(coming, rows, stage);
+    GroupRows rows(args, coming_group < coming.last, coming_group), rows_behind(args, coming_group + kWarps < coming.last, coming_group + kWarps);
+    fetch(coming, rows.row, stage);
     GroupRoutes routes(args, rows);
     for (;;) {
-        for (uint32_t g = strip.first + warp; g < strip.last; g += warps, stage ^= 1) {
+        for (uint32_t g = strip.first + warp; g < strip.last; g += kWarps, stage ^= 1) {
             const Group group(args, rows, routes, shared, strip.begin == 0);
-            coming_group += warps;
-            const bool same_strip = coming_group < coming.last;
-            settle();
-            rows = same_strip ? rows_behind : GroupRows(args, coming_group < coming.last, coming_group);
-            rows_behind = GroupRows(args, coming_group + warps < coming.last, coming_group + warps);
-            fetch(coming, rows, stage ^ 1);
-            routes = GroupRoutes(args, rows);
-            copy_wait<1>();
-            float sum[kBlocks][4][4];
-#pragma unroll
-            for (uint32_t i = 0; i < kStripPieces; ++i) {
-                Eight<Y> piece;
-                piece.part[0].bits = tiles.y[stage][i][lane];
-                take(sum[i / 2], i % 2, piece);
-            }
             const auto load = [&](float4 (&products)[2], const SlotStep& at) {
                 const uint32_t column = 16 * at.step + 4 * (lane % 4);
                 const bool has_column = at.exists() && column < shared.slots[at.slot].rank;
@@ -919,19 +890,33 @@ template <bool kHolds, class T, class Y> __device__ __forceinline__ void expand_
                     products[h] = {};
                     if (!has_column || (group.used[h] >> at.slot & 1) == 0) continue;
                     const uint32_t position = __popc(group.present[h] & ((1u << at.slot) - 1));
-                    if (kHolds) products[h] = tiles.products[stage][position * strip.steps + at.step][h][lane];
-                    else products[h] = *products_at(args, group.row[h], position, strip.target->column + column);
+                    products[h] = *products_at(args, group.row[h], position, strip.target->column + column);
                 }
             };
             SlotStep at(group.some);
             float4 next[2];
             if (kAhead) load(next, at);
+            coming_group += kWarps;
+            const bool same_strip = coming_group < coming.last;
+            settle();
+            rows = same_strip ? rows_behind : GroupRows(args, coming_group < coming.last, coming_group);
+            rows_behind = GroupRows(args, coming_group + kWarps < coming.last, coming_group + kWarps);
+            fetch(coming, rows.row, stage ^ 1);
+            routes = GroupRoutes(args, rows);
+            copy_wait<1>();
+            float sum[kBlocks][4][4];
+#pragma unroll
+            for (uint32_t i = 0; i < kStripPieces; ++i) {
+                Eight<Y> piece;
+                piece.part[0].bits = places[stage][i][lane];
+                take(sum[i / 2], i % 2, piece);
+            }
             while (at.exists()) {
                 float4 here[2] = {next[0], next[1]};
                 if (!kAhead) load(here, at);
                 const Parts now[2] = {split(here[0], T{}), split(here[1], T{})};
                 const uint32_t slot = at.slot;
-                const uint4* place = b + (slot * strip.steps + at.step) * kPlace;
+                const uint4* place = b + (slot * strip.steps + at.step) * 2 * kStrip;
                 at.advance(shared);
                 if (kAhead) load(next, at);
                 const bool uses[2] = {(group.used[0] >> slot & 1) != 0, (group.used[1] >> slot & 1) != 0};
@@ -943,89 +928,122 @@ template <bool kHolds, class T, class Y> __device__ __forceinline__ void expand_
                 // What others of the group use may have turned a -0 into 0: then it always is.
 #pragma unroll
                 for (int j = 0; j < 8; ++j) sum[i / 2][j / 2][i % 2 * 2 + j % 2] += 0.0f;
-                if (group.used[i % 2] == 0 || outputs + i / 2 * 32 >= strip.count) continue;
-                store16_whole(y_at(strip, group.row, i), give<Y>(sum[i / 2], i % 2).part[0].bits);
+                const uint32_t output = i / 2 * 32 + outputs;
+                if (group.used[i % 2] == 0 || output >= strip.count) continue;
+                store16_whole(y_at(strip, group.row[i % 2], output), give<Y>(sum[i / 2], i % 2).part[0].bits);
             }
         }
         if (strip.end >= end) break;
         strip = Strip(args, strip.end, end);
         __syncthreads();
-        load_strip<T>(args, strip, shared, b);
+        load_strip<T>(args, strip, shared, dynamic_shared + kWarps * kWarpPacks);
     }
 }
 
 template <class T> __device__ __forceinline__ void expand_strips(const LswApplyArgs& args) {
     __shared__ StripShared shared;
-    const bool holds = args.splits != 0;
-    if (args.y_type == 1) return holds ? expand_strips<true, T, __half>(args, shared) : expand_strips<false, T, __half>(args, shared);
-    holds ? expand_strips<true, T, __nv_bfloat16>(args, shared) : expand_strips<false, T, __nv_bfloat16>(args, shared);
+    if (args.y_type == 1) return expand_strips<T, __half>(args, shared);
+    expand_strips<T, __nv_bfloat16>(args, shared);
 }
 
-// The bucket of a row: by its lowest slot, then by its next one, as finely as there are buckets.
-__device__ __forceinline__ uint32_t bucket_of(const LswApplyArgs& args, uint32_t row) {
-    const int64_t item = item_of(args, row);
-    uint32_t low = kNone, next = kNone;
+// The buckets of some rows, kStep apart: by a row's lowest slot, then by its next one, as finely as there are buckets.
+template <int kRows, uint32_t kStep>
+__device__ __forceinline__ void find_buckets(const LswApplyArgs& args, uint32_t first, uint32_t (&bucket)[kRows]) {
+    uint32_t low[kRows], next[kRows];
+    int64_t item[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+        item[i] = first + i * kStep < args.rows ? item_of(args, first + i * kStep) : -1;
+        low[i] = next[i] = kNone;
+    }
     constexpr uint32_t kAhead = 2;
-    for (uint32_t e0 = 0; item >= 0 && e0 < args.k; e0 += kAhead) {
-        int slot[kAhead];
+    for (uint32_t e0 = 0; e0 < args.k; e0 += kAhead) {
+        int slot[kAhead][kRows];
 #pragma unroll
-        for (uint32_t e = 0; e < kAhead; ++e) slot[e] = id_at(args, item, e0 + e);
+        for (int i = 0; i < kAhead * kRows; ++i) {
+            slot[i / kRows][i % kRows] = item[i % kRows] >= 0 ? id_at(args, item[i % kRows], e0 + i / kRows) : -1;
+        }
 #pragma unroll
-        for (uint32_t e = 0; e < kAhead; ++e) {
-            const int known = known_id(slot[e], args.slots);
-            if (known < 0 || known == low) continue;
-            next = min(next, max(low, static_cast<uint32_t>(known)));
-            low = min(low, static_cast<uint32_t>(known));
+        for (int i = 0; i < kAhead * kRows; ++i) {
+            const int known = known_id(slot[i / kRows][i % kRows], args.slots);
+            uint32_t &lowest = low[i % kRows], &second = next[i % kRows];
+            if (known < 0 || known == lowest) continue;
+            second = min(second, max(lowest, static_cast<uint32_t>(known)));
+            lowest = min(lowest, static_cast<uint32_t>(known));
         }
     }
-    if (low == kNone) return LSW_ORDER_ROWS - 1;
-    if (next == kNone) next = low;
     // Without divisions: any number below `fine` that does not fall with the slot is good.
-    const uint32_t fine = LSW_ORDER_ROWS / args.slots, spare = max(fine / args.slots, 1), mask = (1u << (31 - __clz(spare))) - 1;
+    const uint32_t fine = LSW_ORDER_BUCKETS / args.slots, spare = max(fine / args.slots, 1), mask = (1u << (31 - __clz(spare))) - 1;
     const float scale = static_cast<float>(fine) / args.slots;
-    const uint32_t bucket = fine == 0 ? static_cast<uint64_t>(low) * LSW_ORDER_ROWS / args.slots
-                                      : low * fine + min(fine - 1, static_cast<uint32_t>(next * scale));
-    // Rows of one route go to different counters, if there are some to spare: on one they would wait for each other.
-    return bucket + (row & mask);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+        if (next[i] == kNone) next[i] = low[i];
+        bucket[i] = fine == 0 ? static_cast<uint64_t>(low[i]) * LSW_ORDER_BUCKETS / args.slots
+                              : low[i] * fine + min(fine - 1, static_cast<uint32_t>(next[i] * scale));
+        // Rows of one route go to different counters, if there are some to spare: on one they would wait for each other.
+        bucket[i] += (first + i * kStep) & mask;
+        if (low[i] == kNone) bucket[i] = LSW_ORDER_BUCKETS - 1;
+    }
 }
 
 }  // namespace
 
-// A block: the order of LSW_ORDER_ROWS rows, a thread each, by as many buckets.
-extern "C" __global__ void __launch_bounds__(LSW_ORDER_ROWS) lsw_apply_order(const __grid_constant__ LswApplyArgs args) {
-    __shared__ uint32_t counts[LSW_ORDER_ROWS], warp_sums[LSW_ORDER_ROWS / 32];
+extern "C" __global__ void __launch_bounds__(LSW_ORDER_THREADS) lsw_apply_order(const __grid_constant__ LswApplyArgs args) {
+    constexpr uint32_t kEach = LSW_ORDER_BUCKETS / LSW_ORDER_THREADS;
+    constexpr int kAhead = 4;  // rows whose ids are on their way
+    __shared__ uint32_t counts[LSW_ORDER_BUCKETS], warp_sums[LSW_ORDER_THREADS / 32];
     dependency_wait();
     dependency_release();
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const uint32_t first = blockIdx.x * LSW_ORDER_ROWS, row = first + threadIdx.x;
-    counts[threadIdx.x] = 0;
-    const uint32_t bucket = row < args.rows ? bucket_of(args, row) : 0;
+    for (uint32_t i = threadIdx.x; i < LSW_ORDER_BUCKETS; i += LSW_ORDER_THREADS) counts[i] = 0;
     __syncthreads();
-    const uint32_t place = row < args.rows ? atomicAdd(&counts[bucket], 1) : 0;
+    uint32_t bucket[kAhead];
+    for (uint32_t row = threadIdx.x; row < args.rows; row += kAhead * LSW_ORDER_THREADS) {
+        find_buckets<kAhead, LSW_ORDER_THREADS>(args, row, bucket);
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            if (row + i * LSW_ORDER_THREADS < args.rows) atomicAdd(&counts[bucket[i]], 1);
+        }
+    }
     __syncthreads();
-    // Where each bucket begins: a prefix sum.
-    const uint32_t mine = counts[threadIdx.x];
+    // Where each bucket begins: a prefix sum, kEach buckets a thread.
+    uint32_t mine = 0;
+    for (uint32_t i = 0; i < kEach; ++i) mine += counts[kEach * threadIdx.x + i];
     uint32_t before = mine;
     for (uint32_t step = 1; step < 32; step *= 2) {
         const uint32_t below = __shfl_up_sync(kFullWarp, before, step);
         if (lane >= step) before += below;
     }
     if (lane == 31) warp_sums[warp] = before;
+    before -= mine;
     __syncthreads();
-    counts[threadIdx.x] = before - mine + __reduce_add_sync(kFullWarp, lane < warp ? warp_sums[lane] : 0);
+    before += __reduce_add_sync(kFullWarp, lane < warp ? warp_sums[lane] : 0);
+    for (uint32_t i = 0; i < kEach; ++i) {
+        const uint32_t here = counts[kEach * threadIdx.x + i];
+        counts[kEach * threadIdx.x + i] = before;
+        before += here;
+    }
     __syncthreads();
-    if (row < args.rows) reinterpret_cast<uint32_t*>(args.order)[first + counts[bucket] + place] = row;
+    for (uint32_t row = threadIdx.x; row < args.rows; row += kAhead * LSW_ORDER_THREADS) {
+        if (args.rows > kAhead * LSW_ORDER_THREADS) find_buckets<kAhead, LSW_ORDER_THREADS>(args, row, bucket);
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            const uint32_t at = row + i * LSW_ORDER_THREADS;
+            if (at < args.rows) reinterpret_cast<uint32_t*>(args.order)[atomicAdd(&counts[bucket[i]], 1)] = at;
+        }
+    }
 }
 
-// Blocks of expand_strips that a multiprocessor's shared memory has room for: on 12.0 one, to which all registers go.
+// Blocks of expand_strips that a multiprocessor has registers for: f16's parts take more of them, and on 12.0 there is no shared memory
+// for a second one.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-#define LSW_STRIPS_RESIDENT 1
+#define LSW_STRIPS_OF_BF16 1
 #else
-#define LSW_STRIPS_RESIDENT LSW_STRIP_BLOCKS
+#define LSW_STRIPS_OF_BF16 LSW_STRIP_BLOCKS
 #endif
 
 // Without rows there may be no units to divide by.
-#define LSW_APPLY(suffix, T)                                                                                                 \
+#define LSW_APPLY(suffix, T, resident)                                                                                       \
     extern "C" __global__ void __launch_bounds__(LSW_MANY_SHRINK_THREADS, 1)                                                 \
         lsw_apply_shrink_many_##suffix(const __grid_constant__ LswApplyArgs args) {                                          \
         if (args.rows > 0) shrink<T>(args);                                                                                  \
@@ -1034,9 +1052,9 @@ extern "C" __global__ void __launch_bounds__(LSW_ORDER_ROWS) lsw_apply_order(con
         lsw_apply_expand_many_##suffix(const __grid_constant__ LswApplyArgs args) {                                          \
         if (args.rows > 0) expand<T>(args);                                                                                  \
     }                                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(LSW_STRIP_THREADS, LSW_STRIPS_RESIDENT)                                     \
+    extern "C" __global__ void __launch_bounds__(LSW_STRIP_THREADS, resident)                                                \
         lsw_apply_expand_strips_##suffix(const __grid_constant__ LswApplyArgs args) {                                        \
         if (args.rows > 0) expand_strips<T>(args);                                                                           \
     }
-LSW_APPLY(f16, __half)
-LSW_APPLY(bf16, __nv_bfloat16)
+LSW_APPLY(f16, __half, 1)
+LSW_APPLY(bf16, __nv_bfloat16, LSW_STRIPS_OF_BF16)

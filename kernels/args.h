@@ -94,9 +94,8 @@ enum {
     LSW_STRIP_STEP_BYTES = 4096,   /* of B: 16 ranks of a slot */
     LSW_STRIP_WARP_BYTES = 8192,   /* of y: two tiles a warp */
     LSW_STRIP_ROWS = 16,           /* a warp, at a time */
-    LSW_STRIP_HELD = 2,            /* steps of 16 ranks of a row's whole route, up to which */
-    LSW_STRIP_HELD_BYTES = 4096,   /* a warp has the products of two tiles as well */
-    LSW_ORDER_ROWS = 1024,         /* a block */
+    LSW_ORDER_THREADS = 1024,
+    LSW_ORDER_BUCKETS = 4096,
 
     LSW_LINEAR_TOKENS = 8,    /* of one call: the columns of a product of tensor cores */
     LSW_LINEAR_STREAMERS = 8, /* warps that stream weights */
@@ -324,8 +323,7 @@ typedef struct LswApplyArgs {
     uint32_t width;       /* a multiple of 8 */
     uint32_t units;       /* blocks of all targets for a row, an entry of its route, or a group of rows */
     uint32_t shrink_rows; /* 1 or LSW_SHRINK_ROWS */
-    uint32_t splits;      /* of few rows of 16 bits, slices of x; of many, shrink: blocks that share the ranks of their rows; strips: whether
-                             products have a place in shared memory */
+    uint32_t splits;      /* of few rows of 16 bits, slices of x; of many, shrink: blocks that share the ranks of their rows */
     uint32_t chunks;      /* expand: of LSW_EXPAND_THREADS outputs a block; of many rows, of LSW_MANY_OUTPUTS */
     uint32_t y_type;      /* 0 f32, 1 f16, 2 bf16 */
     uint32_t x_aligned;   /* address and row bytes are multiples of 16 */
