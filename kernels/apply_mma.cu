@@ -9,21 +9,22 @@
 //   order   a permutation that brings rows of like routes together, so that a group has few slots (with 8 slots, k = 2, 4096 rows:
 //           2.1 of 16 rows and 2.2 of 32 instead of 8). One block; buckets of the two lowest slots; atomics decide the order within a
 //           bucket, which no result depends on.
-//   shrink  products = c A x. A block has 32 rows and up to 8 tiles of 8 ranks at a time, of whatever slots and targets; a warp has an
-//           eighth of in_features for all of them, and the eighths are added up in order. So x is read once where 8 tiles are enough,
-//           and what is left is A, once a block, through L2.
-//   expand  y += B products. A warp has 16 rows and walks over outputs; y is where the mma adds to. The four warps of a block go over
-//           the same outputs, and rows in order have the same slots: B comes from L1 for most of them. A row that does not use a
-//           slot keeps what it had before that slot's mma.
+//   shrink  products = c A x, and each row's route in canonical form for expand. A block has 32 rows and up to 8 tiles of 8 ranks at a
+//           time, of whatever slots and targets; a warp has an eighth of in_features for all of them, and the eighths are added up in
+//           order. So x is read once where 8 tiles are enough, and what is left is A, once a block, through L2.
+//   expand  y += B products. A warp has 16 rows; y is where the mma adds to. Where B of all slots for 128 outputs fits into shared memory
+//           (expand_strips), a block keeps it there and walks over rows; else a warp walks over outputs, and B comes from L1 for most of
+//           the four warps of a block, whose rows have the same slots. A row that does not use a slot keeps what it had before that
+//           slot's mma.
 //
 // The products are f32, and enter the second mma in parts that lose nothing: beside B in bf16 as three of 8 bits, beside B in f16 as
-// two tf32 of 11 bits (nothing but the last bits of an f32). Shrink stores them in parts, since expand reads them often.
+// two tf32 of 11 bits (nothing but the last bits of an f32).
 //
 // Operands come straight from memory into registers, without shared memory between: the order of k within a step is free as long
 // as both agree on it, so a lane takes eight (four) consecutive elements of a row where the layout of the mma asks for pairs eight
 // apart. In the same way a lane owns eight consecutive outputs of a row: y is read and written 16 bytes at a time. Both kernels keep
-// loads in flight by loading a register anew as soon as it was used. Expand fetches y two tiles ahead by asynchronous copies into
-// shared memory; each lane reads back what it copied itself, so that this needs no barrier.
+// loads in flight by loading a register anew as soon as it was used. Expand fetches y ahead by asynchronous copies into shared memory; each
+// lane reads back what it copied itself, so that this needs no barrier.
 #include "common/apply.cuh"
 #include "common/ptx.cuh"
 
@@ -42,15 +43,16 @@ template <int kRows> struct Routes {
     float gate[kRows][LSW_MAX_K + 1];
 };
 
-// One thread a row: the route of the index-th row, sorted in as it is read. Rows past the last have none.
-template <int kRows> __device__ void load_route(const LswApplyArgs& args, uint32_t index, uint32_t i, Routes<kRows>& routes, bool reports) {
+// The index-th row in order; past the last, as many as there are.
+__device__ __forceinline__ uint32_t row_at(const LswApplyArgs& args, uint32_t index) {
+    return index < args.rows ? reinterpret_cast<const uint32_t*>(args.order)[index] : args.rows;
+}
+
+// One thread a row: its route, sorted in as it is read. Rows past the last have none.
+template <int kRows> __device__ void load_route(const LswApplyArgs& args, uint32_t row, uint32_t i, Routes<kRows>& routes, bool reports) {
     constexpr uint32_t kAhead = 4;
-    uint32_t row = index, count = 0;
-    int64_t item = -1;
-    if (index < args.rows) {
-        if (args.order != 0) row = reinterpret_cast<const uint32_t*>(args.order)[index];
-        item = item_of(args, row);
-    }
+    uint32_t count = 0;
+    const int64_t item = row < args.rows ? item_of(args, row) : -1;
     routes.row[i] = row;
     for (uint32_t e0 = 0; item >= 0 && e0 < args.k; e0 += kAhead) {
         int slot[kAhead];
@@ -83,6 +85,11 @@ template <int kRows> __device__ void load_route(const LswApplyArgs& args, uint32
     routes.slot[i][count] = kNone;
 }
 
+// A row's canonical route, k entries: a slot and its gate; kNone behind the last. Written by shrink behind `order`.
+__device__ __forceinline__ uint2* route_of(const LswApplyArgs& args, uint32_t row) {
+    return reinterpret_cast<uint2*>(args.order + (args.rows + 3) / 4 * 16) + static_cast<uint64_t>(row) * args.k;
+}
+
 // Walks over the slots of a group of rows, ascending. One warp; lane l keeps the place of row l.
 template <int kRows> struct Walk {
     static_assert(kRows <= 32, "a row a lane");
@@ -98,20 +105,20 @@ template <int kRows> struct Walk {
     }
 };
 
-// Four products of a row and a slot, as they enter the second mma.
+// Four products of a row and a slot.
+__device__ __forceinline__ float4* products_at(const LswApplyArgs& args, uint32_t row, uint32_t position, uint32_t column) {
+    return reinterpret_cast<float4*>(products(args, row, position) + column);
+}
+
+// The same as they enter the second mma.
 struct Parts {
     uint4 words[2];
 };
-static_assert(sizeof(Parts) == 4 * LSW_MANY_PRODUCT_BYTES, "the host knows how much workspace that takes");
-
-__device__ __forceinline__ Parts* parts_at(const LswApplyArgs& args, uint32_t row, uint32_t position, uint32_t column) {
-    const uint64_t entry = static_cast<uint64_t>(row) * args.k + position;
-    return reinterpret_cast<Parts*>(args.products) + (entry * args.width + column) / 4;
-}
 
 // Three parts of 8 bits, cut and not rounded: a large number does not become infinite, and the last part is exact. What is not finite
 // is in the first part alone.
-__device__ __forceinline__ Parts split(const float (&x)[4], __nv_bfloat16) {
+__device__ __forceinline__ Parts split(float4 four, __nv_bfloat16) {
+    const float x[4] = {four.x, four.y, four.z, four.w};
     uint32_t part[3][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -126,7 +133,8 @@ __device__ __forceinline__ Parts split(const float (&x)[4], __nv_bfloat16) {
     return {{{pair(0, 0), pair(0, 2), pair(1, 0), pair(1, 2)}, {pair(2, 0), pair(2, 2), 0, 0}}};
 }
 
-__device__ __forceinline__ Parts split(const float (&x)[4], __half) {
+__device__ __forceinline__ Parts split(float4 four, __half) {
+    const float x[4] = {four.x, four.y, four.z, four.w};
     uint32_t part[2][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -318,7 +326,7 @@ __device__ __forceinline__ void multiply_tiles(const LswApplyArgs& args, ShrinkS
                     for (int w = 1; w < kWarps; ++w) product[i] += shared.sums[w][element][owner];
                     product[i] = 4 * four + i < tile.ranks ? c * product[i] : 0.0f;
                 }
-                *parts_at(args, shared.routes.row[row], position, tile.column + 4 * four) = split(product, T{});
+                *products_at(args, shared.routes.row[row], position, tile.column + 4 * four) = {product[0], product[1], product[2], product[3]};
             }
         }
         __syncthreads();
@@ -332,7 +340,14 @@ template <class T> __device__ __forceinline__ void shrink(const LswApplyArgs& ar
     dependency_release();
     const uint32_t split = blockIdx.x % args.splits, group = blockIdx.x / args.splits;
     if (threadIdx.x < kRows) {
-        load_route(args, group * kRows + threadIdx.x, threadIdx.x, shared.routes, false);
+        const uint32_t index = group * kRows + threadIdx.x;
+        load_route(args, row_at(args, index), threadIdx.x, shared.routes, split == 0);
+        uint32_t end = 0;
+        for (uint32_t e = 0; split == 0 && index < args.rows && e < args.k; ++e) {
+            const uint32_t slot = end == e ? shared.routes.slot[threadIdx.x][e] : kNone;
+            end += slot != kNone;
+            route_of(args, shared.routes.row[threadIdx.x])[e] = {slot, __float_as_uint(shared.routes.gate[threadIdx.x][e])};
+        }
         const bool exists = shared.routes.slot[threadIdx.x][0] != kNone;
         shared.x[threadIdx.x] = args.x + 2 * (exists ? shared.routes.row[threadIdx.x] : 0) * args.x_stride;
     }
@@ -457,7 +472,7 @@ template <class T> struct Step {
         for (int h = 0; h < 2; ++h) {
             const bool exists = (users >> (g + 8 * h) & 1) && left > 0;
             products[h] = {};
-            if (exists) products[h] = *parts_at(args, rows[h], term.position[g + 8 * h], target.column + at);
+            if (exists) products[h] = split(*products_at(args, rows[h], term.position[g + 8 * h], target.column + at), T{});
         }
     }
 
@@ -628,7 +643,7 @@ template <class T, class Y> __device__ __forceinline__ void expand(const LswAppl
     const uint32_t group = blockIdx.x / args.units * kExpandWarps + threadIdx.x / 32;
     const bool reports = unit == 0;
     const LswApplyTarget& target = target_of(args, unit, &LswApplyTarget::out, args.chunks * LSW_MANY_OUTPUTS);
-    if (lane < kGroup) load_route(args, group * kGroup + lane, lane, shared.routes, reports);
+    if (lane < kGroup) load_route(args, row_at(args, group * kGroup + lane), lane, shared.routes, false);
     __syncwarp();
     Walk<kGroup> walk;
     uint32_t count = kTerms, users = 0, lists = 0;
@@ -663,6 +678,272 @@ template <class T> __device__ __forceinline__ void expand(const LswApplyArgs& ar
     if (args.y_type == 0) return expand<T, float>(args, shared);
     if (args.y_type == 1) return expand<T, __half>(args, shared);
     expand<T, __nv_bfloat16>(args, shared);
+}
+
+// A slot at the strip that a block has at hand.
+struct StripSlot {
+    uint64_t b;
+    uint32_t b_stride, rank;
+    float scale;
+    uint32_t is_aligned;
+};
+
+struct StripShared {
+    StripSlot slots[LSW_STRIP_SLOTS];
+    uint32_t odd;  // slots, as bits, with something in B that is not finite
+};
+
+constexpr uint32_t kStrip = LSW_STRIP_OUTPUTS, kBlocks = kStrip / 32;
+constexpr uint32_t kStripPieces = 2 * kBlocks;  // of 16 bytes, that a lane has of a tile of y: in rows g and g + 8, 8 of each 32 outputs
+static_assert(kStrip * 32 == LSW_STRIP_STEP_BYTES && 2 * kStripPieces * 32 * 16 == LSW_STRIP_WARP_BYTES, "the host asks for this much");
+
+template <class T> constexpr bool kHasRoom = true;  // for products of the next step in registers
+template <> constexpr bool kHasRoom<__half> = false;
+
+// Some groups of 16 rows at up to LSW_STRIP_OUTPUTS outputs of a target.
+struct Strip {
+    const LswApplyTarget* target;
+    uint32_t begin, count;  // outputs
+    uint32_t steps;         // of 16 ranks, that each slot has a place for
+    uint32_t first, last;   // groups
+    uint32_t end;           // what comes behind it, of all groups at all outputs
+
+    // Of those from `at` on that are a block's.
+    __device__ __forceinline__ Strip(const LswApplyArgs& args, uint32_t at, uint32_t blocks_end) {
+        const uint32_t groups = (args.rows + kGroup - 1) / kGroup;
+        uint32_t unit = at / groups;
+        first = at % groups;
+        last = min(groups, first + blocks_end - at);
+        end = at + last - first;
+        target = &target_of(args, unit, &LswApplyTarget::out, kStrip);
+        begin = unit * kStrip;
+        count = min(kStrip, target->out - begin);
+        steps = (target->rank_cap + 15) / 16;
+    }
+};
+
+// Rows g and g + 8 of a group; past the last row, as many as there are.
+struct GroupRows {
+    uint32_t row[2];
+
+    __device__ __forceinline__ GroupRows(const LswApplyArgs& args, bool exists, uint32_t group) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) row[h] = exists ? row_at(args, kGroup * group + threadIdx.x % 32 / 4 + 8 * h) : args.rows;
+    }
+};
+
+// The first entries of their routes.
+struct GroupRoutes {
+    static constexpr uint32_t kAhead = 2;
+    uint2 entry[kAhead][2];
+
+    __device__ __forceinline__ GroupRoutes(const LswApplyArgs& args, const GroupRows& rows) {
+#pragma unroll
+        for (uint32_t i = 0; i < 2 * kAhead; ++i) entry[i / 2][i % 2] = at(args, rows.row[i % 2], i / 2);
+    }
+    __device__ __forceinline__ static uint2 at(const LswApplyArgs& args, uint32_t row, uint32_t e) {
+        return row < args.rows && e < args.k ? route_of(args, row)[e] : uint2{kNone, 0};
+    }
+};
+
+// Slots as bits: those of a lane's rows, and of those the ones with a coefficient that is not zero, and a rank.
+struct Group {
+    uint32_t row[2];
+    uint32_t present[2], used[2];
+    uint32_t some, every;  // slots that some row uses; that all 16 use
+
+    __device__ __forceinline__ Group(const LswApplyArgs& args, const GroupRows& rows, const GroupRoutes& routes, const StripShared& shared,
+                                     bool reports)
+        : row{rows.row[0], rows.row[1]}, present{0, 0}, used{0, 0} {
+        const auto add = [&](int h, uint2 entry) {
+            if (entry.x == kNone) return;
+            const StripSlot& slot = shared.slots[entry.x];
+            const float c = __uint_as_float(entry.y) * slot.scale;
+            present[h] |= 1u << entry.x;
+            if (c != 0.0f && slot.rank > 0) used[h] |= 1u << entry.x;
+            if (reports) report_coefficient(args, slot.rank, c);
+        };
+#pragma unroll
+        for (uint32_t i = 0; i < 2 * GroupRoutes::kAhead; ++i) add(i % 2, routes.entry[i / 2][i % 2]);
+        for (uint32_t e = GroupRoutes::kAhead; e < args.k; ++e) {
+            add(0, GroupRoutes::at(args, row[0], e));
+            add(1, GroupRoutes::at(args, row[1], e));
+        }
+        some = __reduce_or_sync(kFullWarp, used[0] | used[1]);
+        every = __reduce_and_sync(kFullWarp, used[0] & used[1]);
+    }
+};
+
+// 16 ranks of a slot.
+struct SlotStep {
+    uint32_t slot, step, others;  // slots still to come
+
+    __device__ __forceinline__ explicit SlotStep(uint32_t some) : slot(__ffs(some) - 1), step(0), others(some & (some - 1)) {}
+    __device__ __forceinline__ bool exists() const { return slot != ~0u; }
+    __device__ __forceinline__ void advance(const StripShared& shared) {
+        if (16 * ++step < uniform(shared.slots[slot].rank)) return;
+        *this = SlotStep(others);
+    }
+};
+
+// A block: B of a strip, in the order in which lanes want it: by 16 ranks of a slot, the first two of each four ranks before the other two,
+// and outputs so that a lane's results are eight consecutive ones.
+template <class T>
+__device__ __forceinline__ void load_strip(const LswApplyArgs& args, const Strip& strip, StripShared& shared, uint4* b) {
+    if (threadIdx.x < args.slots) {
+        const LswFactor& f = factor_of(*strip.target, threadIdx.x);
+        shared.slots[threadIdx.x] = {f.b, f.b_stride, f.rank, f.scale, f.flags & LSW_B_ALIGNED};
+    }
+    if (threadIdx.x == 0) shared.odd = 0;
+    __syncthreads();
+#pragma unroll 3
+    for (uint32_t i = threadIdx.x; i < args.slots * strip.steps * kStrip; i += LSW_STRIP_THREADS) {
+        const uint32_t place = i / kStrip, at = i % kStrip, slot = place / strip.steps, rank = place % strip.steps * 16;
+        const StripSlot& f = shared.slots[slot];
+        const uint32_t output = at / 32 * 32 + at % 8 / 2 * 8 + at / 8 % 4 * 2 + at % 2;
+        const uint32_t left = rank < f.rank && output < strip.count ? f.rank - rank : 0;
+        const T* p = reinterpret_cast<const T*>(f.b) + (strip.begin + output) * static_cast<uint64_t>(f.b_stride) + rank;
+        Eight<T> ranks[2];
+        if (f.is_aligned && f.rank % 8 == 0) {
+            ranks[0] = load_eight_if(left > 0, p);
+            ranks[1] = load_eight_if(left > 8, p + 8);
+        } else {
+            ranks[0] = load_eight(p, left, false);
+            ranks[1] = load_eight(p + 8, left > 8 ? left - 8 : 0, false);
+        }
+        bool is_odd = false;
+#pragma unroll
+        for (int e = 0; e < 16; ++e) is_odd = is_odd || !is_finite(ranks[e / 8].at(e % 8));
+        if (is_odd) atomicOr(&shared.odd, 1u << slot);
+        const uint4 &x = ranks[0].part[0].bits, &y = ranks[1].part[0].bits;
+        b[2 * place * kStrip + at] = {x.x, x.z, y.x, y.z};
+        b[2 * place * kStrip + kStrip + at] = {x.y, x.w, y.y, y.w};
+    }
+    __syncthreads();
+}
+
+// sum += B products, of a warp's rows and all outputs of the strip. A row that does not use the slot has products of zero; where that is
+// not enough, since something in B is not finite, it keeps what it had.
+template <bool kSelects, class T>
+__device__ __forceinline__ void add_step(float (&sum)[kBlocks][4][4], const Parts (&products)[2], const uint4* b, const bool (&uses)[2]) {
+    const uint32_t lane = threadIdx.x % 32;
+    const uint4* mine = b + lane / 8 % 2 * kStrip + lane / 16 * 8 + lane % 8;
+#pragma unroll
+    for (int i = 0; i < kBlocks * 4; i += 2) {
+        uint32_t words[4];
+        ldmatrix4(words, mine + 8 * i);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            float(&to)[4] = sum[i / 4][i % 4 + j];
+            float with[4] = {to[0], to[1], to[2], to[3]};
+            multiply(with, products[0], products[1], {words[2 * j], words[2 * j + 1]}, T{});
+#pragma unroll
+            for (int e = 0; e < 4; ++e) to[e] = !kSelects || uses[e / 2] ? with[e] : to[e];
+        }
+    }
+}
+
+// A block: strips, and in each of them a warp every so many groups. y and routes come a group ahead, rows two.
+template <class T, class Y> __device__ __forceinline__ void expand_strips(const LswApplyArgs& args, StripShared& shared) {
+    extern __shared__ uint4 dynamic_shared[];
+    constexpr uint32_t kWarps = LSW_STRIP_THREADS / 32, kWarpPacks = LSW_STRIP_WARP_BYTES / 16;
+    constexpr bool kAhead = kHasRoom<T>;
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, outputs = 8 * (lane % 4);
+    uint4(*places)[kStripPieces][32] = reinterpret_cast<uint4(*)[kStripPieces][32]>(dynamic_shared + warp * kWarpPacks);
+    const uint4* b = dynamic_shared + kWarps * kWarpPacks;
+    const uint32_t total = args.units * ((args.rows + kGroup - 1) / kGroup);
+    const uint32_t end = (blockIdx.x + 1ull) * total / gridDim.x;
+    const auto y_at = [&](const Strip& strip, uint32_t row, uint32_t output) {
+        return reinterpret_cast<Y*>(strip.target->y) + row * strip.target->y_stride + strip.begin + output;
+    };
+    const auto fetch = [&](const Strip& strip, const uint32_t (&row)[2], uint32_t stage) {
+#pragma unroll
+        for (uint32_t i = 0; i < kStripPieces; ++i) {
+            const uint32_t output = i / 2 * 32 + outputs;
+            if (row[i % 2] < args.rows && output < strip.count) copy16_async(&places[stage][i][lane], y_at(strip, row[i % 2], output));
+        }
+        copy_commit();
+    };
+    Strip strip(args, static_cast<uint64_t>(blockIdx.x) * total / gridDim.x, end), coming = strip;
+    load_strip<T>(args, strip, shared, dynamic_shared + kWarps * kWarpPacks);
+    dependency_wait();
+    // The group to come, and the rows of the one behind it where that is in the same strip.
+    uint32_t coming_group = strip.first + warp, stage = 0;
+    const auto settle = [&] {
+        while (coming_group >= coming.last && coming.end < end) {
+            coming = Strip(args, coming.end, end);
+            coming_group = coming.first + warp;
+        }
+    };
+    settle();
+    GroupRows rows(args, coming_group < coming.last, coming_group), rows_behind(args, coming_group + kWarps < coming.last, coming_group + kWarps);
+    fetch(coming, rows.row, stage);
+    GroupRoutes routes(args, rows);
+    for (;;) {
+        for (uint32_t g = strip.first + warp; g < strip.last; g += kWarps, stage ^= 1) {
+            const Group group(args, rows, routes, shared, strip.begin == 0);
+            const auto load = [&](float4 (&products)[2], const SlotStep& at) {
+                const uint32_t column = 16 * at.step + 4 * (lane % 4);
+                const bool has_column = at.exists() && column < shared.slots[at.slot].rank;
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    products[h] = {};
+                    if (!has_column || (group.used[h] >> at.slot & 1) == 0) continue;
+                    const uint32_t position = __popc(group.present[h] & ((1u << at.slot) - 1));
+                    products[h] = *products_at(args, group.row[h], position, strip.target->column + column);
+                }
+            };
+            SlotStep at(group.some);
+            float4 next[2];
+            if (kAhead) load(next, at);
+            coming_group += kWarps;
+            const bool same_strip = coming_group < coming.last;
+            settle();
+            rows = same_strip ? rows_behind : GroupRows(args, coming_group < coming.last, coming_group);
+            rows_behind = GroupRows(args, coming_group + kWarps < coming.last, coming_group + kWarps);
+            fetch(coming, rows.row, stage ^ 1);
+            routes = GroupRoutes(args, rows);
+            copy_wait<1>();
+            float sum[kBlocks][4][4];
+#pragma unroll
+            for (uint32_t i = 0; i < kStripPieces; ++i) {
+                Eight<Y> piece;
+                piece.part[0].bits = places[stage][i][lane];
+                take(sum[i / 2], i % 2, piece);
+            }
+            while (at.exists()) {
+                float4 here[2] = {next[0], next[1]};
+                if (!kAhead) load(here, at);
+                const Parts now[2] = {split(here[0], T{}), split(here[1], T{})};
+                const uint32_t slot = at.slot;
+                const uint4* place = b + (slot * strip.steps + at.step) * 2 * kStrip;
+                at.advance(shared);
+                if (kAhead) load(next, at);
+                const bool uses[2] = {(group.used[0] >> slot & 1) != 0, (group.used[1] >> slot & 1) != 0};
+                if (uniform(~group.every & shared.odd) >> slot & 1) add_step<true, T>(sum, now, place, uses);
+                else add_step<false, T>(sum, now, place, uses);
+            }
+#pragma unroll
+            for (uint32_t i = 0; i < kStripPieces; ++i) {
+                // What others of the group use may have turned a -0 into 0: then it always is.
+#pragma unroll
+                for (int j = 0; j < 8; ++j) sum[i / 2][j / 2][i % 2 * 2 + j % 2] += 0.0f;
+                const uint32_t output = i / 2 * 32 + outputs;
+                if (group.used[i % 2] == 0 || output >= strip.count) continue;
+                store16_whole(y_at(strip, group.row[i % 2], output), give<Y>(sum[i / 2], i % 2).part[0].bits);
+            }
+        }
+        if (strip.end >= end) break;
+        strip = Strip(args, strip.end, end);
+        __syncthreads();
+        load_strip<T>(args, strip, shared, dynamic_shared + kWarps * kWarpPacks);
+    }
+}
+
+template <class T> __device__ __forceinline__ void expand_strips(const LswApplyArgs& args) {
+    __shared__ StripShared shared;
+    if (args.y_type == 1) return expand_strips<T, __half>(args, shared);
+    expand_strips<T, __nv_bfloat16>(args, shared);
 }
 
 // The buckets of some rows, kStep apart: by a row's lowest slot, then by its next one, as finely as there are buckets.
@@ -753,8 +1034,16 @@ extern "C" __global__ void __launch_bounds__(LSW_ORDER_THREADS) lsw_apply_order(
     }
 }
 
+// Blocks of expand_strips that a multiprocessor has registers for: f16's parts take more of them, and on 12.0 there is no shared memory
+// for a second one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#define LSW_STRIPS_OF_BF16 1
+#else
+#define LSW_STRIPS_OF_BF16 LSW_STRIP_BLOCKS
+#endif
+
 // Without rows there may be no units to divide by.
-#define LSW_APPLY(suffix, T)                                                                                                 \
+#define LSW_APPLY(suffix, T, resident)                                                                                       \
     extern "C" __global__ void __launch_bounds__(LSW_MANY_SHRINK_THREADS, 1)                                                 \
         lsw_apply_shrink_many_##suffix(const __grid_constant__ LswApplyArgs args) {                                          \
         if (args.rows > 0) shrink<T>(args);                                                                                  \
@@ -762,6 +1051,10 @@ extern "C" __global__ void __launch_bounds__(LSW_ORDER_THREADS) lsw_apply_order(
     extern "C" __global__ void __launch_bounds__(LSW_MANY_EXPAND_THREADS, 3)                                                 \
         lsw_apply_expand_many_##suffix(const __grid_constant__ LswApplyArgs args) {                                          \
         if (args.rows > 0) expand<T>(args);                                                                                  \
+    }                                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(LSW_STRIP_THREADS, resident)                                                \
+        lsw_apply_expand_strips_##suffix(const __grid_constant__ LswApplyArgs args) {                                        \
+        if (args.rows > 0) expand_strips<T>(args);                                                                           \
     }
-LSW_APPLY(f16, __half)
-LSW_APPLY(bf16, __nv_bfloat16)
+LSW_APPLY(f16, __half, 1)
+LSW_APPLY(bf16, __nv_bfloat16, LSW_STRIPS_OF_BF16)

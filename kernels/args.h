@@ -89,7 +89,13 @@ enum {
     LSW_MANY_OUTPUTS = 64,         /* that a block does at a time */
     LSW_MANY_CHUNKS = 8,           /* at most as many times that many outputs a block */
     LSW_MANY_SPLITS = 8,           /* at most as many blocks share the ranks of their rows */
-    LSW_MANY_PRODUCT_BYTES = 8,    /* of an element of A x, in parts for the tensor cores */
+    LSW_STRIP_THREADS = 192,       /* expand where B fits into shared memory */
+    LSW_STRIP_BLOCKS = 2,          /* so many run on a multiprocessor, if its memory is enough */
+    LSW_STRIP_OUTPUTS = 128,       /* of which a block has B at a time */
+    LSW_STRIP_SLOTS = 32,          /* at most so many */
+    LSW_STRIP_STEP_BYTES = 4096,   /* of B: 16 ranks of a slot */
+    LSW_STRIP_WARP_BYTES = 8192,   /* of y: two tiles a warp */
+    LSW_STRIP_ROWS = 16,           /* a warp, at a time */
     LSW_ORDER_THREADS = 1024,
     LSW_ORDER_BUCKETS = 4096,
 
@@ -311,8 +317,9 @@ typedef struct LswApplyTarget {
 typedef struct LswApplyArgs {
     uint64_t x, ids, gates;
     uint64_t row_map;  /* int32_t [rows], or 0: row r has the route of item r */
-    uint64_t order;    /* uint32_t [rows]: rows of like routes behind each other; or 0: as they come */
-    uint64_t products; /* float [rows, k, width]; of many rows in parts, LSW_MANY_PRODUCT_BYTES an element */
+    uint64_t order;    /* many rows of 16 bits: uint32_t [rows], rows of like routes behind each other; padded to 16 bytes; then canonical
+                          routes, uint32_t slot and float gate [rows, k] */
+    uint64_t products; /* float [rows, k, width] */
     uint64_t status;
     uint64_t x_stride, ids_stride, gates_stride;
     uint32_t rows, items, in, k, slots;

@@ -2,7 +2,7 @@
 
 use crate::bank::AdapterBank;
 use crate::check::{Checked, MAX_COUNT, Named, narrow};
-use crate::cuda::args::{LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_FEW_COLUMNS, LSW_FEW_SLICES, LSW_MANY_PRODUCT_BYTES, LSW_MAX_K};
+use crate::cuda::args::{LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_FEW_COLUMNS, LSW_FEW_SLICES, LSW_MAX_K};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::stream::{Stream, StreamKind};
@@ -81,11 +81,11 @@ pub(crate) struct Plan<'b> {
     pub ids: RawMat,
     pub gates: RawMat,
     pub row_map: Option<RawMat>,
-    /// A x, f32 [rows k, width]: of row r and the p-th entry of its canonical route, in row r k + p. On CUDA, of many rows, in parts.
+    /// A x, f32 [rows k, width]: of row r and the p-th entry of its canonical route, in row r k + p.
     pub products: RawMat,
     /// What is added to each row, f32 [rows, all targets' outputs], which waits there for y: of up to 64 rows in 16 bits, between the halves.
     pub sums: RawMat,
-    /// Where a permutation of many rows has its place, u32 [rows].
+    /// Where a permutation of many rows has its place, u32 [rows], and behind it their canonical routes.
     pub order: Option<u64>,
     /// See `Group::slices`.
     pub slices: u32,
@@ -249,8 +249,9 @@ struct Sizes {
     /// Likewise: f32 that wait for y.
     sums: u64,
     width: u64,
-    product_bytes: u64,
     ordered_rows: u32,
+    /// Of canonical routes, behind the order.
+    route_bytes: u64,
 }
 
 impl Sizes {
@@ -262,14 +263,18 @@ impl Sizes {
         narrow("rows * the targets' out_features", u64::from(rows) * outputs, MAX_OUTPUTS)?;
         let is_half = dtype != DType::F32;
         let is_many = rows > LSW_APPLY_MANY && is_half;
-        let (product_bytes, ordered_rows) = if is_many { (LSW_MANY_PRODUCT_BYTES, rows) } else { (4, 0) };
+        let (ordered_rows, route_bytes) = if is_many { (rows, entries * 8) } else { (0, 0) };
         let few_rows = if is_half && k > 0 && width > 0 { rows.min(LSW_APPLY_MANY) } else { 0 };
         let (sliced_entries, sums) = (u64::from(few_rows * k * group.slices()), u64::from(few_rows) * group.sum_width);
-        Ok(Self { entries, sliced_entries, sums, width, product_bytes: product_bytes.into(), ordered_rows })
+        Ok(Self { entries, sliced_entries, sums, width, ordered_rows, route_bytes })
     }
 
     fn products_bytes(&self) -> u64 {
-        self.entries * self.width * self.product_bytes
+        self.entries * self.width * 4
+    }
+
+    fn order_bytes(&self) -> u64 {
+        (u64::from(self.ordered_rows) * 4).next_multiple_of(16)
     }
 
     /// Where what waits for y begins.
@@ -278,7 +283,7 @@ impl Sizes {
     }
 
     fn bytes(&self) -> u64 {
-        (self.products_bytes() + u64::from(self.ordered_rows) * 4).max(self.sliced_bytes() + self.sums * 4)
+        (self.products_bytes() + self.order_bytes() + self.route_bytes).max(self.sliced_bytes() + self.sums * 4)
     }
 }
 

@@ -188,6 +188,18 @@ fn any_number_of_rows(backend: &Backend) {
     }
 }
 
+/// Small ranks of few slots, of rows enough for several blocks of each kernel, with gaps or packs that are not whole.
+fn small_ranks_of_many_rows(backend: &Backend) {
+    for (dtype, rows, aligned) in [(DType::F16, 300, true), (DType::Bf16, 300, false), (DType::Bf16, 2100, true)] {
+        let spec = Spec { max_rank: 16, seed: rows as u64, slots: 8, aligned, ..small(dtype, Form::FromBase) };
+        let model = Model::new(backend, &group(spec, &[296, 8, 136, 120], 328));
+        let mut batch = Batch::laid_out(&model, &mut Rng(rows as u64), (rows, 2), dtype, true, rows == 300);
+        let before = batch.bits();
+        batch.run(&model, Call::Halves);
+        batch.assert_added_to(&model, &before, &format!("{rows} rows"));
+    }
+}
+
 /// Longer inputs than slices of the least length make up.
 fn long_inputs(backend: &Backend) {
     for dtype in FLOATS {
@@ -203,8 +215,10 @@ fn long_inputs(backend: &Backend) {
 /// A row has the same bits in each run, in one call or two, with its route in another order, alone (or among 65 others, where more
 /// than 64 rows take another path) and in a larger batch.
 fn bits_depend_on_the_row_alone(backend: &Backend) {
-    for (dtype, rows, few) in FLOATS.into_iter().flat_map(|dtype| [(dtype, 60, 1), (dtype, 150, 66)]) {
-        let spec = Spec { max_rank: 40, ..group(small(dtype, Form::FromBase), &[130, 33], 700) };
+    // Outputs in whole packs or not, and ranks that are few or many: each may take another path above 64 rows.
+    let sizes = [(60, 1, [130, 33], 40), (150, 66, [130, 33], 40), (150, 66, [136, 40], 40), (150, 66, [136, 40], 16)];
+    for (dtype, (rows, few, outs, max_rank)) in FLOATS.into_iter().flat_map(|dtype| sizes.map(|sizes| (dtype, sizes))) {
+        let spec = Spec { max_rank, ..group(small(dtype, Form::FromBase), &outs, 700) };
         let model = Model::new(backend, &spec);
         let k = 3;
         // Distinct slots: the order of equal ones is the order of their sum.
@@ -317,8 +331,8 @@ fn agrees_with_the_switch(backend: &Backend) {
 /// Routes that name nothing in as many ways as there are leave every bit of y alone, NaNs and negative zeros too.
 fn routes_of_nothing(backend: &Backend) {
     let odd = |dtype| [-0.0, f64::NAN, f64::INFINITY, 1.0].map(|value| encode(dtype, value));
-    for (dtype, rows) in FLOATS.into_iter().flat_map(|dtype| [0, 3, 70].map(|rows| (dtype, rows))) {
-        let mut model = Model::new(backend, &group(small(dtype, Form::FromBase), &[48, 33], 80));
+    for (dtype, (rows, out)) in FLOATS.into_iter().flat_map(|dtype| [(0, 33), (3, 33), (70, 33), (70, 40)].map(|sizes| (dtype, sizes))) {
+        let mut model = Model::new(backend, &group(small(dtype, Form::FromBase), &[48, out], 80));
         let mut rng = Rng(20);
         // Slot 1 has a rank of 0 at one target and no adapter at the other.
         let empty = vec![Some(model.pair_of(&mut rng, 48, 80, 0)), None];
@@ -342,12 +356,12 @@ fn routes_of_nothing(backend: &Backend) {
 
 /// A coefficient of zero does not touch its adapter, and no row sees the adapters of another: not even NaNs.
 fn rows_are_kept_apart(backend: &Backend) {
-    let sizes = FLOATS.into_iter().flat_map(|dtype| [(dtype, 40), (dtype, 90)]);
-    for ((dtype, rows), call) in sizes.flat_map(|size| CALLS.map(|call| (size, call))) {
-        let mut model = Model::new(backend, &group(small(dtype, Form::FromBase), &[48, 33], 80));
+    let sizes = FLOATS.into_iter().flat_map(|dtype| [(40, 33), (90, 33), (90, 40)].map(|sizes| (dtype, sizes)));
+    for ((dtype, (rows, out)), call) in sizes.flat_map(|size| CALLS.map(|call| (size, call))) {
+        let mut model = Model::new(backend, &group(small(dtype, Form::FromBase), &[48, out], 80));
         let mut rng = Rng(15);
         for slot in 0..4 {
-            let mut pairs = [48, 33].map(|out| model.pair_of(&mut rng, out, 80, 12));
+            let mut pairs = [48, out].map(|out| model.pair_of(&mut rng, out, 80, 12));
             if slot == 2 {
                 pairs.iter_mut().for_each(Pair::poison);
             }
@@ -534,7 +548,7 @@ fn bad_arguments_are_named(backend: &Backend) {
     let sums = 5 * (48 + 40) * 4;
     assert_eq!(bytes(0..2, 5, 2).unwrap(), 5 * 2 * 2 * 24 * 4 + sums, "one slice; ranks of at most 20, and outputs, in steps of 8");
     assert!(bytes(0..2, 65, 2).unwrap() >= bytes(0..2, 64, 2).unwrap(), "never less for more rows");
-    assert_eq!(bytes(0..2, 650, 2).unwrap(), 650 * 2 * 2 * 24 * 8 + 650 * 4, "in parts, and an order of the rows");
+    assert_eq!(bytes(0..2, 650, 2).unwrap(), 650 * 2 * 2 * 24 * 4 + 652 * 4 + 650 * 2 * 8, "an order of the rows, and their routes");
     assert_eq!(bytes(0..2, 0, 2).unwrap(), 0);
     assert_eq!(bytes(0..2, 5, 0).unwrap(), 0);
 }
@@ -542,6 +556,7 @@ fn bad_arguments_are_named(backend: &Backend) {
 on_backends!(
     matches_oracle,
     any_number_of_rows,
+    small_ranks_of_many_rows,
     long_inputs,
     bits_depend_on_the_row_alone,
     alignment_does_not_matter,

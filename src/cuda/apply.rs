@@ -4,9 +4,10 @@ use super::args::{
     LSW_ADD_THREADS, LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_EXPAND_CHUNKS, LSW_EXPAND_THREADS, LSW_FEW_EXPAND_THREADS, LSW_FEW_OUTPUTS,
     LSW_FEW_RANKS, LSW_FEW_ROWS, LSW_FEW_SHARED, LSW_FEW_THREADS, LSW_MANY_CHUNKS, LSW_MANY_EXPAND_ROWS, LSW_MANY_EXPAND_THREADS,
     LSW_MANY_OUTPUTS, LSW_MANY_SHRINK_ROWS, LSW_MANY_SHRINK_THREADS, LSW_MANY_SPLITS, LSW_ORDER_THREADS, LSW_SHRINK_ROWS,
-    LSW_SHRINK_THREADS, LswAddArgs, LswAddTarget, LswApplyArgs, LswApplyTarget, LswFactor,
+    LSW_SHRINK_THREADS, LSW_STRIP_BLOCKS, LSW_STRIP_OUTPUTS, LSW_STRIP_ROWS, LSW_STRIP_SLOTS, LSW_STRIP_STEP_BYTES, LSW_STRIP_THREADS,
+    LSW_STRIP_WARP_BYTES, LswAddArgs, LswAddTarget, LswApplyArgs, LswApplyTarget, LswFactor,
 };
-use super::context::{Apply, DeviceStream, Few, by_dtype};
+use super::context::{Apply, Device, DeviceStream, Few, by_dtype};
 use super::launch::{Cube, Grid, launch, launch_dependent};
 use crate::apply::{GroupTarget, Part, Plan};
 use crate::dtype::DType;
@@ -157,9 +158,39 @@ fn shrink(stream: &DeviceStream, plan: &Plan<'_>, path: &Path, part: Part) -> Re
     unsafe { launch_dependent(stream, function, grid, &args) }
 }
 
+/// What a block needs to hold B of all slots for some outputs, where it can: small ranks of few slots, and y in whole packs of 16 bits.
+fn strip_bytes(device: &Device, plan: &Plan<'_>) -> Option<u32> {
+    let is_whole = |t: &GroupTarget| t.y.is_some_and(|y| y.aligned16() && y.dtype.size() == 2 && y.cols.is_multiple_of(8));
+    if plan.bank.slots() > u64::from(LSW_STRIP_SLOTS) || !plan.targets().all(is_whole) {
+        return None;
+    }
+    let steps = plan.bank.slots() as u32 * plan.targets().map(|t| t.rank_cap.div_ceil(LSW_STRIP_ROWS)).max()?;
+    let bytes = steps * LSW_STRIP_STEP_BYTES + LSW_STRIP_THREADS / 32 * LSW_STRIP_WARP_BYTES;
+    (bytes <= device.strip_shared).then_some(bytes)
+}
+
+fn expand_strips(stream: &DeviceStream, plan: &Plan<'_>, shared: u32) -> Result<()> {
+    let device = stream.device();
+    let units = plan.targets().map(|t| t.out_features.div_ceil(LSW_STRIP_OUTPUTS)).sum::<u32>();
+    if units == 0 {
+        return Ok(());
+    }
+    let resident = if shared <= device.strip_shared / LSW_STRIP_BLOCKS { LSW_STRIP_BLOCKS } else { 1 };
+    // At least a group of rows for each warp.
+    let groups = u64::from(plan.rows.div_ceil(LSW_STRIP_ROWS)) * u64::from(units);
+    let blocks = groups.div_ceil(u64::from(LSW_STRIP_THREADS / 32)).min(u64::from(resident * device.processors)) as u32;
+    let function = device.kernels.apply_strips[by_dtype(plan.bank.dtype()) - 1];
+    let grid = Grid { blocks, threads: LSW_STRIP_THREADS, shared };
+    // SAFETY: as of `expand`.
+    unsafe { launch_dependent(stream, function, grid, &LswApplyArgs { units, ..args(stream, plan) }) }
+}
+
 /// To y; in the first half of a call of few rows, to the sums.
 fn expand(stream: &DeviceStream, plan: &Plan<'_>, path: &Path, part: Part) -> Result<()> {
     // A block of `threads` does `rows` rows and up to `most` times `outputs` outputs, while there are `resident` blocks a multiprocessor.
+    if let (Path::Many(_), Some(shared)) = (path, strip_bytes(stream.device(), plan)) {
+        return expand_strips(stream, plan, shared);
+    }
     let (function, threads, rows, outputs, most, resident, shared) = match path {
         Path::Rows(by_row) => (by_row.expand, LSW_EXPAND_THREADS, 1, LSW_EXPAND_THREADS, LSW_EXPAND_CHUNKS, RESIDENT, 0),
         Path::Few(few) => {

@@ -71,6 +71,8 @@ pub(super) struct Kernels {
     /// f16, bf16, as the next.
     pub apply_few: [Few; 2],
     pub apply_many: [Apply; 2],
+    /// Its second half where B fits into shared memory.
+    pub apply_strips: [Function; 2],
     pub apply_order: Function,
     /// By the type of y.
     pub apply_add: [Function; 3],
@@ -262,6 +264,7 @@ impl Modules {
             apply_f32: self.apply("apply_f32", "f32")?,
             apply_few: [self.apply_few("f16")?, self.apply_few("bf16")?],
             apply_many: [self.apply("apply_mma", "many_f16")?, self.apply("apply_mma", "many_bf16")?],
+            apply_strips: self.functions_with_shared("apply_mma", "apply_expand_strips", halves, strip_shared()?)?,
             apply_order: self.function("apply_mma", "apply_order")?,
             apply_add: self.functions("apply", "apply_add", floats)?,
             linear: [
@@ -288,6 +291,8 @@ pub(crate) struct Device {
     pub(super) linear_blocks: [[u32; 3]; 2],
     /// The most shared memory of each.
     pub(super) linear_shared: u32,
+    /// The most shared memory of `apply_strips`.
+    pub(super) strip_shared: u32,
     /// Multiprocessors of the card.
     pub(super) processors: u32,
     /// Whether a kernel may start before the one before it has ended, and whether blocks may form clusters: from 9.0 on.
@@ -381,6 +386,7 @@ impl Device {
             switch_blocks,
             linear_blocks,
             linear_shared,
+            strip_shared: strip_shared()?,
             processors,
             has_dependent_launch,
             modules,
@@ -483,10 +489,19 @@ fn switch_blocks(kernels: &Kernels) -> Result<[u32; 3]> {
     Ok(blocks)
 }
 
+/// What a block may have.
+fn most_shared() -> Result<u32> {
+    Ok(attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32)
+}
+
+/// What a block of `apply_strips` may ask for, beside what it has by itself.
+fn strip_shared() -> Result<u32> {
+    Ok(most_shared()? - 1024)
+}
+
 /// What a block of `linear` may have.
 fn linear_shared() -> Result<u32> {
-    let most = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-    Ok(LSW_LINEAR_SHARED_MAX.min(most as u32))
+    Ok(LSW_LINEAR_SHARED_MAX.min(most_shared()?))
 }
 
 fn linear_blocks(kernels: &Kernels) -> Result<[[u32; 3]; 2]> {

@@ -145,6 +145,9 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
         for function in k.linear.as_flattened() {
             launch_dependent(stream, *function, one(LSW_LINEAR_THREADS, 0), &LswLinearArgs::default())?;
         }
+        for function in k.apply_strips {
+            launch_dependent(stream, function, one(LSW_STRIP_THREADS, 0), &LswApplyArgs::default())?;
+        }
         launch_dependent(stream, k.apply_order, one(LSW_ORDER_THREADS, 0), &LswApplyArgs::default())?;
         launch(stream, k.measure_read, one(LSW_READ_THREADS, 0), &LswMeasureArgs::default())?;
         for function in [k.measure_repeat, k.measure_fold] {
