@@ -138,6 +138,16 @@ template <int kPending> __device__ __forceinline__ void wgmma_wait() {
 __device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, int add, __nv_bfloat16) { LSW_WGMMA("bf16"); }
 __device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, int add, __half) { LSW_WGMMA("f16"); }
 
+// d (64 x 64, f32) = or += a (64 x 16, K-major) b (16 x 64, N-major).
+#define LSW_WGMMA_64(TYPE)                                                                                                                 \
+    asm volatile(                                                                                                                          \
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                                                                                   \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, add, 1, 1, 0, 1;\n}\n"  \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]) \
+        : "l"(a), "l"(b), "r"(add))
+__device__ __forceinline__ void wgmma(float (&d)[32], uint64_t a, uint64_t b, int add, __nv_bfloat16) { LSW_WGMMA_64("bf16"); }
+__device__ __forceinline__ void wgmma(float (&d)[32], uint64_t a, uint64_t b, int add, __half) { LSW_WGMMA_64("f16"); }
+
 // The same with a in registers: of warp w's 16 rows what ldmatrix4 gives of [16, 16].
 #define LSW_WGMMA_HELD(TYPE)                                                                                                               \
     asm volatile(                                                                                                                          \

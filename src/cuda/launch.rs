@@ -1,7 +1,7 @@
 //! The one launch.
 
 use super::args::*;
-use super::context::{DeviceStream, Function, SWITCH_SHARED, driver};
+use super::context::{DeviceStream, Function, SMALL_SHARED, SWITCH_SHARED, driver};
 use crate::error::Result;
 use cudarc::driver::sys;
 use std::ffi::c_void;
@@ -117,8 +117,9 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
         for (function, shared) in k.switch.iter().zip(SWITCH_SHARED) {
             launch(stream, *function, one(LSW_SWITCH_THREADS, shared), &LswSwitchArgs::default())?;
         }
-        for function in stream.device().hopper.iter().flat_map(|hopper| hopper.switch) {
-            launch(stream, function, one(LSW_SWITCH90_THREADS, LSW_SWITCH90_SHARED), &LswSwitchArgs::default())?;
+        for switch in stream.device().hopper.iter().flat_map(|hopper| hopper.switch) {
+            launch(stream, switch.large, one(LSW_SWITCH90_THREADS, LSW_SWITCH90_SHARED), &LswSwitchArgs::default())?;
+            launch_dependent(stream, switch.small, one(LSW_SMALL_THREADS, SMALL_SHARED), &LswSwitchArgs::default())?;
         }
         launch(stream, k.status_take, one(1, 0), &LswTakeArgs::default())?;
         launch(stream, k.bank_set, one(LSW_BANK_THREADS, 0), &LswBankArgs::default())?;
