@@ -3,7 +3,8 @@
 
 use crate::lab::{Buffer, Lab, Result};
 use lora_switch::{
-    AdapterBank, Context, DType, Factor, Form, Mat, StateMemory, Stream, SwitchOptions, SwitchSet, Target, TargetShape, Tensor, Weight,
+    AdapterBank, Context, DType, Factor, Form, Mat, StateMemory, Stream, SwitchKernels, SwitchOptions, SwitchSet, Target, TargetShape,
+    Tensor, Weight,
 };
 
 /// (out, in) of the targets of Llama-2-7B.
@@ -132,8 +133,8 @@ impl Model {
             bank.set_slot(&self.stream, slot, &factors)?;
         }
         let targets = targets.iter().map(|&target| self.target(target)).collect();
-        let (form, portable) = (self.spec.form, self.spec.portable);
-        let options = SwitchOptions { form, k_max: 8, portable, memory: StateMemory::allocate() };
+        let kernels = if self.spec.portable { SwitchKernels::Portable } else { SwitchKernels::Best };
+        let options = SwitchOptions { form: self.spec.form, k_max: 8, kernels, memory: StateMemory::allocate() };
         Ok(SwitchSet::new(&self.stream, &bank, targets, options)?)
     }
 

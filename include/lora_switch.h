@@ -167,6 +167,21 @@
 #define LSW_IN_PLACE 1
 
 /**
+ * The fastest kernel that there is for a set.
+ */
+#define LSW_KERNELS_BEST 0
+
+/**
+ * The kernel for any card, even where there is a faster one.
+ */
+#define LSW_KERNELS_PORTABLE 1
+
+/**
+ * The kernel for large sets, even if the set is small.
+ */
+#define LSW_KERNELS_LARGE 2
+
+/**
  * Merge each route into the weights (lsw_switch_to), then multiply by them.
  */
 #define LSW_STRATEGY_SWITCH 0
@@ -370,10 +385,10 @@ typedef struct lsw_switch_options {
      */
     int32_t form;
     /**
-     * 1: use the portable kernel even where the card has a faster one, for tests and comparisons.
-     * Its sums are grouped otherwise, so its bits may differ within the same bound. Else 0.
+     * LSW_KERNELS_BEST or, for tests and comparisons, another. Their sums are grouped differently,
+     * so that bits may differ within the same bound.
      */
-    int32_t portable;
+    int32_t kernels;
     /**
      * The widest route that the set can be brought to: 1 to 32.
      */

@@ -53,6 +53,12 @@ enum {
     LSW_SWITCH90_GROUPS = 1024, /* of 32 targets: what one launch can plan */
     LSW_SWITCH90_SHARED = 227 * 1024,
 
+    /* The same for small sets. */
+    LSW_SMALL_THREADS = 256,
+    LSW_SMALL_SHARED = 40 * 1024,  /* bytes a block, behind the first multiple of 1,024, */
+    LSW_SMALL_PANELS = 64 * 1024,  /* and behind them */
+    LSW_SMALL_TARGETS = 32,        /* one lane each */
+
     LSW_PERMUTE_MAX_EXPERTS = 65536, /* adapter x expert pairs */
     LSW_PERMUTE_DIGITS = 1024,       /* experts that one pass sorts by; more take two passes of 8 bits */
     LSW_PERMUTE_THREADS = 512,
@@ -259,6 +265,9 @@ typedef struct LswSwitchArgs {
     uint64_t target_maps; /* LswMap [all targets, 2], of W and W_base */
     uint32_t path;
     uint32_t run; /* portable path: tiles, one below the other, that a block takes at a time */
+    uint64_t arrivals;    /* of a small set, uint32_t [all targets]: tiles that have begun; zero before and after */
+    uint32_t panel_depth; /* of a small set: 16, 32 or 64 of a rank, the most that a panel can have */
+    uint32_t padding;
 } LswSwitchArgs;
 
 /* Copies what a target holds merged: ids and coefficients [k_max], padded with -1 and 0. */

@@ -36,5 +36,5 @@ pub use permute::{
 };
 pub use route::{GroupScore, RouteOptions, Score, route, route_counted, route_workspace_bytes};
 pub use stream::{Context, Odd, Stream};
-pub use switch::{Form, SwitchOptions, SwitchSet, Target};
+pub use switch::{Form, SwitchKernels, SwitchOptions, SwitchSet, Target};
 pub use view::{Mat, MatMut, Tensor, Weight};

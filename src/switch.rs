@@ -32,6 +32,19 @@ pub struct Target {
     pub base: Option<Tensor>,
 }
 
+/// Which of a card's kernels switch a set. Their sums are grouped differently, so that bits may differ within the same bound.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(i32)]
+pub enum SwitchKernels {
+    /// The fastest that there is for the set.
+    #[default]
+    Best = 0,
+    /// The kernel for any card, even where there is a faster one: for tests and comparisons.
+    Portable = 1,
+    /// The kernel for large sets, even if the set is small: likewise.
+    Large = 2,
+}
+
 /// What a set is made with.
 #[derive(Debug)]
 pub struct SwitchOptions {
@@ -39,16 +52,15 @@ pub struct SwitchOptions {
     pub form: Form,
     /// The widest route that `to` may get: 1 to 32.
     pub k_max: u64,
-    /// Use the portable kernel even where the card has a faster one: for tests and comparisons. Its sums are grouped otherwise, so
-    /// its bits may differ within the same bound.
-    pub portable: bool,
+    /// Which kernels switch it.
+    pub kernels: SwitchKernels,
     /// Whose memory holds the set's tables.
     pub memory: StateMemory,
 }
 
 impl Default for SwitchOptions {
     fn default() -> Self {
-        Self { form: Form::FromBase, k_max: 8, portable: false, memory: StateMemory::allocate() }
+        Self { form: Form::FromBase, k_max: 8, kernels: SwitchKernels::Best, memory: StateMemory::allocate() }
     }
 }
 
@@ -77,7 +89,7 @@ pub(crate) struct SetPlan {
     pub bank: AdapterBank,
     pub targets: Vec<RawTarget>,
     pub in_place: bool,
-    pub portable: bool,
+    pub kernels: SwitchKernels,
     pub k_max: u32,
 }
 
@@ -103,6 +115,10 @@ pub(crate) struct ToPlan {
 /// bf16 parts, which leave out at most 2^-24 of it (an infinity in A or B makes NaN there). A coefficient that is not finite propagates
 /// from base (and the next route heals it); in place it counts as zero, as does one of 2^126 or more in magnitude, since it would destroy
 /// W. [`odd`](Self::odd) tells.
+///
+/// On Hopper, the launch of a small set (in 16 bits, aligned, up to 32 targets and some 1,000 tiles of 128 x 128; fewer where ranks may
+/// exceed 32) is a dependent one, like that of [`route`](crate::route()): it starts while the work before it ends, lets dependents start
+/// at once, and reads adapters that are in a slot, which nobody writes there, before that work has ended.
 ///
 /// A set is in flight on one stream at a time, replays of graphs included. Memory that it owns through cudarc ties it to one stream;
 /// dropped while its work is in flight, it frees in stream order there. Weights by address are the caller's to keep. A CUDA graph that
@@ -312,7 +328,7 @@ fn check_set(stream: &Stream, bank: &AdapterBank, targets: &[Target], options: &
     check_disjoint(&raw, options.form)?;
     let tiles = raw.iter().fold(0u64, |sum, t| sum.saturating_add(t.tiles()));
     narrow("targets' elements, in tiles of 64 x 128", tiles, 1 << 30)?;
-    Ok(SetPlan { bank: bank.clone(), targets: raw, in_place: options.form == Form::InPlace, portable: options.portable, k_max })
+    Ok(SetPlan { bank: bank.clone(), targets: raw, in_place: options.form == Form::InPlace, kernels: options.kernels, k_max })
 }
 
 fn check_target(stream: &Stream, bank: &AdapterBank, i: usize, target: &Target, form: Form) -> Result<RawTarget> {

@@ -3,7 +3,8 @@
 use crate::common::{Backend, FLOATS, Grid, Layout, Rng, cases, encode};
 use crate::oracle::{self, Exact, Term};
 use lora_switch::{
-    AdapterBank, DType, Error, Factor, Form, Odd, StateMemory, SwitchOptions, SwitchSet, Target, TargetShape, Tensor, Weight,
+    AdapterBank, DType, Error, Factor, Form, Odd, RouteOptions, StateMemory, SwitchOptions, SwitchSet, Target, TargetShape, Tensor, Weight,
+    route,
 };
 use proptest::prelude::*;
 
@@ -81,7 +82,7 @@ fn set_over(
 ) -> Result<SwitchSet, Error> {
     let base = |base: &Grid| (spec.form == Form::FromBase).then(|| base.tensor());
     let targets = weights.iter().zip(bases).map(|(w, b)| Target { weight: w.weight(), base: base(b) }).collect();
-    let options = SwitchOptions { form: spec.form, k_max: spec.k_max as u64, portable: backend.portable, memory };
+    let options = SwitchOptions { form: spec.form, k_max: spec.k_max as u64, kernels: backend.kernels, memory };
     SwitchSet::new(&backend.stream, bank, targets, options)
 }
 
@@ -560,7 +561,7 @@ fn a_single_row_has_any_stride(backend: &Backend) {
         // SAFETY: as above.
         let written = unsafe { Weight::from_raw(&backend.context, weight.addr(), DType::Bf16, 1, cols as u64, stride) };
         let targets = vec![Target { weight: written, base: Some(tensor(&base)) }];
-        let options = SwitchOptions { portable: backend.portable, ..Default::default() };
+        let options = SwitchOptions { kernels: backend.kernels, ..Default::default() };
         let mut set = SwitchSet::new(&backend.stream, &bank, targets, options).unwrap();
         assert_eq!(set.weight(0).unwrap().stride(), stride, "as given");
         let (ids, gates) = (Grid::ids(backend, &[0]), Grid::floats(backend, &[1.0]));
@@ -584,7 +585,7 @@ fn the_last_slot(backend: &Backend) {
     let (base, a, b, weight) = (grid(8, 16), grid(8, 16), grid(8, 8), grid(8, 16));
     bank.set_slot(&backend.stream, 65_535, &[Some(Factor { a: a.tensor(), b: b.tensor(), scale: 1.0 })]).unwrap();
     let targets = vec![Target { weight: weight.weight(), base: Some(base.tensor()) }];
-    let options = SwitchOptions { portable: backend.portable, ..Default::default() };
+    let options = SwitchOptions { kernels: backend.kernels, ..Default::default() };
     let mut set = SwitchSet::new(&backend.stream, &bank, targets, options).unwrap();
     let (ids, gates) = (Grid::ids(backend, &[65_536, 65_535]), Grid::floats(backend, &[1.0, 0.5]));
     set.to(&backend.stream, &ids.mat(), &gates.mat()).unwrap();
@@ -765,7 +766,7 @@ fn more_targets_than_a_launch_plans(backend: &Backend) {
     bank.set_slot(&backend.stream, 0, &(0..count as u64).map(factor).collect::<Vec<_>>()).unwrap();
     let weights = weight.weight().split_rows(&vec![1; count]).unwrap();
     let targets = weights.into_iter().zip(0..).map(|(weight, i)| Target { weight, base: Some(row(&base, i)) }).collect();
-    let options = SwitchOptions { portable: backend.portable, ..Default::default() };
+    let options = SwitchOptions { kernels: backend.kernels, ..Default::default() };
     let mut set = SwitchSet::new(&backend.stream, &bank, targets, options).unwrap();
     let exact = |g: &Grid| Exact::new(DType::Bf16, g.rows, g.cols, &g.bits());
     for gate in [0.5, -1.25] {
@@ -833,7 +834,7 @@ fn fused_weights(backend: &Backend) {
         start += h;
     }
     let mut set =
-        SwitchSet::new(&backend.stream, &bank, targets, SwitchOptions { portable: backend.portable, ..Default::default() }).unwrap();
+        SwitchSet::new(&backend.stream, &bank, targets, SwitchOptions { kernels: backend.kernels, ..Default::default() }).unwrap();
     set.unmerge(&backend.stream).unwrap();
     backend.synchronize();
     assert_eq!(fused.bits(), base.bits());
@@ -936,7 +937,44 @@ fn bad_refills_and_routes_are_refused(backend: &Backend) {
     assert_eq!(model.all_bits(), before);
 }
 
+/// Launches without a pause, each of which may begin before the one before has ended: the same bits as one at a time. The route is that
+/// of a router just before, so that what a launch sees too early is another one; some repeat what is there.
+fn launches_in_a_row(backend: &Backend) {
+    for form in [Form::FromBase, Form::InPlace] {
+        // Of more than 32 slots, adapters are not read with the route.
+        for slots in [4, 33] {
+            let spec = Spec { slots, shapes: vec![(384, 640), (48, 80), (200, 136)], max_rank: 70, ..small(DType::Bf16, form) };
+            let run = |pauses: bool| {
+                let mut model = Model::new(backend, &spec);
+                let (experts, k) = (4, 2);
+                let mut rng = Rng(5);
+                let logits: Vec<Grid> = (0..12)
+                    .map(|_| Grid::new(backend, DType::F32, 1, experts, Layout::dense(experts), &rng.bits(DType::F32, experts, 3.0)))
+                    .collect();
+                let mut ids = Grid::new(backend, DType::I32, 1, k, Layout::dense(k), &[0, 1]);
+                let mut gates = Grid::poisoned(backend, DType::F32, 1, k, Layout::dense(k));
+                backend.synchronize();
+                for step in [0, 1, 1, 2, 3, 0, 4, 5, 5, 6, 7, 8, 9, 10, 11, 10] {
+                    let options = RouteOptions::default();
+                    route(&backend.stream, &options, &logits[step].mat(), &mut ids.mat_mut(), &mut gates.mat_mut()).unwrap();
+                    if pauses {
+                        backend.synchronize();
+                    }
+                    model.set.to(&backend.stream, &ids.mat(), &gates.mat()).unwrap();
+                    if pauses {
+                        backend.synchronize();
+                    }
+                }
+                backend.synchronize();
+                model.all_bits()
+            };
+            assert_eq!(run(false), run(true), "{form:?}, {slots} slots");
+        }
+    }
+}
+
 on_paths!(
+    launches_in_a_row,
     from_base_matches_oracle,
     in_place_matches_oracle,
     ragged_mixture,

@@ -42,7 +42,7 @@ class Factor(ctypes.Structure):
 class SwitchOptions(ctypes.Structure):
     """lsw_switch_options."""
 
-    _fields_ = [("struct_size", ctypes.c_uint64), ("form", ctypes.c_int32), ("portable", ctypes.c_int32), ("k_max", ctypes.c_uint64),
+    _fields_ = [("struct_size", ctypes.c_uint64), ("form", ctypes.c_int32), ("kernels", ctypes.c_int32), ("k_max", ctypes.c_uint64),
                 ("memory", ctypes.c_void_p), ("memory_bytes", ctypes.c_uint64)]
 
 

@@ -322,7 +322,7 @@ impl<'a> World<'a> {
         let targets: Vec<_> = (0..self.banks[bank].shapes.len()).map(|i| target(self, i)).collect();
         let (form, k_max) = (self.bytes.number(form), 1 + self.bytes.below(32));
         let k_max = self.bytes.size(k_max);
-        let options = c::lsw_switch_options { form, portable: self.bytes.number(0), k_max, ..Default::default() };
+        let options = c::lsw_switch_options { form, kernels: self.bytes.number(0), k_max, ..Default::default() };
         let made = self.make(|w, out| {
             w.with_options(options, |w, options| {
                 let (array, count) = (w.bytes.pointer(targets.as_ptr()), w.bytes.count(&targets));

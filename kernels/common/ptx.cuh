@@ -101,6 +101,13 @@ __device__ __forceinline__ uint32_t count_acq_rel(uint32_t* counter, uint32_t li
     return before;
 }
 
+// The same, of which nobody learns anything but the count.
+__device__ __forceinline__ uint32_t count_relaxed(uint32_t* counter, uint32_t limit) {
+    uint32_t before;
+    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(limit) : "memory");
+    return before;
+}
+
 // Words that blocks hand to each other: each is whole when it is seen, and says nothing of others.
 __device__ __forceinline__ void store_relaxed(uint32_t* p, uint32_t x) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
 __device__ __forceinline__ uint32_t load_relaxed(const uint32_t* p) {

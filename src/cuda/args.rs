@@ -37,6 +37,10 @@ pub const LSW_SWITCH90_THREADS: _bindgen_ty_1 = 512;
 pub const LSW_SWITCH90_TILE: _bindgen_ty_1 = 128;
 pub const LSW_SWITCH90_GROUPS: _bindgen_ty_1 = 1024;
 pub const LSW_SWITCH90_SHARED: _bindgen_ty_1 = 232448;
+pub const LSW_SMALL_THREADS: _bindgen_ty_1 = 256;
+pub const LSW_SMALL_SHARED: _bindgen_ty_1 = 40960;
+pub const LSW_SMALL_PANELS: _bindgen_ty_1 = 65536;
+pub const LSW_SMALL_TARGETS: _bindgen_ty_1 = 32;
 pub const LSW_PERMUTE_MAX_EXPERTS: _bindgen_ty_1 = 65536;
 pub const LSW_PERMUTE_DIGITS: _bindgen_ty_1 = 1024;
 pub const LSW_PERMUTE_THREADS: _bindgen_ty_1 = 512;
@@ -405,10 +409,13 @@ pub struct LswSwitchArgs {
     pub target_maps: u64,
     pub path: u32,
     pub run: u32,
+    pub arrivals: u64,
+    pub panel_depth: u32,
+    pub padding: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of LswSwitchArgs"][::core::mem::size_of::<LswSwitchArgs>() - 104usize];
+    ["Size of LswSwitchArgs"][::core::mem::size_of::<LswSwitchArgs>() - 120usize];
     ["Alignment of LswSwitchArgs"][::core::mem::align_of::<LswSwitchArgs>() - 8usize];
     ["Offset of field: LswSwitchArgs::targets"][::core::mem::offset_of!(LswSwitchArgs, targets) - 0usize];
     ["Offset of field: LswSwitchArgs::factors"][::core::mem::offset_of!(LswSwitchArgs, factors) - 8usize];
@@ -427,6 +434,9 @@ const _: () = {
     ["Offset of field: LswSwitchArgs::target_maps"][::core::mem::offset_of!(LswSwitchArgs, target_maps) - 88usize];
     ["Offset of field: LswSwitchArgs::path"][::core::mem::offset_of!(LswSwitchArgs, path) - 96usize];
     ["Offset of field: LswSwitchArgs::run"][::core::mem::offset_of!(LswSwitchArgs, run) - 100usize];
+    ["Offset of field: LswSwitchArgs::arrivals"][::core::mem::offset_of!(LswSwitchArgs, arrivals) - 104usize];
+    ["Offset of field: LswSwitchArgs::panel_depth"][::core::mem::offset_of!(LswSwitchArgs, panel_depth) - 112usize];
+    ["Offset of field: LswSwitchArgs::padding"][::core::mem::offset_of!(LswSwitchArgs, padding) - 116usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]

@@ -1,8 +1,9 @@
 //! The driver, probed; a device with its kernels; its streams.
 
 use super::args::{
-    LSW_FEW_SHARED, LSW_GATE_SHARED_MANY, LSW_GATE_SHARED_TILE, LSW_LINEAR_SHARED_MAX, LSW_LINEAR_THREADS, LSW_SWITCH_SHARED_16BIT,
-    LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS_16BIT, LSW_SWITCH_THREADS_32BIT, LSW_SWITCH90_SHARED, LswTakeArgs,
+    LSW_FEW_SHARED, LSW_GATE_SHARED_MANY, LSW_GATE_SHARED_TILE, LSW_LINEAR_SHARED_MAX, LSW_LINEAR_THREADS, LSW_SMALL_PANELS,
+    LSW_SMALL_SHARED, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS_16BIT, LSW_SWITCH_THREADS_32BIT,
+    LSW_SWITCH90_SHARED, LswTakeArgs,
 };
 use super::images::{BUILT_WITH, IMAGES};
 use super::launch::{Grid, launch};
@@ -116,13 +117,20 @@ pub(super) struct Few {
 #[derive(Clone, Copy)]
 pub(super) struct Hopper {
     /// f16, bf16.
-    pub switch: [Function; 2],
+    pub switch: [Switch; 2],
     pub processors: u32,
+}
+
+/// The Hopper switch, for sets of many tiles and of few.
+#[derive(Clone, Copy)]
+pub(super) struct Switch {
+    pub large: Function,
+    pub small: Function,
 }
 
 impl Hopper {
     /// None: no Hopper kernel of this type.
-    pub fn switch_for(&self, dtype: DType) -> Option<Function> {
+    pub fn switch_for(&self, dtype: DType) -> Option<Switch> {
         match dtype {
             DType::F16 => Some(self.switch[0]),
             DType::Bf16 => Some(self.switch[1]),
@@ -140,6 +148,9 @@ pub(super) fn by_dtype(dtype: DType) -> usize {
         other => unreachable!("the plan's dtype is a float, not {other}"),
     }
 }
+
+/// Shared memory of the Hopper switch of small sets, whose own begins at a multiple of 1,024.
+pub(super) const SMALL_SHARED: u32 = 1024 + LSW_SMALL_SHARED + LSW_SMALL_PANELS;
 
 /// Threads and shared memory of the switch's blocks, by the same index.
 pub(super) const SWITCH_THREADS: [u32; 3] = [LSW_SWITCH_THREADS_32BIT, LSW_SWITCH_THREADS_16BIT, LSW_SWITCH_THREADS_16BIT];
@@ -179,10 +190,14 @@ impl Modules {
     }
 
     fn hopper(&self) -> Result<Hopper> {
-        let switch = [self.function("switch_sm90", "switch_f16_sm90")?, self.function("switch_sm90", "switch_bf16_sm90")?];
-        for function in switch {
-            allow_shared(function, LSW_SWITCH90_SHARED)?;
-        }
+        let switch = |suffix: &str| -> Result<Switch> {
+            let large = self.function("switch_sm90", &format!("switch_{suffix}_sm90"))?;
+            let small = self.function("switch_small_sm90", &format!("switch_small_{suffix}_sm90"))?;
+            allow_shared(large, LSW_SWITCH90_SHARED)?;
+            allow_shared(small, SMALL_SHARED)?;
+            Ok(Switch { large, small })
+        };
+        let switch = [switch("f16")?, switch("bf16")?];
         let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
         Ok(Hopper { switch, processors })
     }

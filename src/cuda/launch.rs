@@ -1,7 +1,7 @@
 //! The one launch.
 
 use super::args::*;
-use super::context::{Apply, DeviceStream, Few, Function, SWITCH_SHARED, SWITCH_THREADS, driver};
+use super::context::{Apply, DeviceStream, Few, Function, SMALL_SHARED, SWITCH_SHARED, SWITCH_THREADS, driver};
 use crate::error::Result;
 use cudarc::driver::sys;
 use std::ffi::c_void;
@@ -117,8 +117,9 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
         for ((function, threads), shared) in k.switch.iter().zip(SWITCH_THREADS).zip(SWITCH_SHARED) {
             launch(stream, *function, one(threads, shared), &LswSwitchArgs::default())?;
         }
-        for function in stream.device().hopper.iter().flat_map(|hopper| hopper.switch) {
-            launch(stream, function, one(LSW_SWITCH90_THREADS, LSW_SWITCH90_SHARED), &LswSwitchArgs::default())?;
+        for switch in stream.device().hopper.iter().flat_map(|hopper| hopper.switch) {
+            launch(stream, switch.large, one(LSW_SWITCH90_THREADS, LSW_SWITCH90_SHARED), &LswSwitchArgs::default())?;
+            launch_dependent(stream, switch.small, one(LSW_SMALL_THREADS, SMALL_SHARED), &LswSwitchArgs::default())?;
         }
         launch(stream, k.status_take, one(1, 0), &LswTakeArgs::default())?;
         launch(stream, k.bank_set, one(LSW_BANK_THREADS, 0), &LswBankArgs::default())?;

@@ -76,8 +76,8 @@ pub(super) fn weight(mat: &RawMat) -> Result<LswMap> {
     blocks(mat, 64)
 }
 
-/// How much of the rank a box holds: as `panel_depth` in kernels/switch_sm90.cu has it.
-fn depth(rank: u64) -> u32 {
+/// How much of the rank a box holds: as `panel_depth` in the Hopper kernels has it.
+pub(super) fn depth(rank: u64) -> u32 {
     match rank {
         0..=16 => 16,
         17..=32 => 32,

@@ -1,18 +1,18 @@
 //! The switch set's device tables and its launch.
 
 use super::args::{
-    LSW_MAX_K, LSW_PATH_ALL, LSW_PATH_BOXES, LSW_PATH_OTHERS, LSW_SWITCH_RUN, LSW_SWITCH90_GROUPS, LSW_SWITCH90_SHARED,
-    LSW_SWITCH90_THREADS, LSW_SWITCH90_TILE, LSW_UNKNOWN, LSW_WEIGHT_ALIGNED, LSW_WEIGHT_BLOCKS, LSW_WEIGHT_BOXES, LswCurrentArgs, LswMap,
-    LswMerged, LswSwitchArgs, LswSwitchState, LswTarget,
+    LSW_MAX_K, LSW_PATH_ALL, LSW_PATH_BOXES, LSW_PATH_OTHERS, LSW_SMALL_TARGETS, LSW_SMALL_THREADS, LSW_SWITCH_RUN, LSW_SWITCH90_GROUPS,
+    LSW_SWITCH90_SHARED, LSW_SWITCH90_THREADS, LSW_SWITCH90_TILE, LSW_UNKNOWN, LSW_WEIGHT_ALIGNED, LSW_WEIGHT_BLOCKS, LSW_WEIGHT_BOXES,
+    LswCurrentArgs, LswMap, LswMerged, LswSwitchArgs, LswSwitchState, LswTarget,
 };
-use super::context::{DeviceStream, Function, SWITCH_SHARED, SWITCH_THREADS, by_dtype};
-use super::launch::{Grid, launch};
+use super::context::{DeviceStream, Function, SMALL_SHARED, SWITCH_SHARED, SWITCH_THREADS, by_dtype};
+use super::launch::{Grid, launch, launch_dependent};
 use super::memory::DeviceMemory;
 use super::{Device, flags};
 use crate::error::Result;
 use crate::memory::StateMemory;
 use crate::stream::Odd;
-use crate::switch::{RawTarget, SetPlan, ToPlan};
+use crate::switch::{RawTarget, SetPlan, SwitchKernels, ToPlan};
 use crate::view::RawMat;
 use std::mem::offset_of;
 use std::sync::Arc;
@@ -23,6 +23,7 @@ struct Layout {
     maps: u64,
     merged: u64,
     merged_count: u64,
+    arrivals: u64,
     bytes: u64,
 }
 
@@ -34,7 +35,8 @@ impl Layout {
         let first = after(maps, 2 * targets, size_of::<LswMap>());
         let merged = after(first, targets, size_of::<LswTarget>());
         let merged_count = after(merged, targets * u64::from(k_max), size_of::<LswMerged>());
-        Self { targets: first, maps, merged, merged_count, bytes: after(merged_count, targets, 4) }
+        let arrivals = after(merged_count, targets, 4);
+        Self { targets: first, maps, merged, merged_count, arrivals, bytes: after(arrivals, targets, 4) }
     }
 }
 
@@ -42,6 +44,9 @@ impl Layout {
 fn words(path: u32) -> u64 {
     u64::from(path == LSW_PATH_BOXES) * size_of::<LswSwitchState>() as u64
 }
+
+/// Blocks of the kernel for small sets on a multiprocessor.
+const SMALL_BLOCKS: u32 = 2;
 
 /// How many long runs each block of the portable kernel should have before there are any.
 const RUNS_A_BLOCK: u64 = 4;
@@ -54,7 +59,14 @@ struct Path {
     grid: Grid,
     /// Tiles that a block of the portable kernel takes at a time.
     run: u32,
+    /// The kernel for small sets: what of a rank its panels may have. None: another kernel, whose grid is that above.
+    panel_depth: Option<u32>,
 }
+
+/// Tiles a multiprocessor up to which a set is small: what such a kernel loses a tile comes to what it saves a launch. Deep panels lose
+/// more.
+const SMALL: u64 = 8;
+const SMALL_AND_DEEP: u64 = 2;
 
 // SAFETY: the function handles inside are the driver's, which is thread safe.
 unsafe impl Send for State {}
@@ -148,8 +160,22 @@ impl State {
             target_maps: self.addr() + layout.maps,
             path: path.path,
             run: path.run,
+            arrivals: self.addr() + layout.arrivals,
+            panel_depth: path.panel_depth.unwrap_or(0),
+            padding: 0,
         };
         for path in &self.paths {
+            if path.panel_depth.is_some() {
+                let served = set.targets[to.first as usize..to.last as usize].iter().filter(|t| fits_boxes(t));
+                let tiles: u64 = served.map(boxes_of).sum();
+                let grid = Grid { blocks: tiles.min(u64::from(path.grid.blocks)) as u32, ..path.grid };
+                if tiles > 0 {
+                    // SAFETY: as below. What the kernel reads before it waits is memory that the set and the bank have had since the
+                    // launch before; it takes it for a guess.
+                    unsafe { launch_dependent(stream, path.function, grid, &args(path)) }?;
+                }
+                continue;
+            }
             // SAFETY: a checked set and route: tables of the set and the bank, weights and bases that the set keeps alive (or its
             // caller does), adapters that the bank keeps alive; the kernel touches nothing outside the shapes in the tables.
             unsafe { launch(stream, path.function, path.grid, &args(path)) }?;
@@ -176,15 +202,24 @@ impl State {
 /// The launches that serve a set: decided by its weights alone, so that a captured launch survives every route and refill.
 fn paths(device: &Device, plan: &SetPlan) -> Vec<Path> {
     let dtype = plan.bank.dtype();
-    let hopper = device.hopper.filter(|_| !plan.portable && plan.targets.len() <= 32 * LSW_SWITCH90_GROUPS as usize);
+    let hopper =
+        device.hopper.filter(|_| plan.kernels != SwitchKernels::Portable && plan.targets.len() <= 32 * LSW_SWITCH90_GROUPS as usize);
     let fast = hopper.and_then(|hopper| Some((hopper, hopper.switch_for(dtype)?)));
     let (boxes, others): (Vec<&RawTarget>, Vec<_>) = plan.targets.iter().partition(|t| fast.is_some() && fits_boxes(t));
     let mut paths = Vec::new();
     if let Some((hopper, function)) = fast.filter(|_| !boxes.is_empty()) {
-        let tiles: u64 = boxes.iter().map(|t| t.tiles_of(LSW_SWITCH90_TILE, LSW_SWITCH90_TILE)).sum();
-        let blocks = tiles.clamp(1, u64::from(hopper.processors)) as u32;
-        let grid = Grid { blocks, threads: LSW_SWITCH90_THREADS, shared: LSW_SWITCH90_SHARED };
-        paths.push(Path { path: LSW_PATH_BOXES, function, grid, run: 0 });
+        let tiles: u64 = boxes.iter().map(|t| boxes_of(t)).sum();
+        let depth = panel_depth(plan);
+        let most = if depth == 64 { SMALL_AND_DEEP } else { SMALL } * u64::from(hopper.processors);
+        let is_small = plan.kernels == SwitchKernels::Best && plan.targets.len() <= LSW_SMALL_TARGETS as usize && tiles <= most;
+        if is_small {
+            let grid = Grid { blocks: SMALL_BLOCKS * hopper.processors, threads: LSW_SMALL_THREADS, shared: SMALL_SHARED };
+            paths.push(Path { path: LSW_PATH_BOXES, function: function.small, grid, run: 0, panel_depth: Some(depth) });
+        } else {
+            let blocks = tiles.clamp(1, u64::from(hopper.processors)) as u32;
+            let grid = Grid { blocks, threads: LSW_SWITCH90_THREADS, shared: LSW_SWITCH90_SHARED };
+            paths.push(Path { path: LSW_PATH_BOXES, function: function.large, grid, run: 0, panel_depth: None });
+        }
     }
     if !others.is_empty() {
         let tiles: u64 = others.iter().map(|t| t.tiles()).sum();
@@ -193,9 +228,19 @@ fn paths(device: &Device, plan: &SetPlan) -> Vec<Path> {
         let path = if boxes.is_empty() { LSW_PATH_ALL } else { LSW_PATH_OTHERS };
         // Long runs share more of A; short ones share out better what is little.
         let run = if tiles >= RUNS_A_BLOCK * u64::from(blocks * LSW_SWITCH_RUN) { LSW_SWITCH_RUN } else { 1 };
-        paths.push(Path { path, function: device.kernels.switch[by_dtype(dtype)], grid, run });
+        paths.push(Path { path, function: device.kernels.switch[by_dtype(dtype)], grid, run, panel_depth: None });
     }
     paths
+}
+
+/// Tiles of the Hopper kernels.
+fn boxes_of(target: &RawTarget) -> u64 {
+    target.tiles_of(LSW_SWITCH90_TILE, LSW_SWITCH90_TILE)
+}
+
+/// The deepest panel that an adapter of the set's bank may need.
+fn panel_depth(plan: &SetPlan) -> u32 {
+    plan.bank.targets().iter().map(|shape| super::maps::depth(shape.rank_cap)).max().unwrap_or(16)
 }
 
 fn is_aligned(target: &RawTarget) -> bool {

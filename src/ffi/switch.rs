@@ -2,13 +2,11 @@
 
 use super::bank::{lsw_bank, tensor};
 use super::context::{lsw_context, on};
-use super::{
-    Options, Out, destroy, dtype, flag, guard, handle, handle_mut, lsw_mat, lsw_mat_mut, lsw_status, options, slice, state_memory,
-};
+use super::{Options, Out, destroy, dtype, guard, handle, handle_mut, lsw_mat, lsw_mat_mut, lsw_status, options, slice, state_memory};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::stream::{Context, Stream};
-use crate::switch::{Form, SwitchOptions, SwitchSet, Target};
+use crate::switch::{Form, SwitchKernels, SwitchOptions, SwitchSet, Target};
 use crate::view::{Mat, MatMut, Weight};
 use std::ffi::c_void;
 use std::ops::Range;
@@ -23,6 +21,15 @@ pub const LSW_IN_PLACE: i32 = 1;
 
 const _: () = assert!(LSW_FROM_BASE == Form::FromBase as i32 && LSW_IN_PLACE == Form::InPlace as i32);
 
+/// The fastest kernel that there is for a set.
+pub const LSW_KERNELS_BEST: i32 = 0;
+/// The kernel for any card, even where there is a faster one.
+pub const LSW_KERNELS_PORTABLE: i32 = 1;
+/// The kernel for large sets, even if the set is small.
+pub const LSW_KERNELS_LARGE: i32 = 2;
+
+const _: () = assert!(LSW_KERNELS_PORTABLE == SwitchKernels::Portable as i32 && LSW_KERNELS_LARGE == SwitchKernels::Large as i32);
+
 /// What a set is made with. NULL, or what a smaller struct_size leaves out: LSW_FROM_BASE, 8, and
 /// memory of its own.
 #[repr(C)]
@@ -32,9 +39,9 @@ pub struct lsw_switch_options {
     pub struct_size: u64,
     /// LSW_FROM_BASE or LSW_IN_PLACE.
     pub form: i32,
-    /// 1: use the portable kernel even where the card has a faster one, for tests and comparisons.
-    /// Its sums are grouped otherwise, so its bits may differ within the same bound. Else 0.
-    pub portable: i32,
+    /// LSW_KERNELS_BEST or, for tests and comparisons, another. Their sums are grouped differently,
+    /// so that bits may differ within the same bound.
+    pub kernels: i32,
     /// The widest route that the set can be brought to: 1 to 32.
     pub k_max: u64,
     /// Device memory for the tables, aligned to 128 bytes, for as long as the set lives; NULL to
@@ -48,7 +55,7 @@ impl Options for lsw_switch_options {
     const DEFAULT: Self = Self {
         struct_size: size_of::<Self>() as u64,
         form: LSW_FROM_BASE,
-        portable: 0,
+        kernels: LSW_KERNELS_BEST,
         k_max: 8,
         memory: std::ptr::null_mut(),
         memory_bytes: 0,
@@ -146,7 +153,12 @@ pub unsafe extern "C" fn lsw_switch_create(
 /// # Safety
 /// As for [`state_memory`].
 unsafe fn set_options(given: &lsw_switch_options) -> Result<SwitchOptions> {
-    let portable = flag(given.portable, "options.portable")?;
+    let kernels = match given.kernels {
+        LSW_KERNELS_BEST => SwitchKernels::Best,
+        LSW_KERNELS_PORTABLE => SwitchKernels::Portable,
+        LSW_KERNELS_LARGE => SwitchKernels::Large,
+        other => return Err(Error::argument("options.kernels", other, "LSW_KERNELS_BEST, _PORTABLE or _LARGE")),
+    };
     let form = match given.form {
         LSW_FROM_BASE => Form::FromBase,
         LSW_IN_PLACE => Form::InPlace,
@@ -154,7 +166,7 @@ unsafe fn set_options(given: &lsw_switch_options) -> Result<SwitchOptions> {
     };
     // SAFETY: the caller's promise.
     let memory = unsafe { state_memory(given.memory, given.memory_bytes) }?;
-    Ok(SwitchOptions { form, k_max: given.k_max, portable, memory })
+    Ok(SwitchOptions { form, k_max: given.k_max, kernels, memory })
 }
 
 /// # Safety

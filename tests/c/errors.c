@@ -278,8 +278,8 @@ static void sets(void) {
     REFUSED(lsw_switch_create(bank, NULL, &bad, &target, 1, &set), "targets[0].base is given");
     bad = options, bad.k_max = 33;
     REFUSED(lsw_switch_create(bank, NULL, &bad, &target, 1, &set), "k_max is 33; it must be 1 to 32");
-    bad = options, bad.portable = 2;
-    REFUSED(lsw_switch_create(bank, NULL, &bad, &target, 1, &set), "options.portable is 2; it must be 0 or 1");
+    bad = options, bad.kernels = 3;
+    REFUSED(lsw_switch_create(bank, NULL, &bad, &target, 1, &set), "options.kernels is 3; it must be LSW_KERNELS_BEST");
     other.base.data = NULL;
     REFUSED(lsw_switch_create(bank, NULL, &options, &other, 1, &set), "targets[0].base.data is null");
     other.base.data = w;

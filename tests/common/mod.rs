@@ -1,7 +1,7 @@
 //! Backends under test and memory with canaries.
 
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
-use lora_switch::{Context, DType, Mat, MatMut, Stream, Tensor, Weight};
+use lora_switch::{Context, DType, Mat, MatMut, Stream, SwitchKernels, Tensor, Weight};
 use std::cell::UnsafeCell;
 use std::sync::{Arc, OnceLock};
 
@@ -27,7 +27,7 @@ macro_rules! on_backends {
     };
 }
 
-/// As `on_backends!`, and the portable kernels on a card that has faster ones.
+/// As `on_backends!`, and each other kernel of the switch on a card that has several.
 macro_rules! on_paths {
     ($($name:ident),* $(,)?) => {
         on_backends!($($name),*);
@@ -35,7 +35,15 @@ macro_rules! on_paths {
             $(#[test]
             fn $name() {
                 if let Some(backend) = $crate::common::Backend::cuda() {
-                    super::$name(&$crate::common::Backend { portable: true, ..backend });
+                    super::$name(&$crate::common::Backend { kernels: lora_switch::SwitchKernels::Portable, ..backend });
+                }
+            })*
+        }
+        mod cuda_large {
+            $(#[test]
+            fn $name() {
+                if let Some(backend) = $crate::common::Backend::cuda() {
+                    super::$name(&$crate::common::Backend { kernels: lora_switch::SwitchKernels::Large, ..backend });
                 }
             })*
         }
@@ -56,8 +64,8 @@ pub fn skip(why: &str) {
 /// A backend with a stream of its own.
 #[derive(Clone)]
 pub struct Backend {
-    /// Which of the card's kernels serve: see `SwitchOptions::portable`.
-    pub portable: bool,
+    /// Of the switch.
+    pub kernels: SwitchKernels,
     pub context: Context,
     pub stream: Stream,
     pub cuda: Option<Arc<CudaStream>>,
@@ -84,7 +92,7 @@ impl Backend {
 
     pub fn cpu_with(threads: usize) -> Self {
         let context = Context::cpu(threads).unwrap();
-        Self { stream: context.cpu_stream().unwrap(), context, cuda: None, portable: false }
+        Self { stream: context.cpu_stream().unwrap(), context, cuda: None, kernels: SwitchKernels::Best }
     }
 
     /// None, said aloud, where there is no GPU; a panic where one is required.
@@ -93,7 +101,7 @@ impl Backend {
             Ok((cuda, context)) => {
                 let stream = cuda.new_stream().unwrap();
                 let ours = context.cuda_stream(&stream).unwrap();
-                Some(Self { context: context.clone(), stream: ours, cuda: Some(stream), portable: false })
+                Some(Self { context: context.clone(), stream: ours, cuda: Some(stream), kernels: SwitchKernels::Best })
             }
             Err(why) => {
                 assert!(!is_set("LORA_SWITCH_REQUIRE_GPU"), "LORA_SWITCH_REQUIRE_GPU is set, but {why}");
