@@ -101,10 +101,12 @@ enum {
     LSW_LINEAR_TILE = 16,     /* rows of the weights that a block's streamers share */
     LSW_LINEAR_LINE = 128,    /* bytes of each that a warp takes at a time */
     LSW_LINEAR_DEPTH = 3,     /* of those in a warp's ring */
+    LSW_LINEAR_ONE_DEPTH = 6, /* the same for one token, whose lines are shorter */
     LSW_LINEAR_PATIENCE = 2000000, /* cycles: about a millisecond */
     LSW_LINEAR_TERMS = 64,    /* entries of routes that a block has at hand */
     /* Bytes of shared memory a block, asserted by the kernel; and LSW_LINEAR_OUTPUT for each token and row on top. */
     LSW_LINEAR_SHARED = 78384,
+    LSW_LINEAR_ONE_SHARED = 109104,
     LSW_LINEAR_OUTPUT = 4 * (LSW_LINEAR_STREAMERS + 1),
     LSW_LINEAR_SHARED_MAX = 112 * 1024, /* so that LSW_LINEAR_BLOCKS fit where there are 227 KB */
 

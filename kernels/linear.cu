@@ -18,6 +18,9 @@
 // - The launch is a dependent one (griddepcontrol). Its blocks take the places of those of the launch before as they finish, and fill
 //   their rings with W, which is constant, before they wait for x. So the memory hardly idles between launches. The launch after is let
 //   loose at once: it gets on only where a block is done.
+// - What is on its way from memory makes all else wait: the end of the launch before, routes and factors, x. So a warp has no more lines on
+//   their way than the memory's latency asks for, one or two before x is there, though its ring holds more (1.05 where a whole ring at once
+//   takes 1.07). One token, whose lines are shorter, has a kernel of its own with a ring twice as deep: enough to last until x is there.
 // - x goes through the ring too. Loads of x to registers wait behind all copies of W that the multiprocessor has in flight, a memory
 //   latency for each line: 1.8 of the floor where this takes 1.1.
 //
@@ -35,8 +38,8 @@
 
 namespace {
 
-constexpr uint32_t kStreamers = LSW_LINEAR_STREAMERS, kAdders = LSW_LINEAR_ADDERS, kTile = LSW_LINEAR_TILE;
-constexpr uint32_t kTokens = LSW_LINEAR_TOKENS, kPacksOfLine = LSW_LINEAR_LINE / 16, kDepth = LSW_LINEAR_DEPTH;
+constexpr uint32_t kStreamers = LSW_LINEAR_STREAMERS, kAdders = LSW_LINEAR_ADDERS;
+constexpr uint32_t kTile = LSW_LINEAR_TILE, kPacksOfLine = LSW_LINEAR_LINE / 16;
 constexpr uint32_t kAddThreads = 32 * kAdders;
 constexpr int kAddBarrier = 1;
 
@@ -56,15 +59,24 @@ struct Chosen {
 
 // A line of each of a tile's rows and of all tokens' x. Packs of even and odd rows lie apart, so that two rows are read without bank
 // conflicts.
-struct Place {
+template <uint32_t kTokens> struct Place {
     uint4 packs[kTile + kTokens][kPacksOfLine];
     __device__ __forceinline__ uint4& at(uint32_t row, uint32_t pack) { return packs[row][pack ^ (row % 2 * 4)]; }
 };
 
-struct Shared {
-    Place ring[kStreamers][kDepth];
+// Places of a warp's ring; how many of them hold a line before the first is used up; and how many lines are on their way at a time: enough
+// for the memory's latency and no more, since all else waits behind them.
+template <uint32_t kTokens> constexpr uint32_t kDepth = kTokens == 1 ? LSW_LINEAR_ONE_DEPTH : LSW_LINEAR_DEPTH;
+template <uint32_t kTokens> constexpr uint32_t kHeld = kTokens == 1 ? kDepth<1> : LSW_LINEAR_DEPTH - 1;
+template <uint32_t kTokens> constexpr uint32_t kFlying = kTokens == 1 ? 3 : LSW_LINEAR_DEPTH - 1;
+
+template <uint32_t kTokens> struct Rings {
+    Place<kTokens> of[kStreamers][kDepth<kTokens>];
+};
+
+struct alignas(16) Shared {
     Term terms[LSW_LINEAR_TERMS];
-    Chosen routes[kTokens][LSW_MAX_K];
+    Chosen routes[LSW_LINEAR_TOKENS][LSW_MAX_K];
     float dots[2][kAdders];
     bool is_ready;
     // Behind it, for each [token][round][row] of a block: W x over the lines of each streamer, and what adapters add.
@@ -73,7 +85,8 @@ struct Shared {
     }
     __device__ __forceinline__ float* added(uint32_t outputs) { return product(outputs, kStreamers); }
 };
-static_assert(sizeof(Shared) == LSW_LINEAR_SHARED, "the host asks for this");
+static_assert(sizeof(Rings<LSW_LINEAR_TOKENS>) + sizeof(Shared) == LSW_LINEAR_SHARED, "the host asks for this");
+static_assert(sizeof(Rings<1>) + sizeof(Shared) == LSW_LINEAR_ONE_SHARED, "the host asks for this");
 static_assert(LSW_LINEAR_OUTPUT == 4 * (kStreamers + 1), "the host asks for product and added");
 
 __device__ __forceinline__ uint32_t tile_begin(const LswLinearArgs& args, uint32_t tile) {
@@ -114,7 +127,7 @@ template <class T> __device__ __forceinline__ Pack<T> gather16(const T* p, uint3
 
 // What a warp streams: of each tile in turn, the lines warp, warp + kStreamers, ... of all rows and tokens. A lane has a pack of every
 // fourth row. kWhole: all are whole aligned packs. What is not there comes as zeros.
-template <bool kWhole, class T> struct Lines {
+template <bool kWhole, uint32_t kTokens, class T> struct Lines {
     static constexpr uint32_t kCols = LSW_LINEAR_LINE / sizeof(T), kLaneRows = 32 / kPacksOfLine;
     const LswLinearArgs& args;
     uint32_t first, count, left;                          // left: lines to go, of all tiles
@@ -141,13 +154,13 @@ template <bool kWhole, class T> struct Lines {
     }
     __device__ __forceinline__ uint32_t after(uint32_t line) const { return line + kStreamers < count ? line + kStreamers : first; }
 
-    __device__ __forceinline__ void load(Place& place, uint32_t row, const T* p, uint32_t line) const {
+    __device__ __forceinline__ void load(Place<kTokens>& place, uint32_t row, const T* p, uint32_t line) const {
         const uint32_t pack = threadIdx.x % kPacksOfLine, col = line * kCols + pack * kPack<T>;
         const uint32_t left = p != nullptr && col < args.apply.in ? args.apply.in - col : 0;
         if (kWhole) copy16_partly(shared_address(&place.at(row, pack)), p + col, left > 0 ? 16 : 0);
         else place.at(row, pack) = gather16(p + col, left).bits;
     }
-    __device__ __forceinline__ void load_weights(Place& place) {
+    __device__ __forceinline__ void load_weights(Place<kTokens>& place) {
 #pragma unroll(kWhole ? kTile / kLaneRows : 1)
         for (uint32_t i = 0; i < kTile / kLaneRows; ++i) {
             const uint32_t row = threadIdx.x % 32 / kPacksOfLine + i * kLaneRows;
@@ -156,7 +169,7 @@ template <bool kWhole, class T> struct Lines {
         line = after(line), --left;
         if (line == first) ++round, locate();
     }
-    __device__ __forceinline__ void load_x(Place& place) {
+    __device__ __forceinline__ void load_x(Place<kTokens>& place) {
 #pragma unroll(kWhole ? 2 : 1)
         for (uint32_t token = threadIdx.x % 32 / kPacksOfLine; token < kTokens; token += kLaneRows) {
             const T* x = reinterpret_cast<const T*>(args.apply.x) + token * args.apply.x_stride;
@@ -171,14 +184,14 @@ template <bool kWhole, class T> struct Lines {
 // 16 bits, on tensor cores: 16 rows are a product's first operand, x of eight tokens its second. Which column of a line counts as which
 // of the product does not matter, if both operands say the same: so a lane's packs are its fragments as they lie in memory. Of tokens
 // that there are not, any values serve: a token is a column of its own.
-template <class T> struct Sums {
+template <class T, uint32_t kTokens> struct Sums {
     float d[kTile / 16][4] = {};
 
-    __device__ __forceinline__ void add(const LswLinearArgs&, Place& place) {
+    __device__ __forceinline__ void add(const LswLinearArgs&, Place<kTokens>& place) {
         const uint32_t row = threadIdx.x % 32 / 4;
 #pragma unroll
         for (uint32_t pack = threadIdx.x % 4; pack < kPacksOfLine; pack += 4) {
-            const uint4 x = place.at(kTile + row, pack);
+            const uint4 x = place.at(kTile + row % kTokens, pack);
 #pragma unroll
             for (uint32_t i = 0; i < kTile / 16; ++i) {
                 const uint4 top = place.at(16 * i + row, pack), low = place.at(16 * i + row + 8, pack);
@@ -199,10 +212,10 @@ template <class T> struct Sums {
 };
 
 // 32 bits, which tensor cores would round: a lane has every eighth row and a quarter of the columns.
-template <> struct Sums<float> {
+template <uint32_t kTokens> struct Sums<float, kTokens> {
     float d[kTile / 8][kTokens] = {};
 
-    __device__ __forceinline__ void add(const LswLinearArgs& args, Place& place) {
+    __device__ __forceinline__ void add(const LswLinearArgs& args, Place<kTokens>& place) {
 #pragma unroll
         for (uint32_t pack = threadIdx.x % 4; pack < kPacksOfLine; pack += 4) {
             Pack<float> w[kTile / 8];
@@ -233,37 +246,46 @@ template <> struct Sums<float> {
     }
 };
 
-template <bool kWhole, class T> __device__ __forceinline__ void stream(const LswLinearArgs& args, Shared& shared) {
+template <bool kWhole, uint32_t kTokens, class T>
+__device__ __forceinline__ void stream(const LswLinearArgs& args, Shared& shared, Rings<kTokens>& rings) {
+    constexpr uint32_t kPlaces = kDepth<kTokens>;
     const uint32_t warp = threadIdx.x / 32;
-    Place* ring = shared.ring[warp];
+    Place<kTokens>* ring = rings.of[warp];
     float* product = shared.product(outputs_of(args), warp);
     if (!args.only_x_is_new) dependency_wait();
-    Lines<kWhole, T> ahead(args, warp);
-    const uint32_t lines = ahead.left / args.rounds, early = min(kDepth - 1, ahead.left);
+    Lines<kWhole, kTokens, T> ahead(args, warp);
+    const uint32_t lines = ahead.left / args.rounds, early = min(kPlaces - 1, ahead.left);
 #pragma unroll 1
-    for (uint32_t i = 0; i < early; ++i) ahead.load_weights(ring[i]);
-    dependency_wait();
-    dependency_release();
-#pragma unroll 1
-    for (uint32_t i = 0; i + 1 < kDepth; ++i) {
-        if (i < early) ahead.load_x(ring[i]);
+    for (uint32_t i = 0; i < early; ++i) {
+        // One at a time where the adders wait for something too.
+        if (kTokens == 1 && args.apply.k > 0) copy_wait<0>();
+        else copy_wait<1>();
+        ahead.load_weights(ring[i]);
         copy_commit();
     }
-    Sums<T> sums;
-    uint32_t place = 0;
+    dependency_wait();
+    dependency_release();
+    // Right behind x, one token's last place: the memory has something to do until x is there.
+#pragma unroll 1
+    for (uint32_t i = 0; i < kHeld<kTokens>; ++i) {
+        if (i >= early && ahead.left > 0) ahead.load_weights(ring[i]), ahead.load_x(ring[i]);
+        else if (i < early) ahead.load_x(ring[i]);
+        copy_commit();
+    }
+    Sums<T, kTokens> sums;
+    uint32_t place = 0, free = kFlying<kTokens> % kPlaces, held = kHeld<kTokens>;
 #pragma unroll 1
     for (uint32_t round = 0; round < args.rounds; ++round) {
 #pragma unroll 1
         for (uint32_t i = 0; i < lines; ++i) {
-            copy_wait<kDepth - 2>();
+            copy_wait<kFlying<kTokens> - 1>();
             __syncwarp();
-            if (ahead.left > 0) {
-                Place& free = ring[place == 0 ? kDepth - 1 : place - 1];
-                ahead.load_weights(free), ahead.load_x(free);
-            }
+            if (held > kFlying<kTokens>) --held;
+            else if (ahead.left > 0) ahead.load_weights(ring[free]), ahead.load_x(ring[free]);
             copy_commit();
             sums.add(args, ring[place]);
-            place = place + 1 < kDepth ? place + 1 : 0;
+            place = place + 1 < kPlaces ? place + 1 : 0;
+            free = free + 1 < kPlaces ? free + 1 : 0;
         }
         sums.take([&](uint32_t row, uint32_t token, float sum) {
             if (token < args.apply.rows) product[(token * args.rounds + round) * kTile + row] = sum;
@@ -468,12 +490,13 @@ template <class T> __device__ __forceinline__ void add(const LswLinearArgs& line
     if (thread == 0 && count_acq_rel(&hand_over->done, gridDim.x - 1) == gridDim.x - 1) hand_over->ready = 0;
 }
 
-template <class T> __device__ __forceinline__ void linear(const LswLinearArgs& args) {
+template <uint32_t kTokens, class T> __device__ __forceinline__ void linear(const LswLinearArgs& args) {
     extern __shared__ __align__(128) unsigned char memory[];
-    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    Rings<kTokens>& rings = *reinterpret_cast<Rings<kTokens>*>(memory);
+    Shared& shared = *reinterpret_cast<Shared*>(memory + sizeof(rings));
     if (threadIdx.x >= 32 * kStreamers) add<T>(args, shared);
-    else if (args.whole) stream<true, T>(args, shared);
-    else stream<false, T>(args, shared);
+    else if (args.whole) stream<true, kTokens, T>(args, shared, rings);
+    else stream<false, kTokens, T>(args, shared, rings);
     __syncthreads();
     const uint32_t outputs = outputs_of(args);
     for_outputs(args, threadIdx.x, LSW_LINEAR_THREADS, [&](uint32_t i, uint32_t token, uint32_t g, uint32_t row) {
@@ -484,12 +507,23 @@ template <class T> __device__ __forceinline__ void linear(const LswLinearArgs& a
     });
 }
 
+// Where fewer fit for want of shared memory, it is not launched.
+#if __CUDA_ARCH__ >= 900
+constexpr int kOneBlocks = LSW_LINEAR_BLOCKS;
+#else
+constexpr int kOneBlocks = 1;
+#endif
+
 }  // namespace
 
 #define LSW_LINEAR(suffix, T)                                                                                \
     extern "C" __global__ void __launch_bounds__(LSW_LINEAR_THREADS, sizeof(T) == 4 ? 1 : LSW_LINEAR_BLOCKS) \
         lsw_linear_##suffix(const __grid_constant__ LswLinearArgs args) {                                    \
-        if (args.apply.rows > 0) linear<T>(args);                                                            \
+        if (args.apply.rows > 0) linear<LSW_LINEAR_TOKENS, T>(args);                                         \
+    }                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(LSW_LINEAR_THREADS, kOneBlocks)                             \
+        lsw_linear_one_##suffix(const __grid_constant__ LswLinearArgs args) {                                \
+        if (args.apply.rows > 0) linear<1, T>(args);                                                         \
     }
 LSW_LINEAR(f32, float)
 LSW_LINEAR(f16, __half)

@@ -96,11 +96,31 @@ fn any_number_of_rows(backend: &Backend) {
     for dtype in FLOATS {
         for rows in 1..=8 {
             let spec = Spec { slots: 9, max_rank: 20, seed: rows as u64, ..small(dtype, Form::FromBase) };
-            let (outs, k): (&[usize], _) = if rows == 8 { (&[35_000, 1, 0, 90], 9) } else { (&[500, 33], 2) };
-            let model = Model::new(backend, &group(spec, outs, if rows == 8 { 24 } else { 600 }));
+            let (outs, cols, k): (&[usize], _, _) = match rows {
+                1 => (&[70_000, 33], 24, 2),
+                8 => (&[35_000, 1, 0, 90], 24, 9),
+                _ => (&[500, 33], 600, 2),
+            };
+            let model = Model::new(backend, &group(spec, outs, cols));
             let mut batch = Batch::random(&model, &mut Rng(rows as u64), rows, k, dtype, Layout::dense);
             run(&mut batch, &model);
             assert_is_product(&batch, &model, &format!("{rows} rows"));
+        }
+    }
+}
+
+/// One row, of more lines than a warp's ring has places, over several tiles of a block: right, and the bits that it has beside another.
+fn rings_come_around(backend: &Backend) {
+    for dtype in FLOATS {
+        let model = Model::new(backend, &group(small(dtype, Form::FromBase), &[4_500, 33], 2_100));
+        let mut two = Batch::random(&model, &mut Rng(7), 2, 2, dtype, Layout::dense);
+        let first = |grid: &Grid| Grid::new(backend, grid.dtype, 1, grid.cols, Layout::dense(grid.cols), &grid.bits()[..grid.cols]);
+        let y = two.y.iter().map(first).collect();
+        let mut one = Batch { x: first(&two.x), y, ids: first(&two.ids), gates: first(&two.gates), row_map: None };
+        let bits = run(&mut one, &model);
+        assert_is_product(&one, &model, "one row");
+        for (one, two) in bits.iter().zip(run(&mut two, &model)) {
+            assert_eq!(one[..], two[..one.len()], "{dtype}");
         }
     }
 }
@@ -372,6 +392,7 @@ fn bad_arguments_are_named(backend: &Backend) {
 on_backends!(
     matches_oracle,
     any_number_of_rows,
+    rings_come_around,
     bits_depend_on_the_row_alone,
     targets_are_kept_apart,
     alignment_does_not_matter,

@@ -74,7 +74,8 @@ pub(super) struct Kernels {
     pub apply_order: Function,
     /// By the type of y.
     pub apply_add: [Function; 3],
-    pub linear: [Function; 3],
+    /// For several tokens and for one.
+    pub linear: [[Function; 3]; 2],
     pub measure_scale: [Function; 3],
     pub measure_fill: [Function; 3],
     pub measure_read: Function,
@@ -263,7 +264,10 @@ impl Modules {
             apply_many: [self.apply("apply_mma", "many_f16")?, self.apply("apply_mma", "many_bf16")?],
             apply_order: self.function("apply_mma", "apply_order")?,
             apply_add: self.functions("apply", "apply_add", floats)?,
-            linear: self.functions_with_shared("linear", "linear", floats, linear_shared()?)?,
+            linear: [
+                self.functions_with_shared("linear", "linear", floats, linear_shared()?)?,
+                self.functions_with_shared("linear", "linear_one", floats, linear_shared()?)?,
+            ],
             measure_scale: self.functions("measure", "measure_scale", floats)?,
             measure_fill: self.functions("measure", "measure_fill", floats)?,
             measure_read: self.function("measure", "measure_read")?,
@@ -280,8 +284,8 @@ pub(crate) struct Device {
     pub(super) hopper: Option<Hopper>,
     /// Blocks of the portable switch that fill the card, by dtype.
     pub(super) switch_blocks: [u32; 3],
-    /// Blocks of `linear` that run at a time, by dtype.
-    pub(super) linear_blocks: [u32; 3],
+    /// Blocks of `linear` that run at a time, for several tokens and for one, by dtype.
+    pub(super) linear_blocks: [[u32; 3]; 2],
     /// The most shared memory of each.
     pub(super) linear_shared: u32,
     /// Multiprocessors of the card.
@@ -485,10 +489,10 @@ fn linear_shared() -> Result<u32> {
     Ok(LSW_LINEAR_SHARED_MAX.min(most as u32))
 }
 
-fn linear_blocks(kernels: &Kernels) -> Result<[u32; 3]> {
+fn linear_blocks(kernels: &Kernels) -> Result<[[u32; 3]; 2]> {
     let shared = linear_shared()?;
-    let mut blocks = [0; 3];
-    for (function, blocks) in kernels.linear.iter().zip(&mut blocks) {
+    let mut blocks = [[0; 3]; 2];
+    for (function, blocks) in kernels.linear.as_flattened().iter().zip(blocks.as_flattened_mut()) {
         *blocks = resident_blocks(*function, LSW_LINEAR_THREADS, shared)?;
     }
     Ok(blocks)

@@ -142,8 +142,8 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
         for function in k.apply_add {
             launch(stream, function, one(LSW_ADD_THREADS, 0), &LswAddArgs::default())?;
         }
-        for function in k.linear {
-            launch_dependent(stream, function, one(LSW_LINEAR_THREADS, 0), &LswLinearArgs::default())?;
+        for function in k.linear.as_flattened() {
+            launch_dependent(stream, *function, one(LSW_LINEAR_THREADS, 0), &LswLinearArgs::default())?;
         }
         launch_dependent(stream, k.apply_order, one(LSW_ORDER_THREADS, 0), &LswApplyArgs::default())?;
         launch(stream, k.measure_read, one(LSW_READ_THREADS, 0), &LswMeasureArgs::default())?;

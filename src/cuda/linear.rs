@@ -1,6 +1,9 @@
 //! The launch of a product with its unmerged adapters.
 
-use super::args::{LSW_LINEAR_OUTPUT, LSW_LINEAR_PATIENCE, LSW_LINEAR_SHARED, LSW_LINEAR_THREADS, LSW_LINEAR_TILE, LswLinearArgs};
+use super::args::{
+    LSW_LINEAR_BLOCKS, LSW_LINEAR_ONE_SHARED, LSW_LINEAR_OUTPUT, LSW_LINEAR_PATIENCE, LSW_LINEAR_SHARED, LSW_LINEAR_THREADS,
+    LSW_LINEAR_TILE, LswLinearArgs,
+};
 use super::context::{DeviceStream, by_dtype};
 use super::launch::{Grid, launch_dependent};
 use crate::error::Result;
@@ -27,10 +30,16 @@ fn args(stream: &DeviceStream, plan: &Plan<'_>) -> LswLinearArgs {
 pub(crate) fn linear(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
     let (device, dtype) = (stream.device(), by_dtype(plan.apply.bank.dtype()));
     let rows: u32 = plan.apply.targets().map(|t| t.out_features).sum();
-    // As many blocks as run at a time; more where they cannot keep as many outputs.
     let tile_bytes = plan.apply.rows * LSW_LINEAR_TILE * LSW_LINEAR_OUTPUT;
-    let most_rounds = (device.linear_shared - LSW_LINEAR_SHARED) / tile_bytes;
-    let resident = device.linear_blocks[dtype];
+    let most_rounds = |shared: u32| device.linear_shared.saturating_sub(shared) / tile_bytes;
+    // The deeper rings of one token, where they leave room for as many blocks and for all of their outputs.
+    let one_blocks = LSW_LINEAR_BLOCKS * device.processors;
+    let is_one = plan.apply.rows == 1
+        && device.linear_blocks[1][dtype] >= one_blocks
+        && rows <= one_blocks * LSW_LINEAR_TILE * most_rounds(LSW_LINEAR_ONE_SHARED);
+    let (kind, shared) = if is_one { (1, LSW_LINEAR_ONE_SHARED) } else { (0, LSW_LINEAR_SHARED) };
+    // As many blocks as run at a time; more where they cannot keep as many outputs.
+    let (resident, most_rounds) = (device.linear_blocks[kind][dtype], most_rounds(shared));
     let blocks = rows.min(resident).max(rows.div_ceil(LSW_LINEAR_TILE * most_rounds));
     let rounds = rows.div_ceil(LSW_LINEAR_TILE * blocks);
     let args = LswLinearArgs {
@@ -40,8 +49,8 @@ pub(crate) fn linear(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
         longer: rows % (rounds * blocks),
         ..args(stream, plan)
     };
-    let grid = Grid { blocks, threads: LSW_LINEAR_THREADS, shared: LSW_LINEAR_SHARED + rounds * tile_bytes };
+    let grid = Grid { blocks, threads: LSW_LINEAR_THREADS, shared: shared + rounds * tile_bytes };
     // SAFETY: a checked plan: device memory of the stated shapes, kept by the caller's views; the bank's table, and adapters that the
     // bank keeps alive. Before it waits, the kernel reads what LinearOptions says that nobody writes.
-    unsafe { launch_dependent(stream, device.kernels.linear[dtype], grid, &args) }
+    unsafe { launch_dependent(stream, device.kernels.linear[kind][dtype], grid, &args) }
 }
