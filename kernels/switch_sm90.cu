@@ -39,15 +39,13 @@
 #include "common/num.cuh"
 #include "common/ptx_sm90.cuh"
 #include "common/switch_plan.cuh"
+#include "common/switch_tile_sm90.cuh"
 
 namespace {
 
 constexpr int kThreads = LSW_SWITCH90_THREADS;
 constexpr int kConsumers = 2;  // warpgroups
-constexpr int kTile = LSW_SWITCH90_TILE;
 constexpr int kGroups = LSW_SWITCH90_GROUPS;
-constexpr int kHalf = 64 * 128;             // bytes of 64 rows of 64 elements: one swizzle atom wide
-constexpr int kGranule = 2 * kHalf;         // bytes: 64 rows of W's tile, its left and right 64 columns
 constexpr int kArea = 13 * kGranule;        // bytes for granules of W and panels of A and B
 constexpr uint32_t kMostGranules = 8, kGranules = 6, kFewestGranules = 4;
 static_assert(kMostGranules % kConsumers == 0 && kGranules % kConsumers == 0 && kFewestGranules % kConsumers == 0,
@@ -67,9 +65,6 @@ constexpr int kProducerRegisters = 56, kLoaderRegisters = 40, kConsumerRegisters
 static_assert(128 * kProducerRegisters + 128 * kLoaderRegisters + 256 * kConsumerRegisters <= 512 * 128, "registers of a block");
 
 static_assert(kThreads == 512 && kTile == 128, "two warpgroups of producers, two of consumers of 64 rows each");
-
-// Columns of the rank that one panel holds: the smallest box that a small rank fits in. The host encodes the maps by the same rule.
-__device__ __forceinline__ int panel_depth(uint32_t rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : 64; }
 
 // Panels of B that consumers hold in registers, a target's first ones. Each number has code of its own, where an index is a constant.
 constexpr uint32_t kMostHeld = 6;
@@ -199,9 +194,6 @@ struct Ring {
         for (slot += steps; slot >= size; slot -= size) parity ^= 1;
     }
 };
-
-// The copy engine's swizzle of rows of 32, 64 or 128 bytes: the mask is that of their 16-byte chunks, 1, 3 or 7.
-__device__ __forceinline__ uint32_t swizzle(uint32_t at, uint32_t mask) { return at ^ (at >> 7 & mask) << 4; }
 
 __device__ __forceinline__ uint32_t tile_count(const LswTarget& t) { return ((t.rows + kTile - 1) / kTile) * ((t.cols + kTile - 1) / kTile); }
 
@@ -683,33 +675,6 @@ __device__ __forceinline__ void multiply(float (&product)[64], uint64_t b, uint6
     if (steps < 4) return multiply_steps<3, T>(product, b, a, add);
     multiply_steps<4, T>(product, b, a, add);
 }
-
-// A consumer's part of W's granule. Lane l has rows l / 4 and l / 4 + 8 of its warp's 16, columns 2 (l % 4) + {0, 1} of each 8: the layout of
-// wgmma's accumulators and of ldmatrix.
-template <int kColumns> struct Fragment {
-    uint32_t words[kColumns / 16][4];
-
-    __device__ __forceinline__ static unsigned char* place(unsigned char* granule, int j) {
-        const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
-        return granule + j / 4 * kHalf + swizzle(row * 128 + (j % 4 * 2 + lane / 16) * 16, 7);
-    }
-    __device__ __forceinline__ void load(unsigned char* granule) {
-#pragma unroll
-        for (int j = 0; j < kColumns / 16; ++j) ldmatrix4(words[j], place(granule, j));
-    }
-    // W + coefficient * sum, one rounding.
-    template <class T> __device__ __forceinline__ void add_and_store(unsigned char* granule, const float* sum, float coefficient) {
-#pragma unroll
-        for (int j = 0; j < kColumns / 16; ++j) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float2 old = unpack(words[j][i], T{});
-                words[j][i] = pack({fmaf(coefficient, sum[8 * j + 2 * i], old.x), fmaf(coefficient, sum[8 * j + 2 * i + 1], old.y)}, T{});
-            }
-            stmatrix4(place(granule, j), words[j]);
-        }
-    }
-};
 
 // Read by the lane that will give the entry back. All know the same, and so does the compiler; but not of the coefficient, which it would put
 // into a uniform register, and that slows the fmas down. Hence a lane 0 that it does not see through.

@@ -20,17 +20,13 @@
 #include "common/num.cuh"
 #include "common/ptx_sm90.cuh"
 #include "common/switch_plan.cuh"
+#include "common/switch_tile_sm90.cuh"
 
 namespace {
 
 constexpr int kThreads = LSW_SMALL_THREADS;
-constexpr int kTile = LSW_SWITCH90_TILE;
-constexpr int kHalf = 64 * 128;      // bytes of 64 rows of 64 elements: one swizzle atom wide
-constexpr int kGranule = 2 * kHalf;  // bytes: 64 rows of W's tile
-constexpr uint32_t kAtHand = 32;     // slots whose adapters are read with the route
+constexpr uint32_t kAtHand = 32;  // slots whose adapters are read with the route
 static_assert(kThreads == 256 && kTile == 128, "two warpgroups of 64 rows each");
-
-__device__ __forceinline__ int panel_depth(uint32_t rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : 64; }
 
 struct alignas(16) Term {
     uint64_t a, b;
@@ -179,9 +175,6 @@ struct Places {
     __device__ __forceinline__ unsigned char* b(uint32_t i) const { return a(i) + bytes; }
 };
 
-// The swizzle of rows of 32, 64 or 128 bytes: the mask is that of their 16-byte chunks, 1, 3 or 7.
-__device__ __forceinline__ uint32_t swizzle(uint32_t at, uint32_t mask) { return at ^ (at >> 7 & mask) << 4; }
-
 // 16 bytes of 8 elements, of which the first `valid` exist; the rest becomes zero.
 template <class T> __device__ __forceinline__ void load_chunk(unsigned char* to, const T* from, int valid, bool aligned) {
     if (aligned) return copy16_partly(shared_address(to), from, max(0, min(16, 2 * valid)));
@@ -273,10 +266,9 @@ __device__ __forceinline__ void sync_group(int group) { group == 0 ? sync_some<1
 
 // W's 64 rows, + sum, one rounding; an empty sum copies bits.
 template <class T> __device__ __forceinline__ void add_to_weight(unsigned char* granule, const float (&sum)[64]) {
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-        unsigned char* place = granule + j / 4 * kHalf + swizzle(row * 128 + (j % 4 * 2 + lane / 16) * 16, 7);
+        unsigned char* place = Fragment<128>::place(granule, j);
         uint32_t words[4];
         ldmatrix4(words, place);
 #pragma unroll
