@@ -167,7 +167,8 @@
 #define LSW_IN_PLACE 1
 
 /**
- * The fastest kernel that there is for a set.
+ * The fastest kernel that there is for a set; chosen once, by its shapes and the bank's rank_caps and
+ * by the card: the same weight may have other bits in another set.
  */
 #define LSW_KERNELS_BEST 0
 
@@ -250,6 +251,11 @@ typedef struct lsw_context lsw_context;
  * the end. A coefficient that is not finite propagates from base (and the next route heals it); in
  * place it counts as zero, as does one of 2^126 or more in magnitude, since it would destroy W:
  * lsw_switch_odd tells.
+ *
+ * On Hopper, the launch of a small set (in 16 bits, aligned, up to 32 targets and some 1,000 tiles of
+ * 128 x 128; fewer where ranks may exceed 32) is a dependent one, like that of lsw_route: it starts
+ * while the work before it ends, lets dependents start at once, and reads adapters that are in a
+ * slot before that work has ended.
  *
  * A set is used by one thread at a time and in flight on one stream at a time, replays of graphs
  * included. A graph that captured its calls holds the addresses of the set, its bank and their
@@ -489,8 +495,9 @@ typedef struct lsw_linear_options {
      * 0 or 1: of all that the call reads, the work directly before it on the stream (its last
      * kernel launch, say) writes x alone; weights, adapters, the bank's slots, ids, gates and
      * row_map are older. Then, on CUDA, they are read while that work still runs, which hides the
-     * start of the launch. Where that work starts early itself, as a dependent launch, like lsw_route
-     * and lsw_gate, the same is asked of what comes before it. With 0, nothing but prefetches into the L2 cache comes early.
+     * start of the launch. Where that work starts early itself, as a dependent launch, like lsw_route,
+     * lsw_gate and, of a small set on Hopper, lsw_switch_to, the same is asked of what comes before
+     * it. With 0, nothing but prefetches into the L2 cache comes early.
      */
     int32_t only_x_is_new;
     /**
@@ -668,8 +675,9 @@ typedef struct lsw_route_options {
     /**
      * 0 or 1, for lsw_gate up to 64 tokens. 1: the work directly before it on the stream (its last
      * kernel launch, say) does not write the weight. Then, on CUDA, the weight is read while that
-     * work still runs. Where that work starts early itself, as a dependent launch, like lsw_route
-     * and lsw_gate, the same is asked of what comes before it. 0: nothing is read early.
+     * work still runs. Where that work starts early itself, as a dependent launch, like lsw_route,
+     * lsw_gate and, of a small set on Hopper, lsw_switch_to, the same is asked of what comes before
+     * it. 0: nothing is read early.
      */
     int32_t only_x_is_new;
     /**
@@ -882,9 +890,10 @@ lsw_status lsw_bank_create(const struct lsw_context *context,
  *
  * Enqueued, without synchronisation, and seen by all work that follows on the stream, replays of
  * graphs captured earlier too. (Do not capture this call itself.) The memory of A and B stays the
- * caller's: it must live, and be written only in stream order with the work of the sets, until the
- * slot gets another adapter, or the bank and all sets over it are destroyed, and the work enqueued
- * before that is done. They may not lie in a W of a set over the bank. A and B with addresses and rows (stride included) of multiples of 16 bytes
+ * caller's: it must live, and nobody may write it, until the slot gets another adapter, or the bank
+ * and all sets over it are destroyed, and the work enqueued before that is done: a switch may read
+ * A and B before the work before it on the stream has ended. To change what a slot holds, write,
+ * then call this again, with the same addresses if you like. They may not lie in a W of a set over the bank. A and B with addresses and rows (stride included) of multiples of 16 bytes
  * take the fast path on CUDA.
  *
  * A set from base that holds the slot merged heals at its next lsw_switch_to. A set in place must
@@ -1083,8 +1092,8 @@ lsw_status lsw_apply(const struct lsw_bank *bank,
  *
  * The second half, lsw_apply_finish, is ordered after both and gets the same targets, routes and
  * workspace. In between nobody writes the workspace, ids, gates and row_map, nor the slots of the
- * bank that they name. Together they give the bits of lsw_apply. Two launches on CUDA, in f32 one;
- * enqueued, and may be captured.
+ * bank that they name. Together they give the bits of lsw_apply; what is odd is known after
+ * both. Two launches on CUDA, in f32 one; enqueued, and may be captured.
  */
 lsw_status lsw_apply_begin(const struct lsw_bank *bank,
                            void *stream,

@@ -641,8 +641,8 @@ template <class T, class Y> __device__ __forceinline__ void expand(const LswAppl
     const uint32_t lane = threadIdx.x % 32, g = lane / 4;
     uint32_t unit = blockIdx.x % args.units;
     const uint32_t group = blockIdx.x / args.units * kExpandWarps + threadIdx.x / 32;
-    const bool reports = unit == 0;
     const LswApplyTarget& target = target_of(args, unit, &LswApplyTarget::out, args.chunks * LSW_MANY_OUTPUTS);
+    const bool reports = unit == 0;  // of each target its first, which is what unit counts now
     if (lane < kGroup) load_route(args, row_at(args, group * kGroup + lane), lane, shared.routes, false);
     __syncwarp();
     Walk<kGroup> walk;

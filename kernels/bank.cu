@@ -11,8 +11,10 @@ extern "C" __global__ void __launch_bounds__(LSW_BANK_THREADS) lsw_bank_set(cons
     const uint64_t target = args.first_target + threadIdx.x;
     const uint64_t entry = target * args.slots + args.slot;
     reinterpret_cast<LswFactor*>(args.table)[entry] = args.factors[threadIdx.x];
-    if (args.maps == 0) return;
-    LswMap* maps = reinterpret_cast<LswMap*>(args.maps) + 2 * entry;
-    maps[0] = args.factor_maps[threadIdx.x][0];
-    maps[1] = args.factor_maps[threadIdx.x][1];
+    if (args.maps != 0) {
+        LswMap* maps = reinterpret_cast<LswMap*>(args.maps) + 2 * entry;
+        maps[0] = args.factor_maps[threadIdx.x][0];
+        maps[1] = args.factor_maps[threadIdx.x][1];
+    }
+    __threadfence();  // a dependent launch behind this one looks at the entries before it waits, and must not see one in part
 }

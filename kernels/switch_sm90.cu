@@ -53,7 +53,6 @@ static_assert(kMostGranules % kConsumers == 0 && kGranules % kConsumers == 0 && 
 constexpr uint32_t kMostPanels = (kArea - kGranules * kGranule) / (16 * 256);  // of the smallest
 constexpr uint32_t kFewestStay = 4;         // panels of B, of the largest
 constexpr uint32_t kLoaders = 4;            // warps
-static_assert(kFewestStay >= kLoaders, "a loader that comes to a place must not be two uses ahead of it");
 constexpr uint32_t kGrab = 3, kDeepGrab = 8;  // tiles that a block takes at a time
 constexpr uint32_t kHeldGrab = 16, kLongHeldGrab = 32;  // where the consumers hold B: all of it, a part
 constexpr uint32_t kDeep = 128;                // a sum of ranks beyond which panels are scarcer than granules

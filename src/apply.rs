@@ -158,7 +158,8 @@ pub fn apply(
 /// bits that is everything but the addition to y; of others, A x of all adapters in the rows' routes.
 ///
 /// The second half, [`apply_finish`], is ordered after both and gets the same targets, routes and workspace. In between nobody writes
-/// the workspace, ids, gates and row map, nor the slots of the bank that they name. Together they give the bits of `apply`.
+/// the workspace, ids, gates and row map, nor the slots of the bank that they name. Together they give the bits of `apply`; what
+/// is odd is known after both.
 ///
 /// On CUDA two launches are enqueued, in f32 one.
 ///
@@ -262,9 +263,9 @@ impl Sizes {
         let outputs: u64 = group.targets.iter().flatten().map(|t| u64::from(t.out_features)).sum();
         narrow("rows * the targets' out_features", u64::from(rows) * outputs, MAX_OUTPUTS)?;
         let is_half = dtype != DType::F32;
-        let is_many = rows > LSW_APPLY_MANY && is_half;
-        let (ordered_rows, route_bytes) = if is_many { (rows, entries * 8) } else { (0, 0) };
-        let few_rows = if is_half && k > 0 && width > 0 { rows.min(LSW_APPLY_MANY) } else { 0 };
+        let is_some = is_half && k > 0 && width > 0;
+        let (ordered_rows, route_bytes) = if is_some && rows > LSW_APPLY_MANY { (rows, entries * 8) } else { (0, 0) };
+        let few_rows = if is_some { rows.min(LSW_APPLY_MANY) } else { 0 };
         let (sliced_entries, sums) = (u64::from(few_rows * k * group.slices()), u64::from(few_rows) * group.sum_width);
         Ok(Self { entries, sliced_entries, sums, width, ordered_rows, route_bytes })
     }

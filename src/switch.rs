@@ -36,7 +36,8 @@ pub struct Target {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(i32)]
 pub enum SwitchKernels {
-    /// The fastest that there is for the set.
+    /// The fastest that there is for the set. Chosen once, by its shapes and the bank's rank caps and by the card: the same weight may have
+    /// other bits in another set.
     #[default]
     Best = 0,
     /// The kernel for any card, even where there is a faster one: for tests and comparisons.

@@ -370,7 +370,8 @@ pub struct Tensor {
 held!(
     Tensor,
     "`(rows - 1) * stride + cols` elements from `addr` on are initialised memory of `context`'s place, and stay alive, and are written \
-     only in stream order with the work of every object that holds this tensor, until those objects are gone or have let go of it."
+     only in stream order with the work of every object that holds this tensor (an adapter not at all while it is in a slot of a bank: \
+     write it, then `AdapterBank::set_slot`), until those objects are gone or have let go of it."
 );
 
 impl Tensor {

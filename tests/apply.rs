@@ -200,6 +200,17 @@ fn small_ranks_of_many_rows(backend: &Backend) {
     }
 }
 
+/// More rows than the order takes in one go, and so many that a block has several groups of them for the same outputs.
+fn more_rows_than_are_ordered_at_once(backend: &Backend) {
+    let rows = if backend.cuda.is_some() { 4_200 } else { 300 };
+    let spec = Spec { max_rank: 16, slots: 8, seed: 5, ..small(DType::Bf16, Form::FromBase) };
+    let model = Model::new(backend, &group(spec, &[8; 8], 24));
+    let mut batch = Batch::random(&model, &mut Rng(5), rows, 2, DType::Bf16, Layout::dense);
+    let before = batch.bits();
+    batch.run(&model, Call::Whole);
+    batch.assert_added_to(&model, &before, &format!("{rows} rows"));
+}
+
 /// Longer inputs than slices of the least length make up.
 fn long_inputs(backend: &Backend) {
     for dtype in FLOATS {
@@ -390,25 +401,33 @@ fn rows_are_kept_apart(backend: &Backend) {
 /// Coefficients that are not finite show in their own row, and are told of, as are ids that name nothing.
 fn odd_values(backend: &Backend) {
     let backend = &backend.alone();
-    for (dtype, rows) in [(DType::F32, 3), (DType::Bf16, 70)] {
-        let mut model = Model::new(backend, &group(small(dtype, Form::FromBase), &[48, 33], 80));
+    // By row, few rows, many, and many with y in whole packs; the adapter at either target.
+    let kinds = [
+        (DType::F32, 3, DType::F32, 33),
+        (DType::Bf16, 3, DType::F32, 33),
+        (DType::Bf16, 70, DType::F32, 33),
+        (DType::Bf16, 70, DType::Bf16, 40),
+    ];
+    for ((dtype, rows, y_type, out), has) in kinds.into_iter().flat_map(|kind| [0, 1].map(|has| (kind, has))) {
+        let outs = [48, out];
+        let mut model = Model::new(backend, &group(small(dtype, Form::FromBase), &outs, 80));
         let mut rng = Rng(16);
-        let pairs = vec![Some(model.pair_of(&mut rng, 48, 80, 4)), None];
+        let pairs = (0..2).map(|target| (target == has).then(|| model.pair_of(&mut rng, outs[target], 80, 4))).collect();
         model.set_slot(0, pairs);
-        for bad in [f32::NAN, f32::INFINITY] {
-            let mut batch = Batch::random(&model, &mut rng, rows, 1, DType::F32, Layout::dense);
+        for (bad, call) in [f32::NAN, f32::INFINITY].into_iter().flat_map(|bad| CALLS.map(|call| (bad, call))) {
+            let mut batch = Batch::random(&model, &mut rng, rows, 1, y_type, Layout::dense);
             let before = batch.bits();
             let (mut ids, mut gates) = (vec![u32::MAX; rows], vec![bad.to_bits(); rows]);
             ids[..2].fill(0);
             gates[0] = 1f32.to_bits();
             batch.ids.set_bits(&ids);
             batch.gates.set_bits(&gates);
-            batch.run(&model, Call::Whole);
-            for (row, y) in batch.y[0].values().chunks(48).enumerate() {
+            batch.run(&model, call);
+            for (row, y) in batch.y[has].values().chunks(outs[has]).enumerate() {
                 assert_eq!(y.iter().all(|y| y.is_finite()), row != 1, "{dtype}: row {row}");
             }
-            assert_eq!(batch.y[1].bits(), before[1], "a target without the adapter is not touched by it");
-            assert_eq!(backend.stream.take_odd().unwrap(), Odd::COEFFICIENT);
+            assert_eq!(batch.y[1 - has].bits(), before[1 - has], "a target without the adapter is not touched by it");
+            assert_eq!(backend.stream.take_odd().unwrap(), Odd::COEFFICIENT, "{dtype}, {rows} rows, target {has}, {call:?}");
         }
         let mut batch = Batch::random(&model, &mut rng, rows, 2, DType::F32, Layout::dense);
         for (ids, odd) in [([u32::MAX, 1], Odd::default()), ([4, 1], Odd::ROUTE_ID), ([1, -2i32 as u32], Odd::ROUTE_ID)] {
@@ -551,12 +570,14 @@ fn bad_arguments_are_named(backend: &Backend) {
     assert_eq!(bytes(0..2, 650, 2).unwrap(), 650 * 2 * 2 * 24 * 4 + 652 * 4 + 650 * 2 * 8, "an order of the rows, and their routes");
     assert_eq!(bytes(0..2, 0, 2).unwrap(), 0);
     assert_eq!(bytes(0..2, 5, 0).unwrap(), 0);
+    assert_eq!(bytes(0..2, 650, 0).unwrap(), 0);
 }
 
 on_backends!(
     matches_oracle,
     any_number_of_rows,
     small_ranks_of_many_rows,
+    more_rows_than_are_ordered_at_once,
     long_inputs,
     bits_depend_on_the_row_alone,
     alignment_does_not_matter,

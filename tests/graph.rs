@@ -129,7 +129,8 @@ fn apply_replays() {
 #[test]
 fn apply_beside_replays() {
     let Some(backend) = Backend::cuda() else { return };
-    let mut model = two_targets(&backend, vec![(96, 160), (33, 160)], 27);
+    // Whole packs of y: of many rows, another kernel.
+    let mut model = two_targets(&backend, vec![(96, 160), (40, 160)], 27);
     let mut rng = Rng(28);
     let main = backend.cuda.clone().unwrap();
     let side = main.context().new_stream().unwrap();

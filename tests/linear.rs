@@ -112,7 +112,7 @@ fn any_number_of_rows(backend: &Backend) {
 /// One row, of more lines than a warp's ring has places, over several tiles of a block: right, and the bits that it has beside another.
 fn rings_come_around(backend: &Backend) {
     for dtype in FLOATS {
-        let model = Model::new(backend, &group(small(dtype, Form::FromBase), &[4_500, 33], 2_100));
+        let model = Model::new(backend, &group(small(dtype, Form::FromBase), &[4_500, 33], 2_104));
         let mut two = Batch::random(&model, &mut Rng(7), 2, 2, dtype, Layout::dense);
         let first = |grid: &Grid| Grid::new(backend, grid.dtype, 1, grid.cols, Layout::dense(grid.cols), &grid.bits()[..grid.cols]);
         let y = two.y.iter().map(first).collect();

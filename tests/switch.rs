@@ -626,16 +626,18 @@ fn many_targets(backend: &Backend) {
 /// So many tiles side by side that a block takes several in a row, for which it keeps B: with few ranks (three tiles), and with so many
 /// that B's panels have no place to stay (up to 32). A second route, since what is kept must not outlive it.
 fn runs_of_tiles(backend: &Backend) {
-    for (rows, ranks) in [(66, vec![4, 2]), (5, vec![96, 70, 64, 40])] {
-        let (cols, k) = (54_400, ranks.len());
-        let spec = Spec { shapes: vec![(rows, cols)], max_rank: 96, slots: k, k_max: k, ..small(DType::Bf16, Form::FromBase) };
+    let small_set = backend.cuda.as_ref().map(|_| (5, vec![32, 17, 32, 20, 32]));
+    for (rows, ranks) in [(66, vec![4, 2]), (5, vec![96, 70, 64, 40])].into_iter().chain(small_set) {
+        // With ranks up to 32 it is a small set on Hopper: a block of that kernel takes two tiles, with panels all at hand or in turns.
+        let (cols, k, max_rank) = (54_400, ranks.len(), *ranks.iter().max().unwrap());
+        let spec = Spec { shapes: vec![(rows, cols)], max_rank, slots: k, k_max: k, ..small(DType::Bf16, Form::FromBase) };
         let mut model = Model::new(backend, &spec);
         for (slot, &rank) in ranks.iter().enumerate() {
             let pair = model.pair(rows, cols, rank, 0.5, 0.3);
             model.set_slot(slot, vec![Some(pair)]);
         }
         let ids: Vec<i32> = (0..k as i32).collect();
-        for gates in [[0.25, -1.0, 0.5, 2.0], [1.5, 0.125, -0.75, 0.0]] {
+        for gates in [[0.25, -1.0, 0.5, 2.0, 0.75], [1.5, 0.125, -0.75, 0.0, -0.5]] {
             model.to(&ids, &gates[..k]);
             model.assert_holds(&ids, &gates[..k], &format!("ranks {ranks:?}"));
         }
@@ -937,6 +939,24 @@ fn bad_refills_and_routes_are_refused(backend: &Backend) {
     assert_eq!(model.all_bits(), before);
 }
 
+/// A small set of more tiles than blocks: a block goes on from one target to the next, past one that another kernel serves.
+fn blocks_go_on_to_other_targets(backend: &Backend) {
+    for (form, slots) in [(Form::FromBase, 4), (Form::InPlace, 4), (Form::FromBase, 33)] {
+        let shapes = vec![(5, 27_200), (130, 320), (3, 16_000), (33, 65), (5, 27_200)];
+        let spec = Spec { shapes, slots, max_rank: 32, ..small(DType::Bf16, form) };
+        let mut model = Model::new(backend, &spec);
+        let (mut rng, mut drift) = (Rng(3), Drift::new(&spec));
+        for _ in 0..5 {
+            let (ids, gates) = random_route(&mut rng, &spec);
+            model.to(&ids, &gates);
+            match form {
+                Form::FromBase => model.assert_holds(&ids, &gates, "several targets"),
+                Form::InPlace => drift.assert_holds(&model, &ids, &gates, "several targets"),
+            }
+        }
+    }
+}
+
 /// Launches without a pause, each of which may begin before the one before has ended: the same bits as one at a time. The route is that
 /// of a router just before, so that what a launch sees too early is another one; some repeat what is there.
 fn launches_in_a_row(backend: &Backend) {
@@ -974,6 +994,7 @@ fn launches_in_a_row(backend: &Backend) {
 }
 
 on_paths!(
+    blocks_go_on_to_other_targets,
     launches_in_a_row,
     from_base_matches_oracle,
     in_place_matches_oracle,

@@ -42,7 +42,7 @@ pub(super) unsafe fn launch<Args>(stream: &DeviceStream, function: Function, gri
 /// later.
 ///
 /// # Safety
-/// As for [`launch`], and the kernel calls `dependency_wait` on every path, before it touches what the work before it writes.
+/// As for [`launch`], and the kernel calls `dependency_wait` on every path, before it takes for granted what the work before it writes.
 pub(super) unsafe fn launch_dependent<Args>(stream: &DeviceStream, function: Function, grid: impl Into<Cube>, args: &Args) -> Result<()> {
     let attributes: &mut [_] = if stream.device().has_dependent_launch { &mut [dependent()] } else { &mut [] };
     // SAFETY: the caller's promise.

@@ -170,8 +170,8 @@ impl State {
                 let tiles: u64 = served.map(boxes_of).sum();
                 let grid = Grid { blocks: tiles.min(u64::from(path.grid.blocks)) as u32, ..path.grid };
                 if tiles > 0 {
-                    // SAFETY: as below. What the kernel reads before it waits is memory that the set and the bank have had since the
-                    // launch before; it takes it for a guess.
+                    // SAFETY: as below. Before it waits, the kernel reads the tables and the route, all of them there by then, which it reads
+                    // again afterwards; and adapters in slots, which nobody writes.
                     unsafe { launch_dependent(stream, path.function, grid, &args(path)) }?;
                 }
                 continue;

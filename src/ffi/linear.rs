@@ -35,8 +35,9 @@ pub struct lsw_linear_options {
     /// 0 or 1: of all that the call reads, the work directly before it on the stream (its last
     /// kernel launch, say) writes x alone; weights, adapters, the bank's slots, ids, gates and
     /// row_map are older. Then, on CUDA, they are read while that work still runs, which hides the
-    /// start of the launch. Where that work starts early itself, as a dependent launch, like lsw_route
-    /// and lsw_gate, the same is asked of what comes before it. With 0, nothing but prefetches into the L2 cache comes early.
+    /// start of the launch. Where that work starts early itself, as a dependent launch, like lsw_route,
+    /// lsw_gate and, of a small set on Hopper, lsw_switch_to, the same is asked of what comes before
+    /// it. With 0, nothing but prefetches into the L2 cache comes early.
     pub only_x_is_new: i32,
     /// 0 or 1: blocks do not wait for each other's part of A x, but each computes all of it, as they
     /// do where others do not come to run: for tests. The bits are the same.

@@ -32,8 +32,9 @@ pub struct lsw_route_options {
     pub renormalize: i32,
     /// 0 or 1, for lsw_gate up to 64 tokens. 1: the work directly before it on the stream (its last
     /// kernel launch, say) does not write the weight. Then, on CUDA, the weight is read while that
-    /// work still runs. Where that work starts early itself, as a dependent launch, like lsw_route
-    /// and lsw_gate, the same is asked of what comes before it. 0: nothing is read early.
+    /// work still runs. Where that work starts early itself, as a dependent launch, like lsw_route,
+    /// lsw_gate and, of a small set on Hopper, lsw_switch_to, the same is asked of what comes before
+    /// it. 0: nothing is read early.
     pub only_x_is_new: i32,
     /// LSW_SOFTMAX to LSW_SQRT_SOFTPLUS: what a logit x becomes.
     pub score: i32,

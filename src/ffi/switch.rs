@@ -21,7 +21,8 @@ pub const LSW_IN_PLACE: i32 = 1;
 
 const _: () = assert!(LSW_FROM_BASE == Form::FromBase as i32 && LSW_IN_PLACE == Form::InPlace as i32);
 
-/// The fastest kernel that there is for a set.
+/// The fastest kernel that there is for a set; chosen once, by its shapes and the bank's rank_caps and
+/// by the card: the same weight may have other bits in another set.
 pub const LSW_KERNELS_BEST: i32 = 0;
 /// The kernel for any card, even where there is a faster one.
 pub const LSW_KERNELS_PORTABLE: i32 = 1;
@@ -89,6 +90,11 @@ pub struct lsw_target {
 /// the end. A coefficient that is not finite propagates from base (and the next route heals it); in
 /// place it counts as zero, as does one of 2^126 or more in magnitude, since it would destroy W:
 /// lsw_switch_odd tells.
+///
+/// On Hopper, the launch of a small set (in 16 bits, aligned, up to 32 targets and some 1,000 tiles of
+/// 128 x 128; fewer where ranks may exceed 32) is a dependent one, like that of lsw_route: it starts
+/// while the work before it ends, lets dependents start at once, and reads adapters that are in a
+/// slot before that work has ended.
 ///
 /// A set is used by one thread at a time and in flight on one stream at a time, replays of graphs
 /// included. A graph that captured its calls holds the addresses of the set, its bank and their
