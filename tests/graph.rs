@@ -102,6 +102,19 @@ fn set_routes(ids: &mut Grid, rng: &mut Rng) {
     ids.set_bits(&(0..count).map(|_| rng.below(9) as u32).collect::<Vec<_>>());
 }
 
+/// A captured apply, under other routes and every other time with a refilled slot.
+fn replay(graph: &CudaGraph, model: &mut Model, batch: &mut Batch, rng: &mut Rng) {
+    for step in 0..6 {
+        if step % 2 == 1 {
+            model.refill(rng.below(8));
+        }
+        set_routes(&mut batch.ids, rng);
+        let before = batch.bits();
+        graph.launch().unwrap();
+        batch.assert_added_to(model, &before, "replayed");
+    }
+}
+
 /// One capture serves other routes and refilled slots.
 #[test]
 fn apply_replays() {
@@ -113,15 +126,7 @@ fn apply_replays() {
         let bytes = workspace_bytes(&model, rows, 2);
         let mut workspace = Grid::poisoned(&backend, DType::U8, 1, bytes, Layout::dense(bytes));
         let graph = capture(&backend, || batch.run_in(&model, Call::Whole, &mut workspace).unwrap());
-        for step in 0..6 {
-            if step % 2 == 1 {
-                model.refill(rng.below(8));
-            }
-            set_routes(&mut batch.ids, &mut rng);
-            let before = batch.bits();
-            graph.launch().unwrap();
-            batch.assert_added_to(&model, &before, "replayed");
-        }
+        replay(&graph, &mut model, &mut batch, &mut rng);
     }
 }
 
@@ -144,15 +149,7 @@ fn apply_beside_replays() {
             side.join(&main).unwrap();
             batch.run_halves(&model, &beside, &mut workspace, || main.join(&side).unwrap()).unwrap();
         });
-        for step in 0..6 {
-            if step % 2 == 1 {
-                model.refill(rng.below(8));
-            }
-            set_routes(&mut batch.ids, &mut rng);
-            let before = batch.bits();
-            graph.launch().unwrap();
-            batch.assert_added_to(&model, &before, "replayed");
-        }
+        replay(&graph, &mut model, &mut batch, &mut rng);
     }
 }
 
