@@ -65,8 +65,9 @@ static_assert(128 * kProducerRegisters + 128 * kLoaderRegisters + 256 * kConsume
 
 static_assert(kThreads == 512 && kTile == 128, "two warpgroups of producers, two of consumers of 64 rows each");
 
-// Panels of B that consumers hold in registers, a target's first ones. Each number has code of its own, where an index is a constant.
-constexpr uint32_t kMostHeld = 6;
+// Panels of B that consumers hold in registers, a target's first ones. Each number has code of its own, where an index is a constant; so
+// have eight panels, of which the last two are not held.
+constexpr uint32_t kMostHeld = 6, kStraight = 8;
 __device__ __forceinline__ uint32_t held_of(uint32_t panels) { return panels < 4 ? panels : panels < kMostHeld ? 4 : kMostHeld; }
 
 // What a target's sum has of one adapter.
@@ -114,6 +115,8 @@ struct alignas(16) Product {
     uint16_t depth, flags;
 };
 
+constexpr uint32_t kRowsOf128 = 1024 >> 4 | 1 << 30;  // a descriptor's upper word: eight rows of 128 bytes, swizzled over that width
+
 // What a consumer takes of a product.
 struct Work {
     uint32_t a_low, b_high;
@@ -122,21 +125,23 @@ struct Work {
     uint32_t b_low;
 
     __device__ uint64_t b() const { return static_cast<uint64_t>(b_high) << 32 | b_low; }
-    __device__ uint64_t a() const { return static_cast<uint64_t>(1024 >> 4 | 1 << 30) << 32 | a_low; }
+    __device__ uint64_t a() const { return static_cast<uint64_t>(kRowsOf128) << 32 | a_low; }
 };
 
 // A tile on its way through the roles, or a part of one that has more products than fit: only the last part ends the tile.
 struct alignas(16) Header {
     uint32_t target;  // kEnd: there are no more
     int row, col;
-    uint32_t packed;  // products, rows of the matrix in the tile, panels of B that are held, ends the tile, begins a run, LSW_WEIGHT_BLOCKS
+    // Products, rows of the matrix in the tile, first products in straight code (0: B is not held), ends the tile, begins a run,
+    // LSW_WEIGHT_BLOCKS.
+    uint32_t packed;
 
-    __device__ static uint32_t pack(uint32_t products, uint32_t rows, uint32_t held, bool ends_tile, bool begins_run, bool blocks) {
-        return products | rows << 8 | held << 16 | ends_tile << 29 | begins_run << 30 | static_cast<uint32_t>(blocks) << 31;
+    __device__ static uint32_t pack(uint32_t products, uint32_t rows, uint32_t straight, bool ends_tile, bool begins_run, bool blocks) {
+        return products | rows << 8 | straight << 16 | ends_tile << 29 | begins_run << 30 | static_cast<uint32_t>(blocks) << 31;
     }
     __device__ uint32_t products() const { return packed & 0xff; }
     __device__ int rows() const { return packed >> 8 & 0xff; }
-    __device__ uint32_t held() const { return packed >> 16 & 0xff; }
+    __device__ uint32_t straight() const { return packed >> 16 & 0xff; }
     __device__ bool ends_tile() const { return packed >> 29 & 1; }
     __device__ bool begins_run() const { return packed >> 30 & 1; }
     __device__ bool blocks() const { return packed >> 31; }
@@ -442,8 +447,8 @@ __device__ void publish(Shared& s, Ring& ring, Places& places, const Cursor& at,
         }
         left -= count;
         if (lane == 0) {
-            const uint32_t rows = min(at.rows - at.row, kTile);
-            entry.header = {at.target, at.row, at.col, Header::pack(count, rows, at.held, left == 0, begins_run, at.blocks)};
+            const uint32_t rows = min(at.rows - at.row, kTile), straight = at.held > 0 && at.panels == kStraight ? kStraight : at.held;
+            entry.header = {at.target, at.row, at.col, Header::pack(count, rows, straight, left == 0, begins_run, at.blocks)};
         }
         s.entry_full[ring.slot].arrive();  // each lane for what it wrote
         ring.advance();
@@ -700,12 +705,16 @@ struct Consumer {
     unsigned char* granule;
 
     __device__ __forceinline__ Consumer(Shared& s, int consumer) : s(s), consumer(consumer) { open(); }
-    __device__ __forceinline__ void open() {
+    // In two parts: what is read takes its time.
+    __device__ __forceinline__ void begin_open() {
         const Entry& entry = next_entry(s, entries);
         if (leader) tile.target = entry.header.target, tile.packed = entry.header.packed;
-        tile.target = __shfl_sync(kFullWarp, tile.target, 0), tile.packed = __shfl_sync(kFullWarp, tile.packed, 0);
         index = 0;
     }
+    __device__ __forceinline__ void end_open() {
+        tile.target = __shfl_sync(kFullWarp, tile.target, 0), tile.packed = __shfl_sync(kFullWarp, tile.packed, 0);
+    }
+    __device__ __forceinline__ void open() { begin_open(), end_open(); }
     __device__ __forceinline__ void close() {
         s.entry_empty[entries.slot].arrive_if(leader);
         entries.advance();
@@ -777,7 +786,7 @@ template <class T, int kSteps, bool kHolds> __device__ __forceinline__ void add(
         }
         c.close();
         c.open();
-        const bool goes_on = c.tile.products() > 0 && !(kHolds && c.tile.held() > 0);
+        const bool goes_on = c.tile.products() > 0 && !(kHolds && c.tile.straight() > 0);
         if (goes_on) c.look();
         c.take_weight(weight);
         finish(work);
@@ -797,97 +806,151 @@ template <class T, int kSteps, bool kHolds> __device__ __forceinline__ void add(
 // last the accumulator is multiplied by the quotient of its coefficient and the next one's, so that the last coefficient is all that is
 // missing in the end. What falls below 2^-149 of the last coefficient on the way is lost.
 //
+// Shared memory is busy with panels, and whoever reads it waits 100 cycles and more. So the words of the next product are on their way while
+// one is issued: the leader reads them before, and tells them when the left half is issued.
+//
 // ptxas serialises all wgmma where it loses track of what runs: nothing runs over a branch that joins another way or over the end of a loop,
 // and whoever reads an accumulator has waited by its name.
-template <class T, int kPanels> __device__ __forceinline__ void add_held(Consumer& c) {
+template <class T, int kHeld, int kCount> __device__ __forceinline__ void add_held(Consumer& c) {
     Shared& s = c.s;
-    uint32_t held[kPanels][4][4] = {};
+    uint32_t held[kHeld][4][4] = {};
     float sums[2][32] = {};
     Fragment<64> weight{};
-    Work work{};              // whose products were issued last
-    bool has_weight = false;  // that the last tile's left half is done, and its right half is to be added
-    auto hold = [&](uint32_t (&b)[4][4], const Plan& p) {
-        const int lane = threadIdx.x % 32, row = 64 * c.consumer + threadIdx.x / 32 % 4 * 16 + lane % 16;
-        unsigned char* panel = s.panels() + p.b_slot() * s.geometry.panel_bytes;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) ldmatrix4(b[i], panel + swizzle(row * 128 + (2 * i + lane / 16) * 16, 7));
-        __syncwarp();
-        s.panel_empty[p.b_slot()].arrive_if(c.leader);
+    Work last{}, now{}, next{};  // products: issued, on its way, and what comes then
+    bool is_ready = false;       // whether the panels of `now` are there
+    int4 words{};                // of the next one, as the leader has read them
+    uint32_t b_low = 0;
+    bool has_weight = false;     // that the last tile's left half is done, and its right half is to be added
+    auto fetch = [&] {
+        const Product& p = s.entry[c.entries.slot].products[c.index++];
+        if (c.leader) words = reinterpret_cast<const int4&>(p), b_low = p.b_low[c.consumer];
     };
-    auto scale = [&](float (&sum)[32]) {
-        if (!work.plan.ends_term()) return;
-#pragma unroll
-        for (int j = 0; j < 32; ++j) sum[j] *= work.coefficient;
+    auto tell = [&] {
+        auto all = [](auto word) { return __shfl_sync(kFullWarp, word, 0); };
+        const int coefficient = __shfl_sync(kFullWarp, words.z, threadIdx.x >> 10);  // as in `take`
+        const uint32_t a_low = all(words.x), plan = all(words.w), b = all(b_low);
+        next = {a_low, kRowsOf128, __int_as_float(coefficient), {plan}, b};
     };
-    auto give_weight = [&] {
-        if (!has_weight) return;
-        weight.template add_and_store<T>(c.granule + kHalf, sums[1], work.coefficient);
-        c.give_weight();
+    auto test_panels = [&] {
+        const Plan& p = next.plan;
+        is_ready = test_both(s.panel_full[p.b_slot()], p.b_parity(), s.panel_full[p.a_slot()], p.a_parity());
     };
-    // Under a product: the look at what is next; whether that is of the same tile. An entry has the held ones all together.
-    auto look = [&] {
+    auto wait_panels = [&] {
+        const Plan& p = now.plan;
+        if (!is_ready) wait_both(s.panel_full[p.b_slot()], p.b_parity(), s.panel_full[p.a_slot()], p.a_parity());
+    };
+    // The same over the end of an entry: whether what comes is of the same tile. It may be of another kind, and then is not looked at.
+    auto fetch_behind = [&] {
         bool goes_on = true;
         if (c.ends_entry()) {
             goes_on = !c.tile.ends_tile();
             c.close();
-            c.open();
+            c.begin_open();
         }
-        if (goes_on || c.tile.held() == kPanels) c.look();
-        if (!goes_on) c.take_weight(weight);
+        fetch();
         return goes_on;
     };
-    c.look();
+    auto tell_behind = [&](bool goes_on) {
+        c.end_open();
+        tell();
+        if (goes_on || c.tile.straight() == kCount) test_panels();
+    };
+    auto hold = [&](uint32_t (&b)[4][4]) {
+        const int lane = threadIdx.x % 32, row = 64 * c.consumer + threadIdx.x / 32 % 4 * 16 + lane % 16;
+        unsigned char* panel = s.panels() + now.plan.b_slot() * s.geometry.panel_bytes;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) ldmatrix4(b[i], panel + swizzle(row * 128 + (2 * i + lane / 16) * 16, 7));
+        __syncwarp();
+        s.panel_empty[now.plan.b_slot()].arrive_if(c.leader);
+    };
+    auto multiply_held = [&](int half, const uint32_t (&b)[4][4], bool adds) {
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) wgmma(sums[half], b[k], now.a() + (half * kHalf + 2048 * k >> 4), adds || k > 0, T{});
+        wgmma_commit();
+    };
+    auto multiply_shared = [&](int half) {
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) wgmma(sums[half], now.b() + (32 * k >> 4), now.a() + (half * kHalf + 2048 * k >> 4), true, T{});
+        wgmma_commit();
+    };
+    auto scale = [&](float (&sum)[32]) {
+        if (!last.plan.ends_term()) return;
+#pragma unroll
+        for (int j = 0; j < 32; ++j) sum[j] *= last.coefficient;
+    };
+    auto add_right = [&] {
+        if (has_weight) weight.template add_and_store<T>(c.granule + kHalf, sums[1], last.coefficient);
+    };
+    auto give_weight = [&] {
+        if (has_weight) c.give_weight();
+    };
+
+    fetch(), tell(), test_panels();
+    now = next;
     do {
         bool goes_on = true;
 #pragma unroll
-        for (int i = 0; i < kPanels; ++i) {
-            c.wait_ready();
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                wgmma_wait<1>(sums[half]);
-                if (i == 0 && half == 1) give_weight();
-                if (i > 0 && half == 1) c.release(work.plan);
-                if (i > 0) scale(sums[half]);
-                if (half == 0 && c.next.plan.has_b()) hold(held[i], c.next.plan);
-                wgmma_fence();
-#pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                    wgmma(sums[half], held[i][k], c.next.a() + (half * kHalf + 2048 * k >> 4), i > 0 || k > 0, T{});
-                }
-                wgmma_commit();
-            }
-            work = c.next;
-            work.plan.has_freed_b();
-            if (i < kPanels - 1) {
-                c.look();
+        for (int i = 0; i < kCount; ++i) {
+            const bool ends = i == kCount - 1;
+            if (ends) {
+                goes_on = fetch_behind();
             } else {
-                goes_on = look();
+                fetch();
             }
+            if (i > 0) {
+                wgmma_wait<1>(sums[0]);
+                scale(sums[0]);
+            }
+            wait_panels();
+            if (i < kHeld) {
+                if (now.plan.has_b()) hold(held[i]);
+                multiply_held(0, held[i], i > 0);
+            } else {
+                multiply_shared(0);
+            }
+            if (ends) {
+                tell_behind(goes_on);
+            } else {
+                tell(), test_panels();
+            }
+            wgmma_wait<1>(sums[1]);
+            if (i == 0) {
+                add_right();
+            } else {
+                c.release(last.plan);
+                scale(sums[1]);
+            }
+            if (i < kHeld) {
+                multiply_held(1, held[i], i > 0);
+            } else {
+                multiply_shared(1);
+            }
+            if (i == 0) give_weight();
+            last = now, now = next;
+            if (i < kHeld) last.plan.has_freed_b();
         }
-        while (kPanels > 3 && goes_on) {
+        while (kCount > 3 && kCount < kStraight && goes_on) {
+            goes_on = fetch_behind();
             wgmma_wait<0>(sums[0]), wgmma_wait<0>(sums[1]);
-            c.release(work.plan);
+            c.release(last.plan);
             scale(sums[0]), scale(sums[1]);
-            c.wait_ready();
-            work = c.next;
-            wgmma_fence();
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                    wgmma(sums[half], work.b() + (32 * k >> 4), work.a() + (half * kHalf + 2048 * k >> 4), true, T{});
-                }
-            }
-            wgmma_commit();
-            goes_on = look();
+            wait_panels();
+            multiply_shared(0), multiply_shared(1);
+            tell_behind(goes_on);
+            last = now, now = next;
         }
-        wgmma_wait<0>(sums[0]), wgmma_wait<0>(sums[1]);
-        c.release(work.plan);
-        weight.template add_and_store<T>(c.granule, sums[0], work.coefficient);
+        c.take_weight(weight);
+        wgmma_wait<1>(sums[0]);
+        weight.template add_and_store<T>(c.granule, sums[0], last.coefficient);
         weight.load(c.granule + kHalf);
+        wgmma_wait<0>(sums[1]);
+        c.release(last.plan);
         has_weight = true;
-    } while (c.tile.held() == kPanels);
-    give_weight();
+    } while (c.tile.straight() == kCount);
+    add_right(), give_weight();
+    c.index = 0;  // another kind looks at the first product itself
 }
 
 template <class T, int kSteps, bool kHolds = false> __device__ __forceinline__ void run_consumer(Shared& s, int consumer) {
@@ -898,12 +961,14 @@ template <class T, int kSteps, bool kHolds = false> __device__ __forceinline__ v
             c.give_weight();
             c.close();
             c.open();
-        } else if (kHolds && c.tile.held() == 3) {
-            add_held<T, 3>(c);
-        } else if (kHolds && c.tile.held() == 4) {
-            add_held<T, 4>(c);
-        } else if (kHolds && c.tile.held() == kMostHeld) {
-            add_held<T, kMostHeld>(c);
+        } else if (kHolds && c.tile.straight() == 3) {
+            add_held<T, 3, 3>(c);
+        } else if (kHolds && c.tile.straight() == 4) {
+            add_held<T, 4, 4>(c);
+        } else if (kHolds && c.tile.straight() == kMostHeld) {
+            add_held<T, kMostHeld, kMostHeld>(c);
+        } else if (kHolds && c.tile.straight() == kStraight) {
+            add_held<T, kMostHeld, kStraight>(c);
         } else {
             add<T, kSteps, kHolds>(c);
         }
