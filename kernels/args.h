@@ -264,7 +264,8 @@ typedef struct LswSwitchArgs {
     uint64_t factor_maps; /* LswMap [all targets, slots, 2], of A and B; Hopper path */
     uint64_t target_maps; /* LswMap [all targets, 2], of W and W_base */
     uint32_t path;
-    uint32_t run; /* portable path: tiles, one below the other, that a block takes at a time */
+    uint32_t run; /* portable path: tiles, one below the other, that a block takes at a time; small sets: tiles beyond its first whose W it
+                     brings to L2 in advance */
     uint64_t arrivals;    /* of a small set, uint32_t [all targets]: tiles that have begun; zero before and after */
     uint32_t panel_depth; /* of a small set: 16, 32 or 64 of a rank, the most that a panel can have */
     uint32_t padding;

@@ -118,7 +118,7 @@ pub(crate) struct ToPlan {
 /// W. [`odd`](Self::odd) tells.
 ///
 /// On Hopper, the launch of a small set (in 16 bits, aligned, up to 32 targets and some 1,000 tiles of 128 x 128; fewer where ranks may
-/// exceed 32) is a dependent one, like that of [`route`](crate::route()): it starts while the work before it ends, lets dependents start
+/// exceed 64) is a dependent one, like that of [`route`](crate::route()): it starts while the work before it ends, lets dependents start
 /// at once, and reads adapters that are in a slot, which nobody writes there, before that work has ended.
 ///
 /// A set is in flight on one stream at a time, replays of graphs included. Memory that it owns through cudarc ties it to one stream;

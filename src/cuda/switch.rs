@@ -59,12 +59,12 @@ struct Path {
     grid: Grid,
     /// Tiles that a block of the portable kernel takes at a time.
     run: u32,
-    /// The kernel for small sets: what of a rank its panels may have. None: another kernel, whose grid is that above.
+    /// The kernel for small sets, whose grid above is its largest: what of a rank its panels may have. None: another kernel.
     panel_depth: Option<u32>,
 }
 
-/// Tiles a multiprocessor up to which a set is small: what such a kernel loses a tile comes to what it saves a launch. Deep panels lose
-/// more.
+/// Tiles a multiprocessor up to which a set is small: what such a kernel loses a tile comes to what it saves a launch. Ranks beyond a panel
+/// lose more.
 const SMALL: u64 = 8;
 const SMALL_AND_DEEP: u64 = 2;
 
@@ -168,11 +168,15 @@ impl State {
             if path.panel_depth.is_some() {
                 let served = set.targets[to.first as usize..to.last as usize].iter().filter(|t| fits_boxes(t));
                 let tiles: u64 = served.map(boxes_of).sum();
-                let grid = Grid { blocks: tiles.min(u64::from(path.grid.blocks)) as u32, ..path.grid };
+                let most = u64::from(path.grid.blocks);
+                // A lone target that would fill nearly all places at once leaves half of them to the next launch instead.
+                let halves = to.last - to.first == 1 && tiles * 4 > most * 3 && tiles <= most;
+                let blocks = if halves { most / u64::from(SMALL_BLOCKS) } else { tiles.min(most) };
+                let grid = Grid { blocks: blocks as u32, ..path.grid };
                 if tiles > 0 {
                     // SAFETY: as below. Before it waits, the kernel reads the tables and the route, all of them there by then, which it reads
                     // again afterwards; and adapters in slots, which nobody writes.
-                    unsafe { launch_dependent(stream, path.function, grid, &args(path)) }?;
+                    unsafe { launch_dependent(stream, path.function, grid, &LswSwitchArgs { run: halves.into(), ..args(path) }) }?;
                 }
                 continue;
             }
@@ -209,8 +213,8 @@ fn paths(device: &Device, plan: &SetPlan) -> Vec<Path> {
     let mut paths = Vec::new();
     if let Some((hopper, function)) = fast.filter(|_| !boxes.is_empty()) {
         let tiles: u64 = boxes.iter().map(|t| boxes_of(t)).sum();
-        let depth = panel_depth(plan);
-        let most = if depth == 64 { SMALL_AND_DEEP } else { SMALL } * u64::from(hopper.processors);
+        let depth = super::maps::depth(rank_cap(plan));
+        let most = if rank_cap(plan) > 64 { SMALL_AND_DEEP } else { SMALL } * u64::from(hopper.processors);
         let is_small = plan.kernels == SwitchKernels::Best && plan.targets.len() <= LSW_SMALL_TARGETS as usize && tiles <= most;
         if is_small {
             let grid = Grid { blocks: SMALL_BLOCKS * hopper.processors, threads: LSW_SMALL_THREADS, shared: SMALL_SHARED };
@@ -238,9 +242,9 @@ fn boxes_of(target: &RawTarget) -> u64 {
     target.tiles_of(LSW_SWITCH90_TILE, LSW_SWITCH90_TILE)
 }
 
-/// The deepest panel that an adapter of the set's bank may need.
-fn panel_depth(plan: &SetPlan) -> u32 {
-    plan.bank.targets().iter().map(|shape| super::maps::depth(shape.rank_cap)).max().unwrap_or(16)
+/// The largest rank that an adapter of the set's bank may have.
+fn rank_cap(plan: &SetPlan) -> u64 {
+    plan.bank.targets().iter().map(|shape| shape.rank_cap).max().unwrap_or(0)
 }
 
 fn is_aligned(target: &RawTarget) -> bool {

@@ -92,7 +92,7 @@ pub struct lsw_target {
 /// lsw_switch_odd tells.
 ///
 /// On Hopper, the launch of a small set (in 16 bits, aligned, up to 32 targets and some 1,000 tiles of
-/// 128 x 128; fewer where ranks may exceed 32) is a dependent one, like that of lsw_route: it starts
+/// 128 x 128; fewer where ranks may exceed 64) is a dependent one, like that of lsw_route: it starts
 /// while the work before it ends, lets dependents start at once, and reads adapters that are in a
 /// slot before that work has ended.
 ///
