@@ -9,7 +9,7 @@ use crate::timing::{Mode, Role, Subject, Timing, Work};
 use crate::values::Rng;
 use crate::{Case, Outcome};
 use cudarc::driver::{CudaStream, result};
-use lora_switch::{DType, Form, Mat, MatMut, Routes, Stream, apply, apply_begin, apply_finish, apply_workspace_bytes, measure};
+use lora_switch::{DType, Form, Mat, MatMut, Routes, Stream, apply, apply_begin, apply_finish, apply_into, apply_workspace_bytes, measure};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -26,13 +26,15 @@ pub enum Place {
     Behind,
     /// The first half beside the product, on a branch of the graph.
     Beside,
+    /// Before the product, which adds to what they have written.
+    Into,
 }
 
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for (tokens, ranks) in [(1, &[16u64, 64][..]), (32, &[16, 64]), (4096, &[16, 64])] {
-        for &rank in ranks {
-            for (end, place) in [("", Place::Behind), ("/beside", Place::Beside)] {
+    for tokens in [1, 32, 4096] {
+        for rank in [16, 64] {
+            for (end, place) in [("", Place::Behind), ("/beside", Place::Beside), ("/into", Place::Into)] {
                 let run = move |lab: &Lab, timing: &Timing| run(lab, timing, tokens, rank, place);
                 let id = format!("apply/7b/T{tokens}/r{rank}/k{K}{end}");
                 cases.push(Case { id, modes: vec![Mode::Token], run: Box::new(run) });
@@ -125,11 +127,16 @@ impl<'l> Pass<'l> {
     }
 
     fn product(&self, layer: usize, group: usize) -> Result<()> {
+        self.multiply(layer, group, 0.0)
+    }
+
+    /// y = the product + beta y.
+    fn multiply(&self, layer: usize, group: usize, beta: f32) -> Result<()> {
         let first = LAYER * layer + GROUPS[group].start;
         let (x, y) = (self.x(group), &self.y[group]);
         let (out, cols) = (y.len / self.rows, x.len / self.rows);
         let addresses = [x.address(0, x.len), self.model.weight.address(self.model.starts[first], out * cols), y.address(0, y.len)];
-        self.cublas.linear(DType::Bf16, [self.rows, out, cols], addresses)
+        self.cublas.linear(DType::Bf16, [self.rows, out, cols], addresses, beta)
     }
 
     pub fn for_each(&self, layers: Range<usize>, mut f: impl FnMut(usize, usize) -> Result<()>) -> Result<()> {
@@ -154,11 +161,11 @@ impl<'l> Pass<'l> {
                 self.product(layer, group)?;
                 self.add(layer, group, place)
             }
-            Place::Beside => self.add(layer, group, place),
+            Place::Beside | Place::Into => self.add(layer, group, place),
         })
     }
 
-    /// Behind: the adapters alone. Beside: the product as well.
+    /// Behind: the adapters alone. Otherwise: the product as well.
     fn add(&self, layer: usize, group: usize, place: Place) -> Result<()> {
         let (ids, gates) = (self.mat(&self.ids), self.mat(&self.gates));
         let routes = Routes { ids: &ids, gates: &gates, row_map: None };
@@ -167,6 +174,10 @@ impl<'l> Pass<'l> {
         let targets = first..first + y.len() as u64;
         if place == Place::Behind {
             return Ok(apply(&self.lab.stream, bank, first, &x, &routes, &mut y, &mut self.workspace.all_mut())?);
+        }
+        if place == Place::Into {
+            apply_into(&self.lab.stream, bank, first, &x, &routes, &mut y, &mut self.workspace.all_mut())?;
+            return self.multiply(layer, group, 1.0);
         }
         let (side, stream) = &self.side;
         side.join(&self.lab.cuda)?;
@@ -198,7 +209,7 @@ impl<'l> Pass<'l> {
                         let bits: Vec<u32> = columns.iter().map(|o| bits[(row * stride + start + o) as usize]).collect();
                         Exact::new(DType::Bf16, 1, bits.len(), &bits).x
                     };
-                    good &= self.is_close(LAYER * last + target, group, row, &columns, &pick(&before), &pick(&after))?;
+                    good &= self.is_close(LAYER * last + target, group, row, &columns, &pick(&before), &pick(&after), place)?;
                 }
                 start += outs;
             }
@@ -227,15 +238,29 @@ impl<'l> Pass<'l> {
         Ok(adapters)
     }
 
-    fn is_close(&self, target: usize, group: usize, row: u64, columns: &[u64], before: &[f64], after: &[f64]) -> Result<bool> {
+    #[allow(clippy::too_many_arguments)]
+    fn is_close(
+        &self,
+        target: usize,
+        group: usize,
+        row: u64,
+        columns: &[u64],
+        before: &[f64],
+        after: &[f64],
+        place: Place,
+    ) -> Result<bool> {
         let cols = self.model.spec.shapes[target].1;
         let x = self.exact(self.x(group), row * cols, 1, cols)?.x;
         let adapters = self.adapters(target, row, columns)?;
         let terms: Vec<Term<'_>> = adapters.iter().map(|(a, b, c)| Term { a, b, coefficient: *c }).collect();
-        let (want, bounds) = oracle::apply(before, &x, &terms);
-        let close =
-            |((got, want), bound): ((&f64, &f64), &f64)| (got - want).abs() <= bound + oracle::half_ulp(DType::Bf16, want.abs() + bound);
-        let good = after.iter().zip(&want).zip(&bounds).all(close) && after != before;
+        let (want, bounds) = oracle::apply(before, &x, &terms, true);
+        let half_ulp = |x: f64| oracle::half_ulp(DType::Bf16, x.abs());
+        let close = |i: usize| {
+            // Into: the product was not rounded, but the adapters' sum.
+            let other = if place == Place::Into { half_ulp(before[i]) + half_ulp(want[i] - before[i] + bounds[i]) } else { 0.0 };
+            (after[i] - want[i]).abs() <= bounds[i] + other + half_ulp(want[i].abs() + bounds[i] + other)
+        };
+        let good = (0..want.len()).all(close) && after != before;
         if !good {
             println!("target {target}, row {row}: {after:?}, exactly {want:?}, before {before:?}");
         }

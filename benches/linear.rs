@@ -110,7 +110,7 @@ impl<'l> Fused<'l> {
                     let products: Vec<f64> = dots.iter().map(|dot| dot.0).collect();
                     let adapters = if self.k > 0 { self.pass.adapters(target, row, &columns)? } else { Vec::new() };
                     let terms: Vec<Term<'_>> = adapters.iter().map(|(a, b, c)| Term { a, b, coefficient: *c }).collect();
-                    let (want, bounds) = oracle::apply(&products, &x, &terms);
+                    let (want, bounds) = oracle::apply(&products, &x, &terms, false);
                     for (i, o) in columns.iter().enumerate() {
                         let got = crate::values::decode(DType::Bf16, bits[(row * stride + start + o) as usize]);
                         let bound = bounds[i] + dots[i].1;

@@ -79,11 +79,11 @@ impl Cublas {
         status.result().map_err(|e| said("cublasGemmEx", e))
     }
 
-    /// y [rows, out] = x [rows, cols] W [out, cols]', row-major and dense, by address: what torch's `linear` calls.
-    pub fn linear(&self, dtype: DType, [rows, out, cols]: [u64; 3], [x, w, y]: [u64; 3]) -> Result<()> {
-        let (one, zero) = (1f32, 0f32);
+    /// y [rows, out] = x [rows, cols] W [out, cols]' + beta y, row-major and dense, by address: what torch's `linear` calls with beta 0.
+    pub fn linear(&self, dtype: DType, [rows, out, cols]: [u64; 3], [x, w, y]: [u64; 3], beta: f32) -> Result<()> {
+        let one = 1f32;
         let (transposed, none) = (blas::cublasOperation_t::CUBLAS_OP_T, blas::cublasOperation_t::CUBLAS_OP_N);
-        let (alpha, beta, kind) = (ptr::from_ref(&one).cast(), ptr::from_ref(&zero).cast(), kind(dtype));
+        let (alpha, beta, kind) = (ptr::from_ref(&one).cast(), ptr::from_ref(&beta).cast(), kind(dtype));
         let (m, n, k) = (out as i32, rows as i32, cols as i32);
         let (w, x, y) = (w as *const c_void, x as *const c_void, y as *mut c_void);
         let (compute, algorithm) = (blas::cublasComputeType_t::CUBLAS_COMPUTE_32F, blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT);

@@ -1066,11 +1066,13 @@ lsw_status lsw_apply_workspace_bytes(const struct lsw_bank *bank,
  * fixed order; A x stays f32 (tensor cores take it in two parts, to 2^-22); y is rounded once. A
  * coefficient that is not finite propagates into its own row alone. Deterministic, and a row's
  * bits do not depend on the other rows; nor on their number, but that a bank of 16 bits on CUDA
- * takes another path above 64 rows.
+ * takes another path above 64 rows. On Hopper that is a dense path where the bank is LSW_BF16 and
+ * its slots together have at most 128 ranks (each the largest rank of the targets, in steps of
+ * 16): A x, scaled, is rounded to bf16 there, as B is already.
  *
- * Two launches on CUDA, three above 64 rows in 16 bits; enqueued, and may be captured: one graph
- * serves every route and every refill of a slot. Up to 64 rows, and in f32, the adapters are read
- * again for each row. lsw_context_take_odd tells of ids out of range (but -1) and of coefficients
+ * Two launches on CUDA, three above 64 rows in 16 bits but on the dense path; enqueued, and may be
+ * captured: one graph serves every route and every refill of a slot. Up to 64 rows, and in f32,
+ * the adapters are read again for each row. lsw_context_take_odd tells of ids out of range (but -1) and of coefficients
  * that are not finite.
  */
 lsw_status lsw_apply(const struct lsw_bank *bank,
@@ -1082,6 +1084,24 @@ lsw_status lsw_apply(const struct lsw_bank *bank,
                      uint64_t count,
                      void *workspace,
                      uint64_t workspace_bytes);
+
+/**
+ * lsw_apply to zeros: y[i][r] = sum over the entries ..., whatever y held, and zeros for a row that
+ * no adapter touches. For a base product behind it that adds to what it finds (beta = 1). y then
+ * need not wait for that product, but is written before it; many rows of y are not read here, and
+ * the product reads them while it multiplies. Two roundings, as with lsw_apply, but that of a small
+ * sum in the place of that of the product. All else is as for lsw_apply. On CUDA each y is a memset
+ * more, but on the dense path.
+ */
+lsw_status lsw_apply_into(const struct lsw_bank *bank,
+                          void *stream,
+                          uint64_t first,
+                          const struct lsw_mat *x,
+                          const struct lsw_routes *routes,
+                          const struct lsw_mat_mut *y,
+                          uint64_t count,
+                          void *workspace,
+                          uint64_t workspace_bytes);
 
 /**
  * The first half of lsw_apply, into the workspace, for the targets first <= i < first + count: all

@@ -105,6 +105,17 @@ enum {
     LSW_ORDER_THREADS = 1024,
     LSW_ORDER_BUCKETS = 4096,
 
+    /* The same on Hopper: one dense product with all slots. */
+    LSW_DENSE_RANKS = 128,      /* of all slots together, at most */
+    LSW_DENSE_STEP = 16,        /* each slot has a multiple of so many */
+    LSW_SHRINK90_THREADS = 512, /* a warpgroup that moves data, three that compute */
+    LSW_SHRINK90_ROWS = 192,    /* a block */
+    LSW_SHRINK90_COLUMNS = 128, /* of the products, a block */
+    LSW_SHRINK90_SHARED = 227 * 1024,
+    LSW_EXPAND90_THREADS = 512, /* expand on Hopper: two warpgroups that move data, two that compute */
+    LSW_EXPAND90_SLOTS = 8,     /* at most so many */
+    LSW_EXPAND90_SHARED = 227 * 1024,
+
     LSW_LINEAR_TOKENS = 8,    /* of one call: the columns of a product of tensor cores */
     LSW_LINEAR_STREAMERS = 8, /* warps that stream weights */
     LSW_LINEAR_ADDERS = 4,    /* warps that see to the adapters */
@@ -345,6 +356,43 @@ typedef struct LswApplyArgs {
     uint32_t begins[LSW_APPLY_TARGETS]; /* few rows of 16 bits: units before each target; behind the last, all ones */
     LswApplyTarget targets[LSW_APPLY_TARGETS];
 } LswApplyArgs;
+
+/* The first half on Hopper: A x of all slots, scaled; zeros for those that a row does not use. */
+typedef struct LswShrink90Args {
+    LswMap x;          /* [rows, in], boxes of LSW_SHRINK90_ROWS x 64 columns; not where x is not aligned. At a multiple of 64 bytes */
+    uint64_t products; /* of the adapters' type, [rows, count, slots, depth] */
+    uint64_t used;     /* uint32_t [rows, count]: bit i: the row uses slot i at the target */
+    uint32_t depth;    /* of a slot: a multiple of 16 */
+    uint32_t padding;
+    LswApplyArgs apply;
+} LswShrink90Args;
+
+/* A target of expand on Hopper. */
+typedef struct LswExpand90Target {
+    uint64_t factors; /* LswFactor [slots] */
+    uint64_t maps;    /* LswMap [slots, 2], of A and B */
+    uint64_t y, y_stride;
+    uint32_t out;
+    uint32_t begin; /* tiles of earlier targets */
+} LswExpand90Target;
+
+/* y[r] += sum of products[r] B, over all slots: a row has zeros for those that it does not use. */
+typedef struct LswExpand90Args {
+    LswMap maps[LSW_APPLY_TARGETS]; /* of y: boxes of 64 rows x 64 columns, swizzled over 128 bytes; not where y is changed in place */
+    LswMap products_map; /* [rows, count, slots * depth]: boxes of 128 x 1 x 64, swizzled over 128 bytes */
+    LswExpand90Target targets[LSW_APPLY_TARGETS];
+    uint64_t products; /* bf16 [rows, count, slots, depth]; address a multiple of 16 */
+    uint64_t used;     /* uint32_t [rows, count]: bit i: the row uses slot i at the target */
+    uint32_t rows, slots;
+    uint32_t count; /* of targets */
+    uint32_t depth; /* of a slot: a multiple of 16; slots * depth is at most 128 */
+    uint32_t y_type; /* 1 f16, 2 bf16; where y is changed in place also 0, f32 */
+    uint32_t runs;   /* of tiles of 128 rows x 128 outputs: run i is block i % blocks' */
+    uint32_t run;    /* tiles; the first `longer` runs have one more */
+    uint32_t longer;
+    uint32_t overwrites; /* y counts as zero, whatever it holds, and all of it is written */
+    uint32_t padding[3]; /* to a multiple of 64 bytes */
+} LswExpand90Args;
 
 /* A target of y[r] = round(y[r] + sums[r]). All zero: there is none. */
 typedef struct LswAddTarget {

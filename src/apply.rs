@@ -2,7 +2,7 @@
 
 use crate::bank::AdapterBank;
 use crate::check::{Checked, MAX_COUNT, Named, narrow};
-use crate::cuda::args::{LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_FEW_COLUMNS, LSW_FEW_SLICES, LSW_MAX_K};
+use crate::cuda::args::{LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_DENSE_RANKS, LSW_DENSE_STEP, LSW_FEW_COLUMNS, LSW_FEW_SLICES, LSW_MAX_K};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::stream::{Stream, StreamKind};
@@ -50,7 +50,7 @@ pub(crate) struct GroupTarget {
     pub column: u32,
     /// Likewise of the sums'.
     pub sum_column: u64,
-    /// To add to; none in the first half.
+    /// To add to, or to overwrite; none in the first half.
     pub y: Option<RawMat>,
 }
 
@@ -71,6 +71,17 @@ impl Group {
     }
 }
 
+/// Of many rows, where a bank has few small ranks in all: A x of all its slots, which is what the Hopper path has between its halves.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Dense {
+    /// Ranks of each slot: the targets' largest, and zeros up to a multiple of 16.
+    pub depth: u32,
+    /// The products, scaled; zeros for slots that are not in a row's route. bf16 [rows, targets, slots, depth].
+    pub products: u64,
+    /// Slots that a row takes at a target: bits of a u32 [rows, targets].
+    pub used: u64,
+}
+
 /// A checked call: both halves of it, or either.
 #[derive(Clone, Copy)]
 pub(crate) struct Plan<'b> {
@@ -87,10 +98,14 @@ pub(crate) struct Plan<'b> {
     pub sums: RawMat,
     /// Where a permutation of many rows has its place, u32 [rows], and behind it their canonical routes.
     pub order: Option<u64>,
+    /// In the workspace's place of products and order.
+    pub dense: Option<Dense>,
     /// See `Group::slices`.
     pub slices: u32,
     pub rows: u32,
     pub k: u32,
+    /// y is zero, whatever it holds.
+    pub overwrites: bool,
 }
 
 impl Plan<'_> {
@@ -112,7 +127,7 @@ pub fn apply_workspace_bytes(bank: &AdapterBank, targets: Range<u64>, rows: u64,
     let group = check_group(bank, targets)?;
     let rows = narrow("rows", rows, MAX_COUNT)?;
     let k = narrow("k", k, u64::from(LSW_MAX_K))?;
-    Ok(Sizes::new(&group, bank.dtype(), rows, k)?.bytes())
+    Ok(Sizes::new(&group, bank, rows, k)?.bytes())
 }
 
 /// Adds to each row what its adapters make of its input, for a group of targets that share it (q, k, v; gate, up):
@@ -130,12 +145,13 @@ pub fn apply_workspace_bytes(bank: &AdapterBank, targets: Range<u64>, rows: u64,
 /// with anything else of the call.
 ///
 /// Numbers: x, A and B enter as stored. Both products and the sum over the route are in f32, in a fixed order; A x stays f32 (tensor
-/// cores take it in parts, to 2^-22 or better, and scaled by the coefficient); y is rounded once. A coefficient that is not finite propagates into its own row alone.
-/// Deterministic, and a row's bits do not depend on the other rows; nor on their number, but that a bank of 16 bits on CUDA takes
-/// another path above 64 rows.
+/// cores take it in parts, to 2^-22 or better, and scaled by the coefficient); y is rounded once. A coefficient that is not finite
+/// propagates into its own row alone. Deterministic, and a row's bits do not depend on the other rows; nor on their number, but that a bank
+/// of 16 bits on CUDA takes another path above 64 rows. On Hopper that is a dense path where the bank is bf16 and its slots together have
+/// at most 128 ranks (each the largest rank of the targets, in steps of 16): A x, scaled, is rounded to bf16 there, as B is already.
 ///
-/// On CUDA two launches are enqueued (three above 64 rows in 16 bits), each as a dependent of the one before where the card knows that
-/// (9.0 and newer). Captured in a graph, they serve every route and every refill of a slot; nothing of a route is ever on the host.
+/// On CUDA two launches are enqueued (three above 64 rows in 16 bits, but on the dense path), each as a dependent of the one before where
+/// the card knows that (9.0 and newer). Captured in a graph, they serve every route and every refill of a slot; nothing of a route is ever on the host.
 /// In f32 the adapters are read again for each row.
 /// [`take_odd`](Stream::take_odd) tells of ids out of range and of coefficients that are not finite.
 ///
@@ -151,6 +167,28 @@ pub fn apply(
     workspace: &mut MatMut<'_>,
 ) -> Result<()> {
     run(stream, &check(stream, bank, targets_from(first, y), Some(x.raw), routes, y, workspace.raw)?, Part::Whole)
+}
+
+/// [`apply`] to zeros: `y_i[r] = sum over the entries ...`, whatever y held, and zeros for a row that no adapter touches. For a base
+/// product behind it that adds to what it finds (beta = 1). y then need not wait for that product, but is written before it; many rows of
+/// y are not read here, and the product reads them while it multiplies. Two roundings, as with `apply`, but that of a small sum in the
+/// place of that of the product.
+///
+/// All else is as for `apply`. On CUDA each y is a memset more, but on the dense path.
+///
+/// # Errors
+/// As for `apply`.
+pub fn apply_into(
+    stream: &Stream,
+    bank: &AdapterBank,
+    first: u64,
+    x: &Mat<'_>,
+    routes: &Routes<'_>,
+    y: &mut [MatMut<'_>],
+    workspace: &mut MatMut<'_>,
+) -> Result<()> {
+    let plan = check(stream, bank, targets_from(first, y), Some(x.raw), routes, y, workspace.raw)?;
+    run(stream, &Plan { overwrites: true, ..plan }, Part::Whole)
 }
 
 /// The first half of [`apply`], into the workspace: all that does not need y, so that it may run beside the base product that writes y,
@@ -201,7 +239,7 @@ pub(crate) enum Part {
 
 fn run(stream: &Stream, plan: &Plan<'_>, part: Part) -> Result<()> {
     match &stream.0 {
-        _ if plan.is_empty() => Ok(()),
+        _ if plan.is_empty() && !plan.overwrites => Ok(()),
         StreamKind::Cpu(pool) => {
             crate::cpu::apply::apply(pool, plan, part);
             Ok(())
@@ -253,21 +291,32 @@ struct Sizes {
     ordered_rows: u32,
     /// Of canonical routes, behind the order.
     route_bytes: u64,
+    /// `Dense::depth`; 0: there is no such path.
+    dense_depth: u32,
+    /// Of its products, and of the slots used.
+    dense_bytes: [u64; 2],
 }
 
 impl Sizes {
     /// No launch has more blocks than its grid can count.
-    fn new(group: &Group, dtype: DType, rows: u32, k: u32) -> Result<Self> {
+    fn new(group: &Group, bank: &AdapterBank, rows: u32, k: u32) -> Result<Self> {
         let (entries, width) = (u64::from(rows) * u64::from(k), u64::from(group.width));
         narrow("rows * k * the targets' rank_cap", entries * width, MAX_COUNT)?;
         let outputs: u64 = group.targets.iter().flatten().map(|t| u64::from(t.out_features)).sum();
         narrow("rows * the targets' out_features", u64::from(rows) * outputs, MAX_OUTPUTS)?;
-        let is_half = dtype != DType::F32;
-        let is_some = is_half && k > 0 && width > 0;
-        let (ordered_rows, route_bytes) = if is_some && rows > LSW_APPLY_MANY { (rows, entries * 8) } else { (0, 0) };
+        let is_some = bank.dtype() != DType::F32 && k > 0 && width > 0;
+        let is_many = is_some && rows > LSW_APPLY_MANY;
+        let (ordered_rows, route_bytes) = if is_many { (rows, entries * 8) } else { (0, 0) };
+        let targets = group.targets.iter().flatten();
+        let depth = targets.clone().map(|t| t.rank_cap.next_multiple_of(LSW_DENSE_STEP)).max().unwrap_or(0);
+        let ranks = bank.slots() * u64::from(depth);
+        let is_dense = is_many && bank.dtype() == DType::Bf16 && ranks <= u64::from(LSW_DENSE_RANKS);
+        let row_targets = u64::from(rows) * targets.count() as u64;
+        let dense_bytes = [ranks * 2, 4].map(|bytes| if is_dense { row_targets * bytes } else { 0 });
         let few_rows = if is_some { rows.min(LSW_APPLY_MANY) } else { 0 };
         let (sliced_entries, sums) = (u64::from(few_rows * k * group.slices()), u64::from(few_rows) * group.sum_width);
-        Ok(Self { entries, sliced_entries, sums, width, ordered_rows, route_bytes })
+        let dense_depth = if is_dense { depth } else { 0 };
+        Ok(Self { entries, sliced_entries, sums, width, ordered_rows, route_bytes, dense_depth, dense_bytes })
     }
 
     fn products_bytes(&self) -> u64 {
@@ -284,7 +333,12 @@ impl Sizes {
     }
 
     fn bytes(&self) -> u64 {
-        (self.products_bytes() + self.order_bytes() + self.route_bytes).max(self.sliced_bytes() + self.sums * 4)
+        let many = self.products_bytes() + self.order_bytes() + self.route_bytes;
+        many.max(self.sliced_bytes() + self.sums * 4).max(self.dense_bytes.iter().sum())
+    }
+
+    fn dense(&self, workspace: u64) -> Option<Dense> {
+        (self.dense_depth > 0).then(|| Dense { depth: self.dense_depth, products: workspace, used: workspace + self.dense_bytes[0] })
     }
 }
 
@@ -315,7 +369,7 @@ pub(crate) fn check<'b>(
         Some(map) => map.dtype_in(&[DType::I32])?.rows(1, "a vector")?.cols(u64::from(rows), "the rows of the batch")?,
         None => ids.rows(u64::from(rows), "the rows of the batch, since there is no row_map")?,
     };
-    let sizes = Sizes::new(&group, bank.dtype(), rows, k)?;
+    let sizes = Sizes::new(&group, bank, rows, k)?;
     let products = check_workspace(workspace, &sizes)?;
     for mat in [ids, gates, workspace].into_iter().chain(x).chain(row_map) {
         mat.memory()?.on(stream)?;
@@ -350,8 +404,10 @@ pub(crate) fn check<'b>(
         },
         slices: group.slices(),
         order: (sizes.ordered_rows > 0).then(|| products.addr + sizes.products_bytes()),
+        dense: sizes.dense(products.addr),
         rows,
         k,
+        overwrites: false,
     })
 }
 

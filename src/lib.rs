@@ -22,7 +22,7 @@ mod switch;
 mod view;
 
 pub use advise::{Advice, Strategy, Workload, advise};
-pub use apply::{Routes, apply, apply_begin, apply_finish, apply_workspace_bytes};
+pub use apply::{Routes, apply, apply_begin, apply_finish, apply_into, apply_workspace_bytes};
 pub use bank::{AdapterBank, Factor, TargetShape};
 pub use calibrate::Calibration;
 pub use dtype::{DType, Element, Float};

@@ -4,7 +4,7 @@ use crate::common::{Backend, FLOATS, Grid, Layout, Rng, cases, decode, encode};
 use crate::oracle::{self, Term};
 use crate::switch::{Model, Pair, Spec, small};
 use lora_switch::{
-    DType, Error, Form, Mat, MatMut, Odd, Routes, Stream, apply, apply_begin, apply_finish, apply_workspace_bytes, permute,
+    DType, Error, Form, Mat, MatMut, Odd, Routes, Stream, apply, apply_begin, apply_finish, apply_into, apply_workspace_bytes, permute,
     permute_workspace_bytes,
 };
 use proptest::prelude::*;
@@ -24,9 +24,11 @@ pub struct Batch {
 pub enum Call {
     Whole,
     Halves,
+    /// To zeros, whatever y holds.
+    Into,
 }
 
-const CALLS: [Call; 2] = [Call::Whole, Call::Halves];
+const CALLS: [Call; 3] = [Call::Whole, Call::Halves, Call::Into];
 
 impl Batch {
     /// Random rows and routes for all of a model's targets.
@@ -76,6 +78,7 @@ impl Batch {
         let (ids, gates, row_map) = (self.ids.mat(), self.gates.mat(), self.row_map.as_ref().map(Grid::mat));
         let routes = Routes { ids: &ids, gates: &gates, row_map: row_map.as_ref() };
         let mut y: Vec<MatMut<'_>> = self.y.iter_mut().map(Grid::mat_mut).collect();
+        let apply = if call == Call::Into { apply_into } else { apply };
         apply(stream, bank, 0, &self.x.mat(), &routes, &mut y, &mut workspace.mat_mut())
     }
 
@@ -102,6 +105,12 @@ impl Batch {
         self.y.iter().map(Grid::bits).collect()
     }
 
+    /// What a call adds to.
+    fn before(&self, call: Call) -> Vec<Vec<u32>> {
+        let bits = |y: &Grid| if call == Call::Into { vec![0; y.rows * y.cols] } else { y.bits() };
+        self.y.iter().map(bits).collect()
+    }
+
     /// Each row of each y against the oracle; rows without adapters keep their bits.
     pub fn assert_added_to(&self, model: &Model, before: &[Vec<u32>], what: &str) {
         let x = self.x.values();
@@ -120,7 +129,8 @@ impl Batch {
                 };
                 let terms: Vec<Term<'_>> = list.iter().map(term).collect();
                 let old: Vec<f64> = before[t][part.clone()].iter().map(|&bits| decode(y.dtype, bits)).collect();
-                let (exact, bounds) = oracle::apply(&old, &x[row * self.x.cols..(row + 1) * self.x.cols], &terms);
+                let in_bf16 = self.x.dtype == DType::Bf16 && self.x.rows > 64;
+                let (exact, bounds) = oracle::apply(&old, &x[row * self.x.cols..(row + 1) * self.x.cols], &terms, in_bf16);
                 oracle::assert_close(y.dtype, &got[part], &exact, &bounds, &format!("{what}: row {row} of target {t}"));
             }
         }
@@ -159,15 +169,15 @@ fn matches_oracle(backend: &Backend) {
         prop_oneof![Just(0usize), Just(1), Just(2), 1usize..9],
         prop_oneof![Just(0usize), Just(1), Just(2), 3usize..20, 65usize..99],
     );
-    let kinds = (0usize..3, 0usize..3, any::<bool>(), any::<bool>(), any::<bool>());
+    let kinds = (0usize..3, 0usize..3, any::<bool>(), any::<bool>(), 0usize..3);
     proptest!(cases(60), |(outs in outs, (cols, max_rank) in sizes, (slots, k, rows) in routes, kinds in kinds, seed: u64)| {
-        let (d, y_type, aligned, mapped, halves) = kinds;
+        let (d, y_type, aligned, mapped, call) = kinds;
         let spec = Spec { dtype: FLOATS[d], form: Form::FromBase, slots, k_max: 1, shapes: Vec::new(), aligned, max_rank, seed };
         let model = Model::new(backend, &group(spec, &outs, cols));
         let mut rng = Rng(seed ^ 3);
         let mut batch = Batch::laid_out(&model, &mut rng, (rows, k), FLOATS[y_type], aligned, mapped);
-        let before = batch.bits();
-        batch.run(&model, if halves { Call::Halves } else { Call::Whole });
+        let before = batch.before(CALLS[call]);
+        batch.run(&model, CALLS[call]);
         batch.assert_added_to(&model, &before, "apply");
     });
 }
@@ -180,7 +190,7 @@ fn any_number_of_rows(backend: &Backend) {
             let model = Model::new(backend, &group(spec, &[1100, 33], 600));
             let mut batch = Batch::random(&model, &mut Rng(rows as u64), rows, 2, dtype, Layout::dense);
             for call in CALLS {
-                let before = batch.bits();
+                let before = batch.before(call);
                 batch.run(&model, call);
                 batch.assert_added_to(&model, &before, &format!("{rows} rows, {call:?}"));
             }
@@ -191,13 +201,20 @@ fn any_number_of_rows(backend: &Backend) {
 /// Small ranks of few slots, of rows enough for several blocks of each kernel, with gaps or packs that are not whole.
 fn small_ranks_of_many_rows(backend: &Backend) {
     let many = if backend.cuda.is_some() { 2100 } else { 100 };
-    for (dtype, rows, aligned) in [(DType::F16, 300, true), (DType::Bf16, 300, false), (DType::Bf16, many, true)] {
+    let kinds = [
+        (DType::F16, 300, true, Call::Halves),
+        (DType::F16, 300, true, Call::Into),
+        (DType::Bf16, 300, false, Call::Into),
+        (DType::Bf16, many, true, Call::Into),
+        (DType::Bf16, many, true, Call::Whole),
+    ];
+    for (dtype, rows, aligned, call) in kinds {
         let spec = Spec { max_rank: 16, seed: rows as u64, slots: 8, aligned, ..small(dtype, Form::FromBase) };
         let model = Model::new(backend, &group(spec, &[296, 8, 136, 120], 328));
         let mut batch = Batch::laid_out(&model, &mut Rng(rows as u64), (rows, 2), dtype, true, rows == 300);
-        let before = batch.bits();
-        batch.run(&model, Call::Halves);
-        batch.assert_added_to(&model, &before, &format!("{rows} rows"));
+        let before = batch.before(call);
+        batch.run(&model, call);
+        batch.assert_added_to(&model, &before, &format!("{rows} rows, {call:?}"));
     }
 }
 
@@ -359,7 +376,7 @@ fn routes_of_nothing(backend: &Backend) {
                 let bits: Vec<u32> = odd(dtype).into_iter().cycle().take(rows * y.cols).collect();
                 y.set_bits(&bits);
             }
-            let before = batch.bits();
+            let before = batch.before(call);
             batch.run(&model, call);
             assert_eq!(batch.bits(), before, "{dtype}: {rows} rows, ids {ids:?}, {call:?}");
         }
@@ -417,7 +434,7 @@ fn odd_values(backend: &Backend) {
         model.set_slot(0, pairs);
         for (bad, call) in [f32::NAN, f32::INFINITY].into_iter().flat_map(|bad| CALLS.map(|call| (bad, call))) {
             let mut batch = Batch::random(&model, &mut rng, rows, 1, y_type, Layout::dense);
-            let before = batch.bits();
+            let before = batch.before(call);
             let (mut ids, mut gates) = (vec![u32::MAX; rows], vec![bad.to_bits(); rows]);
             ids[..2].fill(0);
             gates[0] = 1f32.to_bits();
@@ -456,7 +473,7 @@ fn largest_rank_and_k(backend: &Backend) {
         batch.ids.set_bits(&ids.repeat(times));
         batch.gates.set_bits(&vec![(1.0f32 / 64.0).to_bits(); 96 * times]);
         for call in CALLS {
-            let before = batch.bits();
+            let before = batch.before(call);
             batch.run(&model, call);
             batch.assert_added_to(&model, &before, &format!("k = 32, rank 256, {call:?}"));
         }
@@ -512,10 +529,19 @@ fn bad_arguments_are_named(backend: &Backend) {
         change(&mut args);
         let (ids, gates, row_map) = (args.ids.mat(), args.gates.mat(), args.row_map.as_ref().map(Grid::mat));
         let routes = Routes { ids: &ids, gates: &gates, row_map: row_map.as_ref() };
+        let (stream, bank, first, x) = (&backend.stream, &model.bank, args.first, &args.x.mat());
         let mut y: Vec<MatMut<'_>> = args.y.iter_mut().map(Grid::mat_mut).collect();
-        let result = apply(&backend.stream, &model.bank, args.first, &args.x.mat(), &routes, &mut y, &mut args.workspace.mat_mut());
-        let error = result.unwrap_err();
-        assert!(matches!(&error, Error::Argument { name: n, .. } if n == name), "{error} should name {name}");
+        let targets = first..first.saturating_add(y.len() as u64);
+        let mut results = vec![apply(stream, bank, first, x, &routes, &mut y, &mut args.workspace.mat_mut())];
+        if !name.starts_with("y[") {
+            results.push(apply_begin(stream, bank, targets, x, &routes, &mut args.workspace.mat_mut()));
+        }
+        if !name.starts_with("x.") {
+            results.push(apply_finish(stream, bank, first, &routes, &mut y, &args.workspace.mat()));
+        }
+        for error in results.into_iter().map(Result::unwrap_err) {
+            assert!(matches!(&error, Error::Argument { name: n, .. } if n == name), "{error} should name {name}");
+        }
     };
     refused("targets", &|a| a.first = 2);
     refused("targets", &|a| a.first = u64::MAX);
@@ -568,7 +594,8 @@ fn bad_arguments_are_named(backend: &Backend) {
     let sums = 5 * (48 + 40) * 4;
     assert_eq!(bytes(0..2, 5, 2).unwrap(), 5 * 2 * 2 * 24 * 4 + sums, "one slice; ranks of at most 20, and outputs, in steps of 8");
     assert!(bytes(0..2, 65, 2).unwrap() >= bytes(0..2, 64, 2).unwrap(), "never less for more rows");
-    assert_eq!(bytes(0..2, 650, 2).unwrap(), 650 * 2 * 2 * 24 * 4 + 652 * 4 + 650 * 2 * 8, "an order of the rows, and their routes");
+    assert_eq!(bytes(0..2, 650, 8).unwrap(), 650 * 8 * 2 * 24 * 4 + 652 * 4 + 650 * 8 * 8, "an order of the rows, and their routes");
+    assert_eq!(bytes(0..2, 650, 2).unwrap(), 650 * 2 * (4 * 32 * 2 + 4), "products of all slots, ranks in steps of 16, and who uses them");
     assert_eq!(bytes(0..2, 0, 2).unwrap(), 0);
     assert_eq!(bytes(0..2, 5, 0).unwrap(), 0);
     assert_eq!(bytes(0..2, 650, 0).unwrap(), 0);

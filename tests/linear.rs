@@ -56,7 +56,7 @@ pub fn assert_is_product(batch: &Batch, model: &Model, what: &str) {
             let terms: Vec<Term<'_>> = list.iter().map(term).collect();
             let dots: Vec<(f64, f64)> = (0..y.cols).map(|o| oracle::dot(x, &weight[o * x.len()..(o + 1) * x.len()])).collect();
             let products: Vec<f64> = dots.iter().map(|dot| dot.0).collect();
-            let (exact, mut bounds) = oracle::apply(&products, x, &terms);
+            let (exact, mut bounds) = oracle::apply(&products, x, &terms, false);
             bounds.iter_mut().zip(&dots).for_each(|(bound, dot)| *bound += dot.1);
             let part = row * y.cols..(row + 1) * y.cols;
             oracle::assert_close(y.dtype, &got[part], &exact, &bounds, &format!("{what}: row {row} of target {t}"));

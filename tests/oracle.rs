@@ -205,21 +205,26 @@ pub fn merge(base: &Exact, terms: &[Term<'_>]) -> (Exact, Vec<f64>) {
 }
 
 /// y + sum of c B (A x), and what the f32 sums may err by: an element of A x by a rounding for each addition, that of B (A x) likewise,
-/// each of at most the sum of magnitudes; 2 u as in `merge`. Tensor cores may take A x in two parts: twice the additions.
-pub fn apply(y: &[f64], x: &[f64], terms: &[Term<'_>]) -> (Vec<f64>, Vec<f64>) {
+/// each of at most the sum of magnitudes; 2 u as in `merge`. Tensor cores may take A x in two parts: twice the additions. `in_bf16`: or as
+/// one number of bf16.
+pub fn apply(y: &[f64], x: &[f64], terms: &[Term<'_>], in_bf16: bool) -> (Vec<f64>, Vec<f64>) {
     let (mut out, mut magnitudes) = (y.to_vec(), y.iter().map(|y| y.abs()).collect::<Vec<_>>());
+    let mut products = vec![0.0; y.len()];
     for t in terms {
         for i in 0..t.a.rows {
-            let products: Vec<f64> = (0..x.len()).map(|c| t.a.at(i, c) * x[c]).collect();
-            let (sum, size) = (products.iter().sum::<f64>(), products.iter().map(|p| p.abs()).sum::<f64>());
+            let terms: Vec<f64> = (0..x.len()).map(|c| t.a.at(i, c) * x[c]).collect();
+            let (sum, size) = (terms.iter().sum::<f64>(), terms.iter().map(|p| p.abs()).sum::<f64>());
+            let reached = sum.abs() + x.len() as f64 * 2.0 * U32 * size;
             for o in 0..y.len() {
                 out[o] += t.coefficient * t.b.at(o, i) * sum;
                 magnitudes[o] += (t.coefficient * t.b.at(o, i)).abs() * size;
+                products[o] += (t.coefficient * t.b.at(o, i)).abs() * reached;
             }
         }
     }
     let additions = x.len() + terms.iter().map(|t| 2 * t.a.rows + 4).sum::<usize>() + 2;
-    (out, magnitudes.iter().map(|m| additions as f64 * 2.0 * U32 * m).collect())
+    let rounding = if in_bf16 { half_ulp(DType::Bf16, 1.0) } else { 0.0 };
+    (out, magnitudes.iter().zip(products).map(|(m, p)| additions as f64 * 2.0 * U32 * m + rounding * p).collect())
 }
 
 /// A route in canonical form: (slot, gate), ascending, duplicates added in f32 in order of appearance.

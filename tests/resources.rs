@@ -150,7 +150,7 @@ fn machine_code_is_what_it_should_be() {
         assert!(!local.is_empty(), "{stem}: no function in\n{listing}");
         assert!(local.iter().all(|(_, n)| *n == 0), "{stem}: local memory: {local:?}");
         let tensor = match *stem {
-            "switch_sm90" | "switch_small_sm90" => r"\bHGMMA\b",
+            stem if stem.ends_with("_sm90") => r"\bHGMMA\b",
             "switch" => r"\bHMMA\b",
             _ => continue,
         };

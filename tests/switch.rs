@@ -695,7 +695,8 @@ fn deep_ranks(backend: &Backend) {
 }
 
 /// Targets whose B the Hopper kernel holds among others, whose ranks are few (second), whole but not deep (third), or deep but not whole
-/// (fourth: as many panels as have code of their own where they are whole). From base each has the bits that it has alone, where no zero gate names another adapter either.
+/// (fourth: as many panels as have code of their own where they are whole). From base each has the bits that it has alone, where no zero
+/// gate names another adapter either.
 fn deep_and_shallow_targets(backend: &Backend) {
     let shapes = vec![(130, 320), (70, 200), (300, 264), (64, 128), (129, 72)];
     let ranks = [[64, 8, 64, 128, 256], [128, 20, 64, 100, 256], [64, 40, 0, 256, 256], [16, 64, 256, 64, 20]];

@@ -240,16 +240,19 @@ class Batch:
 
     def is_applied(self, first, group, before, magnitude, additions):
         """Each y = before + sum of gate * scale * B (A x) in float64, as near as one rounding to bf16 and sums in f32 allow: of so many
-        magnitudes where `before` is a product too, and those of the adapters."""
+        magnitudes where `before` is a product too, and those of the adapters. Of many rows A x may be rounded to bf16 as well."""
         x, gates, model, good = self.x[group].double(), self.gates.double() * SCALE, self.model, True
+        rounding = 2.0**-8 if x.shape[0] > 64 else 0.0
         parts = zip(*(model.parts(group, whole, 1) for whole in (self.y[group], before, magnitude)))
         for target, (y, exact, size) in enumerate(parts, first):
-            exact, a, b = exact.double(), model.a[target][:, 0].double(), model.b[target][:, 0].double()
+            exact, rounded, a, b = exact.double(), 0.0, model.a[target][:, 0].double(), model.b[target][:, 0].double()
             for slot in range(a.shape[0]):
                 gate = (gates * (self.ids == slot)).sum(1, keepdim=True)
-                exact = exact + gate * (x @ a[slot].t() @ b[slot].t())
+                product = gate * (x @ a[slot].t())
+                exact = exact + product @ b[slot].t()
+                rounded = rounded + product.abs() @ b[slot].abs().t()
                 size = size + gate.abs() * (x.abs() @ a[slot].abs().t() @ b[slot].abs().t())
-            allowed = exact.abs() * 2.0**-8 + size * (additions + a.shape[2] + a.shape[1] * self.k) * 2.0**-23
+            allowed = exact.abs() * 2.0**-8 + rounded * rounding + size * (additions + a.shape[2] + a.shape[1] * self.k) * 2.0**-23
             good &= ((y.double() - exact).abs() <= allowed).all().item()
         return good
 

@@ -547,9 +547,10 @@ impl<'a> World<'a> {
             let (bank, first, bytes) = (w.bytes.pointer(handle), w.bytes.size(first), w.bytes.size(room).min(room));
             let (x, routes) = (w.bytes.pointer(&x), w.bytes.pointer(&routes));
             let (y, count) = (w.bytes.pointer(y.as_ptr()), w.bytes.count(&y));
-            match w.bytes.below(4) {
+            match w.bytes.below(5) {
                 0 => unsafe { c::lsw_apply_begin(bank, null_mut(), first, count, x, routes, workspace, bytes) },
                 1 => unsafe { c::lsw_apply_finish(bank, null_mut(), first, routes, y, count, workspace, bytes) },
+                2 => unsafe { c::lsw_apply_into(bank, null_mut(), first, x, routes, y, count, workspace, bytes) },
                 _ => unsafe { c::lsw_apply(bank, null_mut(), first, x, routes, y, count, workspace, bytes) },
             }
         });

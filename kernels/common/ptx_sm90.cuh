@@ -66,6 +66,11 @@ __device__ __forceinline__ bool test_both(Barrier& a, uint32_t a_parity, Barrier
     return done;
 }
 
+// An arrival at a barrier of sync_some, for who does not wait there.
+template <int kBarrier, int kThreads> __device__ __forceinline__ void arrive_some() {
+    asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
+
 // Makes initialised barriers visible to the copy engine.
 __device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // Makes this thread's shared-memory stores visible to the copy engine and the tensor cores.
@@ -78,7 +83,11 @@ __device__ __forceinline__ void fence_tensor_map(const void* map) {
 // How L2 treats what a load brings: as anything, or as what will be read again and is evicted last.
 constexpr uint64_t kEvictNormal = 0x1000000000000000, kEvictLast = 0x14f0000000000000;
 
-// As in ptx.cuh: the first `bytes` of 16, and zeros.
+// As in ptx.cuh, to an address of shared memory.
+__device__ __forceinline__ void copy16_async(uint32_t shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+// As there: the first `bytes` of 16, and zeros.
 __device__ __forceinline__ void copy16_partly(uint32_t shared, const void* global, uint32_t bytes, uint64_t policy) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(global), "r"(bytes), "l"(policy)
                  : "memory");
@@ -92,13 +101,17 @@ __device__ __forceinline__ void load_box(void* shared, const void* map, int col,
         "l"(map), "r"(col), "r"(row), "r"(shared_address(&full.word)), "l"(policy)
         : "memory");
 }
-// The same of a matrix seen as blocks of columns: [cols / 64][rows][64].
-__device__ __forceinline__ void load_blocks(void* shared, const void* map, int block, int row, Barrier& full, uint64_t policy = kEvictNormal) {
+// The same of three dimensions.
+__device__ __forceinline__ void load_cube(void* shared, const void* map, int x, int y, int z, Barrier& full, uint64_t policy = kEvictNormal) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(
             shared_address(shared)),
-        "l"(map), "r"(0), "r"(row), "r"(block), "r"(shared_address(&full.word)), "l"(policy)
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(&full.word)), "l"(policy)
         : "memory");
+}
+// The same of a matrix seen as blocks of columns: [cols / 64][rows][64].
+__device__ __forceinline__ void load_blocks(void* shared, const void* map, int block, int row, Barrier& full, uint64_t policy = kEvictNormal) {
+    load_cube(shared, map, 0, row, block, full, policy);
 }
 __device__ __forceinline__ void store_blocks(const void* map, int block, int row, const void* shared) {
     asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(map), "r"(0), "r"(row),
@@ -170,19 +183,24 @@ __device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, in
         : "l"(a), "l"(b), "r"(add))
 __device__ __forceinline__ void wgmma(float (&d)[32], uint64_t a, uint64_t b, int add, __nv_bfloat16) { LSW_WGMMA_HALF("bf16"); }
 __device__ __forceinline__ void wgmma(float (&d)[32], uint64_t a, uint64_t b, int add, __half) { LSW_WGMMA_HALF("f16"); }
-#define LSW_WGMMA_HELD(TYPE)                                                                                                               \
+#define LSW_WGMMA_HELD(TYPE, N_MAJOR)                                                                                                      \
     asm volatile(                                                                                                                          \
         "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"                                                                                   \
         "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                                                                        \
         " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "  \
-        "%27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, add, 1, 1, 1;\n}\n"                                                          \
+        "%27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, add, 1, 1, " N_MAJOR ";\n}\n"                                                \
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),                      \
           "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),              \
           "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]),             \
           "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                                                                  \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
-__device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int add, __nv_bfloat16) { LSW_WGMMA_HELD("bf16"); }
-__device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int add, __half) { LSW_WGMMA_HELD("f16"); }
+__device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int add, __nv_bfloat16) { LSW_WGMMA_HELD("bf16", "1"); }
+__device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int add, __half) { LSW_WGMMA_HELD("f16", "1"); }
+// The same of a K-major b.
+__device__ __forceinline__ void wgmma_k_major(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int add, __nv_bfloat16) {
+    LSW_WGMMA_HELD("bf16", "0");
+}
+__device__ __forceinline__ void wgmma_k_major(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int add, __half) { LSW_WGMMA_HELD("f16", "0"); }
 
 // Four 8x8 matrices of 16-bit elements, registers to shared memory; addresses as for ldmatrix4.
 __device__ __forceinline__ void stmatrix4(void* row, const uint32_t (&r)[4]) {
@@ -190,3 +208,19 @@ __device__ __forceinline__ void stmatrix4(void* row, const uint32_t (&r)[4]) {
                  "r"(r[2]), "r"(r[3])
                  : "memory");
 }
+// d (64 x 128, f32) += a (64 x 16) b (16 x 128), both K-major in shared memory by descriptor.
+#define LSW_WGMMA_K(TYPE)                                                                                                                  \
+    asm volatile(                                                                                                                          \
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE                                                                       \
+        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "  \
+        "%27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "    \
+        "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, 1, 1, 1, 0, 0;"                                            \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]),          \
+          "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]),             \
+          "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),             \
+          "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]),             \
+          "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]),             \
+          "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]),             \
+          "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])              \
+        : "l"(a), "l"(b))
+__device__ __forceinline__ void wgmma_k(float (&d)[64], uint64_t a, uint64_t b, __nv_bfloat16) { LSW_WGMMA_K("bf16"); }

@@ -70,12 +70,28 @@ impl Plan<'_> {
 
 /// The halves are A x, and all else.
 pub(crate) fn apply(pool: &Pool, plan: &Plan<'_>, part: Part) {
+    if plan.overwrites {
+        zero(pool, plan);
+    }
     if part != Part::Finish {
         shrink(pool, plan);
     }
     if part != Part::Begin {
         expand(pool, plan);
     }
+}
+
+fn zero(pool: &Pool, plan: &Plan<'_>) {
+    pool.for_each(u64::from(plan.rows), |row| {
+        for y in plan.targets().filter_map(|target| target.y) {
+            with_float!(y.dtype, zero_row::<_>(y, row));
+        }
+    });
+}
+
+fn zero_row<Y: Float>(y: RawMat, row: u64) {
+    // SAFETY: a checked output, disjoint from all else; the caller's iteration alone writes this row.
+    unsafe { y.row_mut::<Y>(row) }.fill(Y::from_f32(0.0));
 }
 
 pub(super) fn shrink(pool: &Pool, plan: &Plan<'_>) {

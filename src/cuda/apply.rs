@@ -1,5 +1,6 @@
 //! Launches of unmerged adapters.
 
+use super::apply_dense;
 use super::args::{
     LSW_ADD_THREADS, LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_EXPAND_CHUNKS, LSW_EXPAND_THREADS, LSW_FEW_EXPAND_THREADS, LSW_FEW_OUTPUTS,
     LSW_FEW_RANKS, LSW_FEW_ROWS, LSW_FEW_SHARED, LSW_FEW_THREADS, LSW_MANY_CHUNKS, LSW_MANY_EXPAND_ROWS, LSW_MANY_EXPAND_THREADS,
@@ -103,6 +104,16 @@ impl Path {
 }
 
 pub(crate) fn apply(stream: &DeviceStream, plan: &Plan<'_>, part: Part) -> Result<()> {
+    // Not a matter of x and y: each half sees but one of them.
+    if let (Some(hopper), Some(dense)) = (&stream.device().hopper, &plan.dense) {
+        return apply_dense::apply(stream, plan, hopper, dense, part);
+    }
+    if plan.overwrites {
+        zero(stream, plan)?;
+    }
+    if plan.is_empty() {
+        return Ok(());
+    }
     let path = Path::of(stream, plan);
     if part != Part::Finish {
         shrink(stream, plan, &path, part)?;
@@ -113,6 +124,11 @@ pub(crate) fn apply(stream: &DeviceStream, plan: &Plan<'_>, part: Part) -> Resul
         (_, Part::Begin) => Ok(()),
         (_, Part::Whole | Part::Finish) => expand(stream, plan, &path, part),
     }
+}
+
+fn zero(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
+    let _entered = stream.device().enter()?;
+    plan.targets().filter_map(|target| target.y).filter(|y| !y.is_empty()).try_for_each(|y| stream.fill_bytes(&y, 0))
 }
 
 fn sums_of(plan: &Plan<'_>, target: &GroupTarget) -> RawMat {

@@ -81,6 +81,15 @@ pub const LSW_STRIP_WARP_BYTES: _bindgen_ty_1 = 8192;
 pub const LSW_STRIP_ROWS: _bindgen_ty_1 = 16;
 pub const LSW_ORDER_THREADS: _bindgen_ty_1 = 1024;
 pub const LSW_ORDER_BUCKETS: _bindgen_ty_1 = 4096;
+pub const LSW_DENSE_RANKS: _bindgen_ty_1 = 128;
+pub const LSW_DENSE_STEP: _bindgen_ty_1 = 16;
+pub const LSW_SHRINK90_THREADS: _bindgen_ty_1 = 512;
+pub const LSW_SHRINK90_ROWS: _bindgen_ty_1 = 192;
+pub const LSW_SHRINK90_COLUMNS: _bindgen_ty_1 = 128;
+pub const LSW_SHRINK90_SHARED: _bindgen_ty_1 = 232448;
+pub const LSW_EXPAND90_THREADS: _bindgen_ty_1 = 512;
+pub const LSW_EXPAND90_SLOTS: _bindgen_ty_1 = 8;
+pub const LSW_EXPAND90_SHARED: _bindgen_ty_1 = 232448;
 pub const LSW_LINEAR_TOKENS: _bindgen_ty_1 = 8;
 pub const LSW_LINEAR_STREAMERS: _bindgen_ty_1 = 8;
 pub const LSW_LINEAR_ADDERS: _bindgen_ty_1 = 4;
@@ -683,6 +692,87 @@ const _: () = {
     ["Offset of field: LswApplyArgs::candidates"][::core::mem::offset_of!(LswApplyArgs, candidates) - 132usize];
     ["Offset of field: LswApplyArgs::begins"][::core::mem::offset_of!(LswApplyArgs, begins) - 136usize];
     ["Offset of field: LswApplyArgs::targets"][::core::mem::offset_of!(LswApplyArgs, targets) - 168usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct LswShrink90Args {
+    pub x: LswMap,
+    pub products: u64,
+    pub used: u64,
+    pub depth: u32,
+    pub padding: u32,
+    pub apply: LswApplyArgs,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LswShrink90Args"][::core::mem::size_of::<LswShrink90Args>() - 640usize];
+    ["Alignment of LswShrink90Args"][::core::mem::align_of::<LswShrink90Args>() - 8usize];
+    ["Offset of field: LswShrink90Args::x"][::core::mem::offset_of!(LswShrink90Args, x) - 0usize];
+    ["Offset of field: LswShrink90Args::products"][::core::mem::offset_of!(LswShrink90Args, products) - 128usize];
+    ["Offset of field: LswShrink90Args::used"][::core::mem::offset_of!(LswShrink90Args, used) - 136usize];
+    ["Offset of field: LswShrink90Args::depth"][::core::mem::offset_of!(LswShrink90Args, depth) - 144usize];
+    ["Offset of field: LswShrink90Args::padding"][::core::mem::offset_of!(LswShrink90Args, padding) - 148usize];
+    ["Offset of field: LswShrink90Args::apply"][::core::mem::offset_of!(LswShrink90Args, apply) - 152usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct LswExpand90Target {
+    pub factors: u64,
+    pub maps: u64,
+    pub y: u64,
+    pub y_stride: u64,
+    pub out: u32,
+    pub begin: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LswExpand90Target"][::core::mem::size_of::<LswExpand90Target>() - 40usize];
+    ["Alignment of LswExpand90Target"][::core::mem::align_of::<LswExpand90Target>() - 8usize];
+    ["Offset of field: LswExpand90Target::factors"][::core::mem::offset_of!(LswExpand90Target, factors) - 0usize];
+    ["Offset of field: LswExpand90Target::maps"][::core::mem::offset_of!(LswExpand90Target, maps) - 8usize];
+    ["Offset of field: LswExpand90Target::y"][::core::mem::offset_of!(LswExpand90Target, y) - 16usize];
+    ["Offset of field: LswExpand90Target::y_stride"][::core::mem::offset_of!(LswExpand90Target, y_stride) - 24usize];
+    ["Offset of field: LswExpand90Target::out"][::core::mem::offset_of!(LswExpand90Target, out) - 32usize];
+    ["Offset of field: LswExpand90Target::begin"][::core::mem::offset_of!(LswExpand90Target, begin) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct LswExpand90Args {
+    pub maps: [LswMap; 8usize],
+    pub products_map: LswMap,
+    pub targets: [LswExpand90Target; 8usize],
+    pub products: u64,
+    pub used: u64,
+    pub rows: u32,
+    pub slots: u32,
+    pub count: u32,
+    pub depth: u32,
+    pub y_type: u32,
+    pub runs: u32,
+    pub run: u32,
+    pub longer: u32,
+    pub overwrites: u32,
+    pub padding: [u32; 3usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LswExpand90Args"][::core::mem::size_of::<LswExpand90Args>() - 1536usize];
+    ["Alignment of LswExpand90Args"][::core::mem::align_of::<LswExpand90Args>() - 8usize];
+    ["Offset of field: LswExpand90Args::maps"][::core::mem::offset_of!(LswExpand90Args, maps) - 0usize];
+    ["Offset of field: LswExpand90Args::products_map"][::core::mem::offset_of!(LswExpand90Args, products_map) - 1024usize];
+    ["Offset of field: LswExpand90Args::targets"][::core::mem::offset_of!(LswExpand90Args, targets) - 1152usize];
+    ["Offset of field: LswExpand90Args::products"][::core::mem::offset_of!(LswExpand90Args, products) - 1472usize];
+    ["Offset of field: LswExpand90Args::used"][::core::mem::offset_of!(LswExpand90Args, used) - 1480usize];
+    ["Offset of field: LswExpand90Args::rows"][::core::mem::offset_of!(LswExpand90Args, rows) - 1488usize];
+    ["Offset of field: LswExpand90Args::slots"][::core::mem::offset_of!(LswExpand90Args, slots) - 1492usize];
+    ["Offset of field: LswExpand90Args::count"][::core::mem::offset_of!(LswExpand90Args, count) - 1496usize];
+    ["Offset of field: LswExpand90Args::depth"][::core::mem::offset_of!(LswExpand90Args, depth) - 1500usize];
+    ["Offset of field: LswExpand90Args::y_type"][::core::mem::offset_of!(LswExpand90Args, y_type) - 1504usize];
+    ["Offset of field: LswExpand90Args::runs"][::core::mem::offset_of!(LswExpand90Args, runs) - 1508usize];
+    ["Offset of field: LswExpand90Args::run"][::core::mem::offset_of!(LswExpand90Args, run) - 1512usize];
+    ["Offset of field: LswExpand90Args::longer"][::core::mem::offset_of!(LswExpand90Args, longer) - 1516usize];
+    ["Offset of field: LswExpand90Args::overwrites"][::core::mem::offset_of!(LswExpand90Args, overwrites) - 1520usize];
+    ["Offset of field: LswExpand90Args::padding"][::core::mem::offset_of!(LswExpand90Args, padding) - 1524usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]

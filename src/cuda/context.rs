@@ -1,9 +1,9 @@
 //! The driver, probed; a device with its kernels; its streams.
 
 use super::args::{
-    LSW_FEW_SHARED, LSW_GATE_SHARED_MANY, LSW_GATE_SHARED_TILE, LSW_LINEAR_SHARED_MAX, LSW_LINEAR_THREADS, LSW_SMALL_PANELS,
-    LSW_SMALL_SHARED, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS_16BIT, LSW_SWITCH_THREADS_32BIT,
-    LSW_SWITCH90_SHARED, LswTakeArgs,
+    LSW_EXPAND90_SHARED, LSW_FEW_SHARED, LSW_GATE_SHARED_MANY, LSW_GATE_SHARED_TILE, LSW_LINEAR_SHARED_MAX, LSW_LINEAR_THREADS,
+    LSW_SHRINK90_SHARED, LSW_SMALL_PANELS, LSW_SMALL_SHARED, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS_16BIT,
+    LSW_SWITCH_THREADS_32BIT, LSW_SWITCH90_SHARED, LswTakeArgs,
 };
 use super::images::{BUILT_WITH, IMAGES};
 use super::launch::{Grid, launch};
@@ -12,7 +12,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::memory::StateMemory;
 use crate::stream::Odd;
-use crate::view::Place;
+use crate::view::{Place, RawMat};
 use cudarc::driver::{CudaContext, CudaStream, sys};
 use std::ffi::CString;
 use std::ptr;
@@ -118,7 +118,19 @@ pub(super) struct Few {
 pub(super) struct Hopper {
     /// f16, bf16.
     pub switch: [Switch; 2],
+    /// bf16.
+    pub apply: DenseApply,
     pub processors: u32,
+}
+
+/// Unmerged adapters by dense products with all slots.
+#[derive(Clone, Copy)]
+pub(super) struct DenseApply {
+    /// In clusters of two blocks and of four.
+    pub shrink: [Function; 2],
+    pub expand: Function,
+    /// For any y.
+    pub expand_any: Function,
 }
 
 /// The Hopper switch, for sets of many tiles and of few.
@@ -199,7 +211,15 @@ impl Modules {
         };
         let switch = [switch("f16")?, switch("bf16")?];
         let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
-        Ok(Hopper { switch, processors })
+        let dense = |file: &str, name: &str, shared: u32| -> Result<Function> {
+            let function = self.function(file, name)?;
+            allow_shared(function, shared)?;
+            Ok(function)
+        };
+        let shrink = |split: &str| dense("apply_shrink_sm90", &format!("apply_shrink_{split}_bf16_sm90"), LSW_SHRINK90_SHARED);
+        let expand = |name: &str| dense("apply_expand_sm90", &format!("apply_{name}_bf16_sm90"), LSW_EXPAND90_SHARED);
+        let apply = DenseApply { shrink: [shrink("2")?, shrink("4")?], expand: expand("expand")?, expand_any: expand("expand_any")? };
+        Ok(Hopper { switch, apply, processors })
     }
 
     fn functions<const N: usize>(&self, file: &str, stem: &str, suffixes: [&str; N]) -> Result<[Function; N]> {
@@ -605,6 +625,16 @@ impl DeviceStream {
         unsafe { driver!(cuMemcpyDtoHAsync_v2(ptr::from_mut(&mut word).cast(), addr, 4, self.raw)) }?;
         self.synchronize()?;
         Ok(word)
+    }
+
+    /// Fills a matrix, enqueued. The context must be current.
+    pub(super) fn fill_bytes(&self, mat: &RawMat, value: u8) -> Result<()> {
+        let size = mat.dtype.size();
+        let (pitch, width, rows) = ((mat.stride * size) as usize, (mat.cols * size) as usize, mat.rows as usize);
+        // Of one row the stride is never used, and may be anything.
+        let pitch = if rows == 1 { width } else { pitch };
+        // SAFETY: a checked output in device memory, of these rows.
+        unsafe { driver!(cuMemsetD2D8Async(mat.addr, pitch, value, width, rows, self.raw)) }
     }
 
     /// Fills words, enqueued. The context must be current.

@@ -1,5 +1,6 @@
 //! The one launch.
 
+use super::apply_dense::SHRINK_SPLITS;
 use super::args::*;
 use super::context::{Apply, DeviceStream, Few, Function, SMALL_SHARED, SWITCH_SHARED, SWITCH_THREADS, driver};
 use crate::error::Result;
@@ -120,6 +121,15 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
         for switch in stream.device().hopper.iter().flat_map(|hopper| hopper.switch) {
             launch(stream, switch.large, one(LSW_SWITCH90_THREADS, LSW_SWITCH90_SHARED), &LswSwitchArgs::default())?;
             launch_dependent(stream, switch.small, one(LSW_SMALL_THREADS, SMALL_SHARED), &LswSwitchArgs::default())?;
+        }
+        for dense in stream.device().hopper.iter().map(|hopper| hopper.apply) {
+            for (function, blocks) in dense.shrink.into_iter().zip(SHRINK_SPLITS) {
+                let grid = Grid { blocks, ..one(LSW_SHRINK90_THREADS, LSW_SHRINK90_SHARED) };
+                launch_dependent(stream, function, grid, &LswShrink90Args::default())?;
+            }
+            for function in [dense.expand, dense.expand_any] {
+                launch_dependent(stream, function, one(LSW_EXPAND90_THREADS, LSW_EXPAND90_SHARED), &LswExpand90Args::default())?;
+            }
         }
         launch(stream, k.status_take, one(1, 0), &LswTakeArgs::default())?;
         launch(stream, k.bank_set, one(LSW_BANK_THREADS, 0), &LswBankArgs::default())?;

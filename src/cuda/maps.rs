@@ -54,8 +54,14 @@ fn row_stride(mat: &RawMat) -> u64 {
     (mat.stride * 2).max((mat.cols * 2).next_multiple_of(16))
 }
 
-fn boxes(mat: &RawMat, rows: u32, cols: u32) -> Result<LswMap> {
+/// Boxes of `rows` x `cols`.
+pub(super) fn boxes(mat: &RawMat, rows: u32, cols: u32) -> Result<LswMap> {
     encode(mat, &View { dims: [mat.cols, mat.rows], strides: [2, row_stride(mat)], boxes: [cols, rows] })
+}
+
+/// Of rows that have `width` columns for each target: boxes of `rows` x 64 of one target's.
+pub(super) fn of_targets(mat: &RawMat, width: u64, rows: u32) -> Result<LswMap> {
+    encode(mat, &View { dims: [width, mat.cols / width, mat.rows], strides: [2, 2 * width, row_stride(mat)], boxes: [64, 1, rows] })
 }
 
 /// Whether the columns are whole blocks of 64: then one box brings two of them, [2][rows][64].

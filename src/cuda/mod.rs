@@ -5,6 +5,7 @@
 #[allow(missing_docs, non_camel_case_types, non_upper_case_globals, dead_code, clippy::all, clippy::undocumented_unsafe_blocks)]
 pub(crate) mod args;
 pub(crate) mod apply;
+mod apply_dense;
 pub(crate) mod bank;
 pub(crate) mod calibrate;
 mod context;

@@ -2,10 +2,11 @@
 
 use super::bank::lsw_bank;
 use super::{Out, guard, handle, lsw_mat, lsw_mat_mut, lsw_status, mat, mat_mut, slice};
-use crate::apply::{MAX_TARGETS, Routes, apply, apply_begin, apply_finish, apply_workspace_bytes};
+use crate::apply::{MAX_TARGETS, Routes, apply, apply_begin, apply_finish, apply_into, apply_workspace_bytes};
+use crate::bank::AdapterBank;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::stream::Context;
+use crate::stream::{Context, Stream};
 use crate::view::{Mat, MatMut};
 use std::ffi::c_void;
 
@@ -105,6 +106,33 @@ pub unsafe extern "C" fn lsw_apply_workspace_bytes(
     })
 }
 
+type Apply = fn(&Stream, &AdapterBank, u64, &Mat<'_>, &Routes<'_>, &mut [MatMut<'_>], &mut MatMut<'_>) -> Result<()>;
+
+/// # Safety
+/// The conventions.
+#[allow(clippy::too_many_arguments)]
+unsafe fn run(
+    apply: Apply,
+    bank: *const lsw_bank,
+    stream: *mut c_void,
+    first: u64,
+    x: *const lsw_mat,
+    routes: *const lsw_routes,
+    y: *const lsw_mat_mut,
+    count: u64,
+    workspace: *mut c_void,
+    workspace_bytes: u64,
+) -> Result<()> {
+    // SAFETY: the conventions.
+    let (bank, context) = unsafe { handle(bank, "bank") }?.get();
+    // SAFETY: the conventions.
+    let (stream, x, routes, mut y) =
+        unsafe { (context.raw_stream(stream), mat(context, x, "x")?, RouteViews::new(context, routes)?, outputs(context, y, count)?) };
+    // SAFETY: the conventions.
+    let mut workspace = unsafe { super::workspace(context, workspace, workspace_bytes) };
+    apply(&stream, bank, first, &x, &routes.get(), &mut y, &mut workspace)
+}
+
 /// Adds to each row what its adapters make of its input, for a group of targets that share it (q,
 /// k, v; gate, up): y[i][r] += sum over the entries (id, gate) of row r's route of gate * scale * B
 /// (A x[r]), with A, B and scale of slot id and target first + i of the bank.
@@ -124,11 +152,13 @@ pub unsafe extern "C" fn lsw_apply_workspace_bytes(
 /// fixed order; A x stays f32 (tensor cores take it in two parts, to 2^-22); y is rounded once. A
 /// coefficient that is not finite propagates into its own row alone. Deterministic, and a row's
 /// bits do not depend on the other rows; nor on their number, but that a bank of 16 bits on CUDA
-/// takes another path above 64 rows.
+/// takes another path above 64 rows. On Hopper that is a dense path where the bank is LSW_BF16 and
+/// its slots together have at most 128 ranks (each the largest rank of the targets, in steps of
+/// 16): A x, scaled, is rounded to bf16 there, as B is already.
 ///
-/// Two launches on CUDA, three above 64 rows in 16 bits; enqueued, and may be captured: one graph
-/// serves every route and every refill of a slot. Up to 64 rows, and in f32, the adapters are read
-/// again for each row. lsw_context_take_odd tells of ids out of range (but -1) and of coefficients
+/// Two launches on CUDA, three above 64 rows in 16 bits but on the dense path; enqueued, and may be
+/// captured: one graph serves every route and every refill of a slot. Up to 64 rows, and in f32,
+/// the adapters are read again for each row. lsw_context_take_odd tells of ids out of range (but -1) and of coefficients
 /// that are not finite.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_apply(
@@ -142,16 +172,30 @@ pub unsafe extern "C" fn lsw_apply(
     workspace: *mut c_void,
     workspace_bytes: u64,
 ) -> lsw_status {
-    guard(|| {
-        // SAFETY: the conventions.
-        let (bank, context) = unsafe { handle(bank, "bank") }?.get();
-        // SAFETY: the conventions.
-        let (stream, x, routes, mut y) =
-            unsafe { (context.raw_stream(stream), mat(context, x, "x")?, RouteViews::new(context, routes)?, outputs(context, y, count)?) };
-        // SAFETY: the conventions.
-        let mut workspace = unsafe { super::workspace(context, workspace, workspace_bytes) };
-        apply(&stream, bank, first, &x, &routes.get(), &mut y, &mut workspace)
-    })
+    // SAFETY: the conventions.
+    guard(|| unsafe { run(apply, bank, stream, first, x, routes, y, count, workspace, workspace_bytes) })
+}
+
+/// lsw_apply to zeros: y[i][r] = sum over the entries ..., whatever y held, and zeros for a row that
+/// no adapter touches. For a base product behind it that adds to what it finds (beta = 1). y then
+/// need not wait for that product, but is written before it; many rows of y are not read here, and
+/// the product reads them while it multiplies. Two roundings, as with lsw_apply, but that of a small
+/// sum in the place of that of the product. All else is as for lsw_apply. On CUDA each y is a memset
+/// more, but on the dense path.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn lsw_apply_into(
+    bank: *const lsw_bank,
+    stream: *mut c_void,
+    first: u64,
+    x: *const lsw_mat,
+    routes: *const lsw_routes,
+    y: *const lsw_mat_mut,
+    count: u64,
+    workspace: *mut c_void,
+    workspace_bytes: u64,
+) -> lsw_status {
+    // SAFETY: the conventions.
+    guard(|| unsafe { run(apply_into, bank, stream, first, x, routes, y, count, workspace, workspace_bytes) })
 }
 
 /// The first half of lsw_apply, into the workspace, for the targets first <= i < first + count: all
