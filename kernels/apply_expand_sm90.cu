@@ -415,9 +415,9 @@ __device__ __forceinline__ void add_in_place(const LswExpand90Args& args, const 
     __syncwarp();
 }
 
-// The left half of a tile is added to y while the right half's product runs.
 enum class How { kAdd, kOverwrite, kInPlace };
 
+// The left half of a tile is added to y while the right half's product runs.
 template <class T, class Y, How kHow, int kSteps>
 __device__ __forceinline__ void run_consumer(const LswExpand90Args& args, Shared& s, uint32_t consumer) {
     constexpr uint32_t kPanelBytes = kSteps * kStepBytes;

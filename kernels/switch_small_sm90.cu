@@ -382,7 +382,6 @@ template <class T> __device__ __forceinline__ void prefetch_weight(const Run& ru
     if (tile.index < run.tiles && row < t.rows && col < t.cols) prefetch(reinterpret_cast<const T*>(t.base) + row * t.base_stride + col);
 }
 
-
 // The block: on to the target that a tile belongs to, if there is one. The set's own table never changes.
 __device__ __forceinline__ bool enter_run(const LswSwitchArgs& args, Shared& s, uint32_t tile) {
     const uint32_t lane = threadIdx.x % 32, targets = args.last - args.first;
