@@ -122,11 +122,15 @@ impl Model {
     }
 
     pub fn set_slot(&mut self, slot: usize, pairs: Vec<Option<Pair>>) {
+        self.enqueue_slot(slot, &pairs);
+        self.backend.synchronize(); // the former pairs' memory is freed here
+        self.pairs[slot] = pairs;
+    }
+
+    fn enqueue_slot(&mut self, slot: usize, pairs: &[Option<Pair>]) {
         let factor = |p: &Pair| Factor { a: p.a.tensor(), b: p.b.tensor(), scale: p.scale };
         let factors: Vec<Option<Factor>> = pairs.iter().map(|p| p.as_ref().map(factor)).collect();
         self.bank.set_slot(&self.backend.stream, slot as u64, &factors).unwrap();
-        self.backend.synchronize(); // the former pairs' memory is freed here
-        self.pairs[slot] = pairs;
     }
 
     fn random_pair(&mut self, target: usize) -> Option<Pair> {
@@ -994,9 +998,47 @@ fn launches_in_a_row(backend: &Backend) {
     }
 }
 
+/// The same where the slots that a launch brings in are filled just before it, while the others are merged: it may look at them before
+/// that has happened.
+fn refills_in_a_row(backend: &Backend) {
+    for form in [Form::FromBase, Form::InPlace] {
+        for slots in [4, 33] {
+            let spec = Spec { slots, shapes: vec![(384, 640), (48, 80)], max_rank: 70, ..small(DType::Bf16, form) };
+            let run = |pauses: bool| {
+                let mut model = Model::new(backend, &spec);
+                let mut rng = Rng(6);
+                let mut contents = |slot: usize| {
+                    [slot + 8, 66 - slot]
+                        .map(|rank| Vec::from([(384, 640), (48, 80)].map(|(o, i)| Some(model.pair_of(&mut rng, o, i, rank)))))
+                };
+                let contents: Vec<[Vec<Option<Pair>>; 2]> = (0..4).map(&mut contents).collect();
+                let routes = [[0u32, 1], [2, 3]].map(|ids| Grid::new(backend, DType::I32, 1, 2, Layout::dense(2), &ids));
+                let gates = Grid::new(backend, DType::F32, 1, 2, Layout::dense(2), &[0.75f32.to_bits(), 0.25f32.to_bits()]);
+                backend.synchronize();
+                for step in 0..12 {
+                    for slot in [step % 2 * 2, step % 2 * 2 + 1] {
+                        model.enqueue_slot(slot, &contents[slot][step / 2 % 2]);
+                    }
+                    if pauses {
+                        backend.synchronize();
+                    }
+                    model.set.to(&backend.stream, &routes[step % 2].mat(), &gates.mat()).unwrap();
+                    if pauses {
+                        backend.synchronize();
+                    }
+                }
+                backend.synchronize();
+                model.all_bits()
+            };
+            assert_eq!(run(false), run(true), "{form:?}, {slots} slots");
+        }
+    }
+}
+
 on_paths!(
     blocks_go_on_to_other_targets,
     launches_in_a_row,
+    refills_in_a_row,
     from_base_matches_oracle,
     in_place_matches_oracle,
     ragged_mixture,
