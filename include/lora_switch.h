@@ -1113,7 +1113,7 @@ lsw_status lsw_apply_into(const struct lsw_bank *bank,
  * The second half, lsw_apply_finish, is ordered after both and gets the same targets, routes and
  * workspace. In between nobody writes the workspace, ids, gates and row_map, nor the slots of the
  * bank that they name. Together they give the bits of lsw_apply; what is odd is known after
- * both. Two launches on CUDA, in f32 one; enqueued, and may be captured.
+ * both. Two launches on CUDA, in f32 and on the dense path one; enqueued, and may be captured.
  */
 lsw_status lsw_apply_begin(const struct lsw_bank *bank,
                            void *stream,

@@ -199,7 +199,7 @@ pub fn apply_into(
 /// the workspace, ids, gates and row map, nor the slots of the bank that they name. Together they give the bits of `apply`; what
 /// is odd is known after both.
 ///
-/// On CUDA two launches are enqueued, in f32 one.
+/// On CUDA two launches are enqueued, in f32 and on the dense path one.
 ///
 /// # Errors
 /// As for `apply`.

@@ -207,7 +207,7 @@ pub unsafe extern "C" fn lsw_apply_into(
 /// The second half, lsw_apply_finish, is ordered after both and gets the same targets, routes and
 /// workspace. In between nobody writes the workspace, ids, gates and row_map, nor the slots of the
 /// bank that they name. Together they give the bits of lsw_apply; what is odd is known after
-/// both. Two launches on CUDA, in f32 one; enqueued, and may be captured.
+/// both. Two launches on CUDA, in f32 and on the dense path one; enqueued, and may be captured.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_apply_begin(
     bank: *const lsw_bank,
