@@ -1067,8 +1067,9 @@ lsw_status lsw_apply_workspace_bytes(const struct lsw_bank *bank,
  * coefficient that is not finite propagates into its own row alone. Deterministic, and a row's
  * bits do not depend on the other rows; nor on their number, but that a bank of 16 bits on CUDA
  * takes another path above 64 rows. On Hopper that is a dense path where the bank is LSW_BF16 and
- * its slots together have at most 128 ranks (each the largest rank of the targets, in steps of
- * 16): A x, scaled, is rounded to bf16 there, as B is already.
+ * its slots together may have at most 128 ranks (each the targets' largest rank_cap, in steps of
+ * 16): A x, scaled, is rounded to bf16 there, as B is already. It reads the adapters of all slots,
+ * and no row sees those that are not in its route.
  *
  * Two launches on CUDA, three above 64 rows in 16 bits but on the dense path; enqueued, and may be
  * captured: one graph serves every route and every refill of a slot. Up to 64 rows, and in f32,
@@ -1111,8 +1112,8 @@ lsw_status lsw_apply_into(const struct lsw_bank *bank,
  * adapters in the rows' routes.
  *
  * The second half, lsw_apply_finish, is ordered after both and gets the same targets, routes and
- * workspace. In between nobody writes the workspace, ids, gates and row_map, nor the slots of the
- * bank that they name. Together they give the bits of lsw_apply; what is odd is known after
+ * workspace. In between nobody writes the workspace, ids, gates and row_map, nor any slot of the
+ * bank. Together they give the bits of lsw_apply; what is odd is known after
  * both. Two launches on CUDA, in f32 and on the dense path one; enqueued, and may be captured.
  */
 lsw_status lsw_apply_begin(const struct lsw_bank *bank,

@@ -24,7 +24,7 @@
 // - Runs are dealt out by their number, so a launch leaves no state behind.
 //
 // The host: tiles of a target are counted along the outputs first, then along the rows; targets follow each other (`begin`). Blocks: one an SM, or
-// as many as there are tiles. `runs` is a multiple of the blocks, such that a run has about eight tiles: run = tiles / runs, longer = tiles % runs.
+// as many as there are tiles. `runs` is a multiple of the blocks, such that a run has about three tiles: run = tiles / runs, longer = tiles % runs.
 //
 // -0 in a row that uses a slot becomes 0 where nothing is added to it, as by any sum that begins with zero.
 #include "args.h"
@@ -64,7 +64,7 @@ struct Shared {
     unsigned char panels[kPanelArea];
     Factor factors[LSW_APPLY_TARGETS][LSW_EXPAND90_SLOTS];
     uint32_t odd[kGranules][4];  // whether a consumer's warp has left something there that is not finite
-    uint32_t used[2][kTile];  // of the rows of a run, and of the next one's
+    alignas(16) uint32_t used[2][kTile];  // of the rows of a run, and of the next one's
     Barrier y_full[kGranules], y_done[kGranules];
     Barrier panel_full[kMostPanels], panel_empty[kMostPanels];
 };
@@ -116,8 +116,9 @@ struct Walk {
             is_fresh = true;
             at.col = 0, at.row += kTile;
             if (at.row >= args.rows) {
-                at.row = 0, ++at.target;
-                across = (args.targets[at.target].out + kTile - 1) / kTile;
+                at.row = 0;
+                do across = (args.targets[++at.target].out + kTile - 1) / kTile;
+                while (across == 0);  // the run goes on, so there is a target with tiles
             }
         }
     }
@@ -355,7 +356,7 @@ template <> struct Check<__half> {
 
 // y in shared memory. `check` becomes not finite where a result is not, or a sum of results.
 template <class Y>
-__device__ __forceinline__ void add_in_granule(const uint32_t (&used)[2], unsigned char* granule, Fragment<64>& y, const float (&sum)[kSums],
+__device__ __forceinline__ void add_in_granule(const bool (&uses)[2], unsigned char* granule, Fragment<64>& y, const float (&sum)[kSums],
                                                Check<Y> (&check)[2]) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -364,7 +365,7 @@ __device__ __forceinline__ void add_in_granule(const uint32_t (&used)[2], unsign
             const float2 old = unpack(y.words[j][i], Y{});
             const uint32_t word = pack(float2{old.x + sum[8 * j + 2 * i], old.y + sum[8 * j + 2 * i + 1]}, Y{});
             check[i % 2].add(word);
-            y.words[j][i] = used[i % 2] != 0 ? word : y.words[j][i];
+            y.words[j][i] = uses[i % 2] ? word : y.words[j][i];
         }
         stmatrix4(y.place(granule, j), y.words[j]);
     }
@@ -374,7 +375,7 @@ __device__ __forceinline__ void add_in_granule(const uint32_t (&used)[2], unsign
 constexpr uint32_t kSumStride = 64 + 8;  // floats: so rows lie in different banks
 static_assert(4 * 64 * kConsumers * kSumStride <= kGranules * kGranule, "in place of granules");
 template <class T, class Y>
-__device__ __forceinline__ void add_in_place(const LswExpand90Args& args, const Tile& at, const uint32_t (&used)[2], float* sums,
+__device__ __forceinline__ void add_in_place(const LswExpand90Args& args, const Tile& at, const bool (&uses_slot)[2], float* sums,
                                              const float (&sum)[kSums]) {
     constexpr int kPieces = 16;  // of 8 rows, two of 32 columns each
     const LswExpand90Target& target = args.targets[at.target];
@@ -391,7 +392,7 @@ __device__ __forceinline__ void add_in_place(const LswExpand90Args& args, const 
         Y old[kPieces] = {};
 #pragma unroll
         for (uint32_t i = 0; i < kPieces; ++i) {
-            const bool is_used = __shfl_sync(kFullWarp, h == 0 ? used[0] : used[1], i / 2 * 4) != 0;
+            const bool is_used = __shfl_sync(kFullWarp, h == 0 ? uses_slot[0] : uses_slot[1], i / 2 * 4);
             if (is_used) uses |= 1u << i;
             if (at.row + row(i) >= args.rows || col(i) >= target.out || !(is_used || args.overwrites)) continue;
             left |= 1u << i;
@@ -426,12 +427,20 @@ __device__ __forceinline__ void run_consumer(const LswExpand90Args& args, Shared
     const bool leader = lane == 0;
     Ring panels(min(kMostPanels, kPanelArea / kPanelBytes));
     uint32_t held[kSteps][4];
-    uint32_t used[2];  // by the lane's rows
+    bool uses[2];  // whether the lane's rows use a slot
     float sums[2][kSums];
     uint32_t run = 0;
     const auto hold = [&] {
         s.panel_full[panels.slot].wait(panels.parity);
-        for (int h = 0; h < 2; ++h) used[h] = s.used[run % 2][64 * consumer + row_of(2 * h)];
+        // Who gives the panel back reads for all.
+        uint32_t users = 0;
+        if (leader) {
+            const uint4* rows = reinterpret_cast<const uint4*>(s.used[run % 2] + 64 * consumer + threadIdx.x % 128 / 32 * 16);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) users |= ((rows[i].x != 0) | (rows[i].y != 0) << 1 | (rows[i].z != 0) << 2 | (rows[i].w != 0) << 3) << 4 * i;
+        }
+        users = __shfl_sync(kFullWarp, users, 0);
+        for (int h = 0; h < 2; ++h) uses[h] = users >> (lane / 4 + 8 * h) & 1;
         unsigned char* panel = s.panels + panels.slot * kPanelBytes;
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
@@ -452,6 +461,7 @@ __device__ __forceinline__ void run_consumer(const LswExpand90Args& args, Shared
         wgmma_commit();
     };
     dependency_wait();
+    dependency_release();
     Walk walk(args);
     Ring places(kGranules, consumer);
     for (; !walk.is_over(); walk.advance()) {
@@ -466,9 +476,9 @@ __device__ __forceinline__ void run_consumer(const LswExpand90Args& args, Shared
             s.panel_empty[slot].arrive_if(leader);
             Tile at = {walk.at.target, walk.at.row + 64 * consumer, walk.at.col};
             float* area = reinterpret_cast<float*>(s.granules) + consumer * 64 * kSumStride;
-            add_in_place<T, Y>(args, at, used, area, sums[0]);
+            add_in_place<T, Y>(args, at, uses, area, sums[0]);
             at.col += 64;
-            add_in_place<T, Y>(args, at, used, area, sums[1]);
+            add_in_place<T, Y>(args, at, uses, area, sums[1]);
         } else {
             unsigned char* granule = s.granules + places.slot * kGranule;
             Fragment<64> y{};
@@ -476,13 +486,13 @@ __device__ __forceinline__ void run_consumer(const LswExpand90Args& args, Shared
             s.y_full[places.slot].wait(places.parity);
             if constexpr (kHow == How::kAdd) y.load(granule);
             wgmma_wait<1>(sums[0]);
-            add_in_granule<Y>(used, granule, y, sums[0], check);
+            add_in_granule<Y>(uses, granule, y, sums[0], check);
             y = {};
             if constexpr (kHow == How::kAdd) y.load(granule + kHalf);
             wgmma_wait<0>(sums[1]);
             s.panel_empty[slot].arrive_if(leader);
-            add_in_granule<Y>(used, granule + kHalf, y, sums[1], check);
-            const bool is_odd = __any_sync(kFullWarp, (used[0] != 0 && check[0].is_odd()) || (used[1] != 0 && check[1].is_odd()));
+            add_in_granule<Y>(uses, granule + kHalf, y, sums[1], check);
+            const bool is_odd = __any_sync(kFullWarp, (uses[0] && check[0].is_odd()) || (uses[1] && check[1].is_odd()));
             if (leader) s.odd[places.slot][threadIdx.x / 32 % 4] = is_odd;
             __syncwarp();
             s.y_done[places.slot].arrive_if(leader);
@@ -512,7 +522,6 @@ template <class T, bool kInPlace> __device__ __forceinline__ void expand_all(con
         fence_barrier_init();
     }
     __syncthreads();
-    dependency_release();
     const uint32_t steps = (args.slots * args.depth + 63) / 64 * 4;
     if (warp < 4) {
         give_registers<kMoverRegisters>();

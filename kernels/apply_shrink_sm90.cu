@@ -370,6 +370,7 @@ static_assert(sizeof(Args) == sizeof(LswShrink90Args), "what the host passes");
     extern "C" __global__ void __cluster_dims__(split, 1, 1) __launch_bounds__(kThreads, 1) \
         lsw_apply_shrink_##split##_##suffix##_sm90(const __grid_constant__ Args args) {     \
         if (args.apply.rows > 0) shrink<split, T>(args);                                    \
+        else dependency_wait();                                                             \
     }
 LSW_SHRINK(2, __nv_bfloat16, bf16)
 LSW_SHRINK(4, __nv_bfloat16, bf16)

@@ -27,7 +27,7 @@
 
 namespace {
 
-constexpr int kThreads = LSW_SMALL_THREADS, kWarps = kThreads / 32;
+constexpr int kThreads = LSW_SMALL_THREADS;
 constexpr uint32_t kAtHand = 32;  // slots whose adapters are read with the route
 static_assert(kThreads == 256 && kTile == 128, "two warpgroups of 64 rows each");
 

@@ -147,12 +147,13 @@ pub fn apply_workspace_bytes(bank: &AdapterBank, targets: Range<u64>, rows: u64,
 /// Numbers: x, A and B enter as stored. Both products and the sum over the route are in f32, in a fixed order; A x stays f32 (tensor
 /// cores take it in parts, to 2^-22 or better, and scaled by the coefficient); y is rounded once. A coefficient that is not finite
 /// propagates into its own row alone. Deterministic, and a row's bits do not depend on the other rows; nor on their number, but that a bank
-/// of 16 bits on CUDA takes another path above 64 rows. On Hopper that is a dense path where the bank is bf16 and its slots together have
-/// at most 128 ranks (each the largest rank of the targets, in steps of 16): A x, scaled, is rounded to bf16 there, as B is already.
+/// of 16 bits on CUDA takes another path above 64 rows. On Hopper that is a dense path where the bank is bf16 and its slots together may have
+/// at most 128 ranks (each the targets' largest rank_cap, in steps of 16): A x, scaled, is rounded to bf16 there, as B is already. It reads
+/// the adapters of all slots, and no row sees those that are not in its route.
 ///
 /// On CUDA two launches are enqueued (three above 64 rows in 16 bits, but on the dense path), each as a dependent of the one before where
-/// the card knows that (9.0 and newer). Captured in a graph, they serve every route and every refill of a slot; nothing of a route is ever on the host.
-/// In f32 the adapters are read again for each row.
+/// the card knows that (9.0 and newer). Captured in a graph, they serve every route and every refill of a slot; nothing of a route is ever
+/// on the host. In f32 the adapters are read again for each row.
 /// [`take_odd`](Stream::take_odd) tells of ids out of range and of coefficients that are not finite.
 ///
 /// # Errors
@@ -196,8 +197,8 @@ pub fn apply_into(
 /// bits that is everything but the addition to y; of others, A x of all adapters in the rows' routes.
 ///
 /// The second half, [`apply_finish`], is ordered after both and gets the same targets, routes and workspace. In between nobody writes
-/// the workspace, ids, gates and row map, nor the slots of the bank that they name. Together they give the bits of `apply`; what
-/// is odd is known after both.
+/// the workspace, ids, gates and row map, nor any slot of the bank. Together they give the bits of `apply`; what is odd is known after
+/// both.
 ///
 /// On CUDA two launches are enqueued, in f32 and on the dense path one.
 ///

@@ -72,8 +72,8 @@ impl Entry {
 /// Slots and targets are fixed at creation, and so is the dtype of W, A and B: f32, f16 or bf16. Ranks and scales are per slot and per
 /// target; a rank of 0, or no factor, means that the slot leaves the target alone. Addresses need the alignment of an element;
 /// multiples of 16 bytes for addresses and rows of A and B (leading dimensions included) take the fast path on CUDA. Adapters may not
-/// lie in a weight that a set over the bank writes. Nobody writes an adapter while it is in a slot, which a switch may read before the
-/// work before it on the stream has ended: write, then `set_slot`, with the same addresses if you like.
+/// lie in a weight that a set over the bank writes. Nobody writes an adapter while it is in a slot, which a switch or an
+/// `apply_finish` may read before the work before it on the stream has ended: write, then `set_slot`, with the same addresses if you like.
 ///
 /// The table is dense: 40 bytes of device memory for each target and slot, 296 on Hopper in f16 and bf16, and about as much
 /// on the host.

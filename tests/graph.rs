@@ -1,6 +1,6 @@
 //! CUDA graphs: one capture of route -> switch serves every token, and survives refills.
 
-use crate::apply::{Batch, Call, workspace_bytes};
+use crate::apply::{Batch, CALLS, Call, workspace_bytes};
 use crate::common::{Backend, Grid, Layout, Rng};
 use crate::linear;
 use crate::oracle;
@@ -91,10 +91,13 @@ fn in_place_replays() {
 }
 
 /// Eight slots of two targets that share their input.
-fn two_targets(backend: &Backend, shapes: Vec<(usize, usize)>, seed: u64) -> Model {
+fn two_targets(backend: &Backend, shapes: Vec<(usize, usize)>, max_rank: usize, seed: u64) -> Model {
     let (dtype, form) = (DType::Bf16, Form::FromBase);
-    Model::new(backend, &Spec { dtype, form, slots: 8, k_max: 2, shapes, aligned: true, max_rank: 32, seed })
+    Model::new(backend, &Spec { dtype, form, slots: 8, k_max: 2, shapes, aligned: true, max_rank, seed })
 }
+
+/// Of many rows, small ranks take another path than others.
+const RANKS: [usize; 2] = [16, 32];
 
 /// Random slots, and one in nine that there is not.
 fn set_routes(ids: &mut Grid, rng: &mut Rng) {
@@ -102,14 +105,15 @@ fn set_routes(ids: &mut Grid, rng: &mut Rng) {
     ids.set_bits(&(0..count).map(|_| rng.below(9) as u32).collect::<Vec<_>>());
 }
 
-/// A captured apply, under other routes and every other time with a refilled slot.
-fn replay(graph: &CudaGraph, model: &mut Model, batch: &mut Batch, rng: &mut Rng) {
+/// A captured apply, under other routes and every other time with a refilled slot, in packs or not.
+fn replay(graph: &CudaGraph, model: &mut Model, batch: &mut Batch, call: Call, rng: &mut Rng) {
     for step in 0..6 {
         if step % 2 == 1 {
+            model.spec.aligned = step % 4 == 1;
             model.refill(rng.below(8));
         }
         set_routes(&mut batch.ids, rng);
-        let before = batch.bits();
+        let before = batch.before(call);
         graph.launch().unwrap();
         batch.assert_added_to(model, &before, "replayed");
     }
@@ -119,14 +123,16 @@ fn replay(graph: &CudaGraph, model: &mut Model, batch: &mut Batch, rng: &mut Rng
 #[test]
 fn apply_replays() {
     let Some(backend) = Backend::cuda() else { return };
-    let mut model = two_targets(&backend, vec![(96, 160), (33, 160)], 23);
     let mut rng = Rng(24);
-    for rows in [1, 3, 100] {
+    for ((rows, call), max_rank) in
+        [1, 3, 100].into_iter().flat_map(|rows| CALLS.map(|call| (rows, call))).flat_map(|kind| RANKS.map(|rank| (kind, rank)))
+    {
+        let mut model = two_targets(&backend, vec![(96, 160), (33, 160)], max_rank, 23);
         let mut batch = Batch::random(&model, &mut rng, rows, 2, DType::Bf16, Layout::dense);
         let bytes = workspace_bytes(&model, rows, 2);
         let mut workspace = Grid::poisoned(&backend, DType::U8, 1, bytes, Layout::dense(bytes));
-        let graph = capture(&backend, || batch.run_in(&model, Call::Whole, &mut workspace).unwrap());
-        replay(&graph, &mut model, &mut batch, &mut rng);
+        let graph = capture(&backend, || batch.run_in(&model, call, &mut workspace).unwrap());
+        replay(&graph, &mut model, &mut batch, call, &mut rng);
     }
 }
 
@@ -135,12 +141,12 @@ fn apply_replays() {
 fn apply_beside_replays() {
     let Some(backend) = Backend::cuda() else { return };
     // Whole packs of y: of many rows, another kernel.
-    let mut model = two_targets(&backend, vec![(96, 160), (40, 160)], 27);
     let mut rng = Rng(28);
     let main = backend.cuda.clone().unwrap();
     let side = main.context().new_stream().unwrap();
     let beside = backend.context.cuda_stream(&side).unwrap();
-    for rows in [1, 3, 40, 100] {
+    for (rows, max_rank) in [1, 3, 40, 100].into_iter().flat_map(|rows| RANKS.map(|rank| (rows, rank))) {
+        let mut model = two_targets(&backend, vec![(96, 160), (40, 160)], max_rank, 27);
         let mut batch = Batch::random(&model, &mut rng, rows, 2, DType::Bf16, Layout::dense);
         let bytes = workspace_bytes(&model, rows, 2);
         let mut workspace = Grid::poisoned(&backend, DType::U8, 1, bytes, Layout::dense(bytes));
@@ -149,7 +155,7 @@ fn apply_beside_replays() {
             side.join(&main).unwrap();
             batch.run_halves(&model, &beside, &mut workspace, || main.join(&side).unwrap()).unwrap();
         });
-        replay(&graph, &mut model, &mut batch, &mut rng);
+        replay(&graph, &mut model, &mut batch, Call::Halves, &mut rng);
     }
 }
 
@@ -158,7 +164,7 @@ fn apply_beside_replays() {
 #[test]
 fn linear_replays() {
     let Some(backend) = Backend::cuda() else { return };
-    let mut model = two_targets(&backend, vec![(96, 160), (160, 160)], 25);
+    let mut model = two_targets(&backend, vec![(96, 160), (160, 160)], 32, 25);
     let mut rng = Rng(26);
     for rows in [1, 3, 8] {
         let mut batch = Batch::random(&model, &mut rng, rows, 2, DType::Bf16, Layout::dense);

@@ -73,6 +73,9 @@ pub(crate) fn apply(pool: &Pool, plan: &Plan<'_>, part: Part) {
     if plan.overwrites {
         zero(pool, plan);
     }
+    if plan.is_empty() {
+        return;
+    }
     if part != Part::Finish {
         shrink(pool, plan);
     }

@@ -383,6 +383,11 @@ static void unmerged(void) {
     REFUSED(lsw_apply_finish(bank, NULL, 0, &bad, both, 2, workspace, n), "row_map.cols is 2");
     OK(lsw_apply(bank, NULL, 0, &input, &routes, both, 2, workspace, n));
     EXPECT(y[0][3] == 36.0f && y[1][1] == 24.0f && y[2][1] == 108.0f && z[0][3] == 0.0f);
+    REFUSED(lsw_apply_into(NULL, NULL, 0, &input, &routes, both, 2, workspace, n), "bank is null");
+    REFUSED(lsw_apply_into(bank, NULL, 0, &input, &routes, same, 2, workspace, n), "disjoint from y[0]");
+    y[0][3] = 7.0f;
+    OK(lsw_apply_into(bank, NULL, 0, &input, &routes, both, 2, workspace, n));
+    EXPECT(y[0][3] == 36.0f && y[1][1] == 24.0f && y[2][1] == 108.0f && z[0][3] == 0.0f);
     routes.row_map = in(map, 1, 3, LSW_I32); /* rows 0 and 2 change places, row 1 has none */
     OK(lsw_apply_begin(bank, NULL, 0, 2, &input, &routes, workspace, n));
     OK(lsw_apply_finish(bank, NULL, 0, &routes, both, 2, workspace, n));
