@@ -209,7 +209,7 @@ impl<'l> Pass<'l> {
                         let bits: Vec<u32> = columns.iter().map(|o| bits[(row * stride + start + o) as usize]).collect();
                         Exact::new(DType::Bf16, 1, bits.len(), &bits).x
                     };
-                    good &= self.is_close(LAYER * last + target, group, row, &columns, &pick(&before), &pick(&after), place)?;
+                    good &= self.is_close(LAYER * last + target, group, row, &columns, [&pick(&before), &pick(&after)], place)?;
                 }
                 start += outs;
             }
@@ -238,22 +238,14 @@ impl<'l> Pass<'l> {
         Ok(adapters)
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn is_close(
-        &self,
-        target: usize,
-        group: usize,
-        row: u64,
-        columns: &[u64],
-        before: &[f64],
-        after: &[f64],
-        place: Place,
-    ) -> Result<bool> {
+    fn is_close(&self, target: usize, group: usize, row: u64, columns: &[u64], [before, after]: [&[f64]; 2], place: Place) -> Result<bool> {
         let cols = self.model.spec.shapes[target].1;
         let x = self.exact(self.x(group), row * cols, 1, cols)?.x;
         let adapters = self.adapters(target, row, columns)?;
         let terms: Vec<Term<'_>> = adapters.iter().map(|(a, b, c)| Term { a, b, coefficient: *c }).collect();
-        let (want, bounds) = oracle::apply(before, &x, &terms, true);
+        // Where the dense path may be taken.
+        let in_bf16 = self.rows > 64 && SLOTS * self.model.spec.ranks[0].next_multiple_of(16) <= 128;
+        let (want, bounds) = oracle::apply(before, &x, &terms, in_bf16);
         let half_ulp = |x: f64| oracle::half_ulp(DType::Bf16, x.abs());
         let close = |i: usize| {
             // Into: the product was not rounded, but the adapters' sum.

@@ -891,10 +891,11 @@ lsw_status lsw_bank_create(const struct lsw_context *context,
  * Enqueued, without synchronisation, and seen by all work that follows on the stream, replays of
  * graphs captured earlier too. (Do not capture this call itself.) The memory of A and B stays the
  * caller's: it must live, and nobody may write it, until the slot gets another adapter, or the bank
- * and all sets over it are destroyed, and the work enqueued before that is done: a switch may read
- * A and B before the work before it on the stream has ended. To change what a slot holds, write,
- * then call this again, with the same addresses if you like. They may not lie in a W of a set over the bank. A and B with addresses and rows (stride included) of multiples of 16 bytes
- * take the fast path on CUDA.
+ * and all sets over it are destroyed, and the work enqueued before that is done: a switch or an
+ * lsw_apply_finish may read A and B before the work before it on the stream has ended. To change what a slot holds, write,
+ * then call this again, with the same addresses if you like. They may not lie in a W of a set over
+ * the bank. A and B with addresses and rows (stride included) of multiples of 16 bytes take the
+ * fast path on CUDA.
  *
  * A set from base that holds the slot merged heals at its next lsw_switch_to. A set in place must
  * be unmerged before: LSW_ODD_STALE_MERGE tells when it was not.
@@ -1073,8 +1074,8 @@ lsw_status lsw_apply_workspace_bytes(const struct lsw_bank *bank,
  *
  * Two launches on CUDA, three above 64 rows in 16 bits but on the dense path; enqueued, and may be
  * captured: one graph serves every route and every refill of a slot. Up to 64 rows, and in f32,
- * the adapters are read again for each row. lsw_context_take_odd tells of ids out of range (but -1) and of coefficients
- * that are not finite.
+ * the adapters are read again for each row. lsw_context_take_odd tells of ids out of range (but -1)
+ * and of coefficients that are not finite.
  */
 lsw_status lsw_apply(const struct lsw_bank *bank,
                      void *stream,
@@ -1113,8 +1114,8 @@ lsw_status lsw_apply_into(const struct lsw_bank *bank,
  *
  * The second half, lsw_apply_finish, is ordered after both and gets the same targets, routes and
  * workspace. In between nobody writes the workspace, ids, gates and row_map, nor any slot of the
- * bank. Together they give the bits of lsw_apply; what is odd is known after
- * both. Two launches on CUDA, in f32 and on the dense path one; enqueued, and may be captured.
+ * bank. Together they give the bits of lsw_apply; what is odd is known after both. Two launches on
+ * CUDA, in f32 and on the dense path one; enqueued, and may be captured.
  */
 lsw_status lsw_apply_begin(const struct lsw_bank *bank,
                            void *stream,

@@ -240,7 +240,6 @@ pub(crate) enum Part {
 
 fn run(stream: &Stream, plan: &Plan<'_>, part: Part) -> Result<()> {
     match &stream.0 {
-        _ if plan.is_empty() && !plan.overwrites => Ok(()),
         StreamKind::Cpu(pool) => {
             crate::cpu::apply::apply(pool, plan, part);
             Ok(())

@@ -15,9 +15,9 @@ use std::ops::Range;
 pub struct LinearOptions {
     /// Of all that the call reads, the work directly before it on the stream (its last kernel launch, say) writes x alone; weights,
     /// adapters, the bank's slots, ids, gates and row map are older. Then, on CUDA, they are read while that work still runs, which hides
-    /// the start of the launch. Where that work starts early itself, as a dependent launch, like `route`, `gate` and, of a small set
-    /// on Hopper, `SwitchSet::to`, the same is asked of
-    /// what comes before it. Default: false, and nothing but prefetches into the L2 cache comes early.
+    /// the start of the launch. Where that work starts early itself, as a dependent launch, like `route`, `gate` and, of a small set on
+    /// Hopper, `SwitchSet::to`, the same is asked of what comes before it. Default: false, and nothing but prefetches into the L2 cache
+    /// comes early.
     pub only_x_is_new: bool,
     /// Blocks do not wait for each other's part of A x, but each computes all of it, as they do where others do not come to run: for tests.
     /// The bits are the same. Default: false.

@@ -59,7 +59,8 @@ pub struct RouteOptions<'a> {
     pub mask: Option<&'a Mat<'a>>,
     /// For [`gate`](crate::gate::gate), up to 64 tokens: the work directly before it on the stream (its last kernel launch, say) does not
     /// write the weight. Then, on CUDA, the weight is read while that work still runs. Where that work starts early itself, as a dependent
-    /// launch, like `route`, `gate` and, of a small set on Hopper, `SwitchSet::to`, the same is asked of what comes before it. Default: false, and nothing is read early.
+    /// launch, like `route`, `gate` and, of a small set on Hopper, `SwitchSet::to`, the same is asked of what comes before it. Default:
+    /// false, and nothing is read early.
     pub only_x_is_new: bool,
 }
 

@@ -140,12 +140,12 @@ fn apply_replays() {
 #[test]
 fn apply_beside_replays() {
     let Some(backend) = Backend::cuda() else { return };
-    // Whole packs of y: of many rows, another kernel.
     let mut rng = Rng(28);
     let main = backend.cuda.clone().unwrap();
     let side = main.context().new_stream().unwrap();
     let beside = backend.context.cuda_stream(&side).unwrap();
     for (rows, max_rank) in [1, 3, 40, 100].into_iter().flat_map(|rows| RANKS.map(|rank| (rows, rank))) {
+        // Whole packs of y: of many rows, another kernel.
         let mut model = two_targets(&backend, vec![(96, 160), (40, 160)], max_rank, 27);
         let mut batch = Batch::random(&model, &mut rng, rows, 2, DType::Bf16, Layout::dense);
         let bytes = workspace_bytes(&model, rows, 2);

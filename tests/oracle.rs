@@ -212,8 +212,8 @@ pub fn apply(y: &[f64], x: &[f64], terms: &[Term<'_>], in_bf16: bool) -> (Vec<f6
     let mut products = vec![0.0; y.len()];
     for t in terms {
         for i in 0..t.a.rows {
-            let terms: Vec<f64> = (0..x.len()).map(|c| t.a.at(i, c) * x[c]).collect();
-            let (sum, size) = (terms.iter().sum::<f64>(), terms.iter().map(|p| p.abs()).sum::<f64>());
+            let parts: Vec<f64> = (0..x.len()).map(|c| t.a.at(i, c) * x[c]).collect();
+            let (sum, size) = (parts.iter().sum::<f64>(), parts.iter().map(|p| p.abs()).sum::<f64>());
             let reached = sum.abs() + x.len() as f64 * 2.0 * U32 * size;
             for o in 0..y.len() {
                 out[o] += t.coefficient * t.b.at(o, i) * sum;

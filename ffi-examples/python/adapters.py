@@ -240,9 +240,10 @@ class Batch:
 
     def is_applied(self, first, group, before, magnitude, additions):
         """Each y = before + sum of gate * scale * B (A x) in float64, as near as one rounding to bf16 and sums in f32 allow: of so many
-        magnitudes where `before` is a product too, and those of the adapters. Of many rows A x may be rounded to bf16 as well."""
+        magnitudes where `before` is a product too, and those of the adapters. Of many rows and few ranks A x may be rounded to bf16."""
         x, gates, model, good = self.x[group].double(), self.gates.double() * SCALE, self.model, True
-        rounding = 2.0**-8 if x.shape[0] > 64 else 0.0
+        slots, _, rank, _ = model.a[0].shape
+        rounding = 2.0**-8 if x.shape[0] > 64 and slots * (-(-rank // 16) * 16) <= 128 else 0.0
         parts = zip(*(model.parts(group, whole, 1) for whole in (self.y[group], before, magnitude)))
         for target, (y, exact, size) in enumerate(parts, first):
             exact, rounded, a, b = exact.double(), 0.0, model.a[target][:, 0].double(), model.b[target][:, 0].double()

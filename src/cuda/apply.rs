@@ -128,7 +128,7 @@ pub(crate) fn apply(stream: &DeviceStream, plan: &Plan<'_>, part: Part) -> Resul
 
 fn zero(stream: &DeviceStream, plan: &Plan<'_>) -> Result<()> {
     let _entered = stream.device().enter()?;
-    plan.targets().filter_map(|target| target.y).filter(|y| !y.is_empty()).try_for_each(|y| stream.fill_bytes(&y, 0))
+    plan.targets().filter_map(|target| target.y).filter(|y| !y.is_empty()).try_for_each(|y| stream.zero(&y))
 }
 
 fn sums_of(plan: &Plan<'_>, target: &GroupTarget) -> RawMat {

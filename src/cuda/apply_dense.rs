@@ -38,12 +38,12 @@ fn shrink(stream: &DeviceStream, plan: &Plan<'_>, hopper: &Hopper, dense: &Dense
     };
     // By the bank alone: on how a sum is divided depend its bits.
     let chunks = (apply.count * apply.slots * dense.depth).div_ceil(LSW_SHRINK90_COLUMNS);
-    let wide = usize::from(chunks == 1);
-    let blocks = [plan.rows.div_ceil(LSW_SHRINK90_ROWS) * SHRINK_SPLITS[wide], chunks, 1];
+    let shape = usize::from(chunks == 1);
+    let blocks = [plan.rows.div_ceil(LSW_SHRINK90_ROWS) * SHRINK_SPLITS[shape], chunks, 1];
     let grid = Cube { blocks, threads: LSW_SHRINK90_THREADS, shared: LSW_SHRINK90_SHARED };
     // SAFETY: a checked plan: device memory of the stated shapes, kept by the caller's views; the bank's table, and adapters that the
     // bank keeps alive; a map of x where there is one to use. The kernel waits first of all.
-    unsafe { launch_dependent(stream, hopper.apply.shrink[wide], grid, &args) }
+    unsafe { launch_dependent(stream, hopper.apply.shrink[shape], grid, &args) }
 }
 
 /// Whether the copy engine may write it: it writes whole 16 bytes.

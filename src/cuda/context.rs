@@ -627,14 +627,14 @@ impl DeviceStream {
         Ok(word)
     }
 
-    /// Fills a matrix, enqueued. The context must be current.
-    pub(super) fn fill_bytes(&self, mat: &RawMat, value: u8) -> Result<()> {
+    /// Fills a matrix with zeros, enqueued. The context must be current.
+    pub(super) fn zero(&self, mat: &RawMat) -> Result<()> {
         let size = mat.dtype.size();
         let (pitch, width, rows) = ((mat.stride * size) as usize, (mat.cols * size) as usize, mat.rows as usize);
         // Of one row the stride is never used, and may be anything.
         let pitch = if rows == 1 { width } else { pitch };
         // SAFETY: a checked output in device memory, of these rows.
-        unsafe { driver!(cuMemsetD2D8Async(mat.addr, pitch, value, width, rows, self.raw)) }
+        unsafe { driver!(cuMemsetD2D8Async(mat.addr, pitch, 0, width, rows, self.raw)) }
     }
 
     /// Fills words, enqueued. The context must be current.

@@ -159,8 +159,8 @@ unsafe fn run(
 ///
 /// Two launches on CUDA, three above 64 rows in 16 bits but on the dense path; enqueued, and may be
 /// captured: one graph serves every route and every refill of a slot. Up to 64 rows, and in f32,
-/// the adapters are read again for each row. lsw_context_take_odd tells of ids out of range (but -1) and of coefficients
-/// that are not finite.
+/// the adapters are read again for each row. lsw_context_take_odd tells of ids out of range (but -1)
+/// and of coefficients that are not finite.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_apply(
     bank: *const lsw_bank,
@@ -207,8 +207,8 @@ pub unsafe extern "C" fn lsw_apply_into(
 ///
 /// The second half, lsw_apply_finish, is ordered after both and gets the same targets, routes and
 /// workspace. In between nobody writes the workspace, ids, gates and row_map, nor any slot of the
-/// bank. Together they give the bits of lsw_apply; what is odd is known after
-/// both. Two launches on CUDA, in f32 and on the dense path one; enqueued, and may be captured.
+/// bank. Together they give the bits of lsw_apply; what is odd is known after both. Two launches on
+/// CUDA, in f32 and on the dense path one; enqueued, and may be captured.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lsw_apply_begin(
     bank: *const lsw_bank,

@@ -135,10 +135,11 @@ pub(super) fn shape(given: &lsw_target_shape) -> TargetShape {
 /// Enqueued, without synchronisation, and seen by all work that follows on the stream, replays of
 /// graphs captured earlier too. (Do not capture this call itself.) The memory of A and B stays the
 /// caller's: it must live, and nobody may write it, until the slot gets another adapter, or the bank
-/// and all sets over it are destroyed, and the work enqueued before that is done: a switch may read
-/// A and B before the work before it on the stream has ended. To change what a slot holds, write,
-/// then call this again, with the same addresses if you like. They may not lie in a W of a set over the bank. A and B with addresses and rows (stride included) of multiples of 16 bytes
-/// take the fast path on CUDA.
+/// and all sets over it are destroyed, and the work enqueued before that is done: a switch or an
+/// lsw_apply_finish may read A and B before the work before it on the stream has ended. To change what a slot holds, write,
+/// then call this again, with the same addresses if you like. They may not lie in a W of a set over
+/// the bank. A and B with addresses and rows (stride included) of multiples of 16 bytes take the
+/// fast path on CUDA.
 ///
 /// A set from base that holds the slot merged heals at its next lsw_switch_to. A set in place must
 /// be unmerged before: LSW_ODD_STALE_MERGE tells when it was not.
