@@ -128,11 +128,7 @@ impl Batch {
                     assert_eq!(got_bits[part.clone()], before[t][part], "{what}: row {row} of target {t} has no adapters");
                     continue;
                 }
-                let term = |&(slot, c): &(usize, f32)| {
-                    let pair = model.pairs[slot][t].as_ref().unwrap();
-                    Term { a: &pair.exact_a, b: &pair.exact_b, coefficient: f64::from(c) }
-                };
-                let terms: Vec<Term<'_>> = list.iter().map(term).collect();
+                let terms = terms_of(model, t, &list);
                 let old: Vec<f64> = before[t][part.clone()].iter().map(|&bits| decode(y.dtype, bits)).collect();
                 let in_bf16 = is_dense(model, self.x.rows);
                 let (exact, bounds) = oracle::apply(&old, &x[row * self.x.cols..(row + 1) * self.x.cols], &terms, in_bf16);
@@ -140,6 +136,14 @@ impl Batch {
             }
         }
     }
+}
+
+fn terms_of<'a>(model: &'a Model, t: usize, list: &[(usize, f32)]) -> Vec<Term<'a>> {
+    let term = |&(slot, c): &(usize, f32)| {
+        let pair = model.pairs[slot][t].as_ref().unwrap();
+        Term { a: &pair.exact_a, b: &pair.exact_b, coefficient: f64::from(c) }
+    };
+    list.iter().map(term).collect()
 }
 
 /// Whether a card may take the dense path, on which A x is rounded.
@@ -366,27 +370,27 @@ fn agrees_with_the_switch(backend: &Backend) {
             let start = (0..rows * y.cols).map(|i| (product(&base, i / y.cols, i % y.cols) as f32).to_bits()).collect::<Vec<_>>();
             y.set_bits(&start);
         }
+        let start: Vec<Vec<f64>> = batch.y.iter().map(Grid::values).collect();
         batch.run(&model, Call::Whole);
         model.to(&ids, &gates);
         for (t, y) in batch.y.iter().enumerate() {
             let (merged, got, list) = (model.weights[t].values(), y.values(), model.list(t, &ids, &gates));
             let (exact, merge_bounds) = model.exact(t, &list);
-            // The bounds of the oracle are roundings of one sum of magnitudes each: so many in a merge, so many in an apply.
-            let ranks: usize = list.iter().map(|(slot, _)| model.pairs[*slot][t].as_ref().unwrap().exact_a.rows).sum();
-            let (of_merge, of_apply) = (ranks + 2 * list.len() + 1, cols + 2 * ranks + 4 * list.len() + 2);
-            for (i, got) in got.iter().enumerate() {
-                let (row, o) = (i / y.cols, i % y.cols);
-                // What the merge may err by; what apply may, from the same magnitudes; y's own roundings.
-                let bound: f64 = (0..cols)
-                    .map(|c| {
+            let terms = terms_of(&model, t, &list);
+            for row in 0..rows {
+                let (x, part) = (&x[row * cols..(row + 1) * cols], row * y.cols..(row + 1) * y.cols);
+                let (_, apply_bounds) = oracle::apply(&start[t][part.clone()], x, &terms, is_dense(&model, rows));
+                for (o, (got, apply_bound)) in got[part].iter().zip(apply_bounds).enumerate() {
+                    // What the merge may err by, and apply; the roundings of y before and after it.
+                    let merge_bound = |c: usize| {
                         let bound = merge_bounds[o * cols + c];
-                        let of_apply = bound * of_apply as f64 / of_merge as f64;
-                        (oracle::half_ulp(dtype, exact.at(o, c).abs() + bound) + bound + of_apply) * x[row * cols + c].abs()
-                    })
-                    .sum();
-                let want = product(&merged, row, o);
-                let allowed = bound + 4.0 * oracle::half_ulp(DType::F32, want.abs() + bound);
-                assert!((got - want).abs() <= allowed, "{dtype}: target {t}, {row}, {o}: {got}, merged {want}, off more than {allowed}");
+                        oracle::half_ulp(dtype, exact.at(o, c).abs() + bound) + bound
+                    };
+                    let bound = (0..cols).map(|c| merge_bound(c) * x[c].abs()).sum::<f64>() + apply_bound;
+                    let want = product(&merged, row, o);
+                    let allowed = bound + 4.0 * oracle::half_ulp(DType::F32, want.abs() + bound);
+                    assert!((got - want).abs() <= allowed, "{dtype}: target {t}, {row}, {o}: {got}, merged {want}, off more than {allowed}");
+                }
             }
         }
     });
