@@ -74,15 +74,6 @@ __device__ __forceinline__ const LswMap* factor_map(const LswExpand90Args& args,
     return reinterpret_cast<const LswMap*>(args.targets[target].maps) + 2 * slot + 1;
 }
 
-// A place in a ring, and the parity of its current use.
-struct Ring {
-    uint32_t size, slot, parity = 0;
-    __device__ __forceinline__ explicit Ring(uint32_t size, uint32_t slot = 0) : size(size), slot(slot) {}
-    __device__ __forceinline__ void advance(uint32_t steps = 1) {
-        if ((slot += steps) >= size) slot -= size, parity ^= 1;
-    }
-};
-
 // A block's way through its tiles: runs along the outputs. Every `gridDim.x` runs are dealt out to all blocks, so that these stay close
 // together in memory.
 struct Walk {

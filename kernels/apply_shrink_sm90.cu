@@ -285,7 +285,7 @@ template <int kSplit, class T> __device__ __forceinline__ void shrink(const LswS
         const uint64_t adapters = descriptor(shared_address(s.stages[stage]) + kTile);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < kStep / 16; ++k) wgmma_k(sum, x + 2 * k, adapters + 2 * k, T{});
+        for (int k = 0; k < kStep / 16; ++k) wgmma_k_major(sum, x + 2 * k, adapters + 2 * k, true, T{});
         wgmma_commit();
         if (step > 0) {
             wgmma_wait<1>();

@@ -113,7 +113,7 @@ enum {
     LSW_SHRINK90_COLUMNS = 128, /* of the products, a block */
     LSW_SHRINK90_SHARED = 227 * 1024,
     LSW_EXPAND90_THREADS = 512, /* expand on Hopper: two warpgroups that move data, two that compute */
-    LSW_EXPAND90_SLOTS = 8,     /* at most so many */
+    LSW_EXPAND90_SLOTS = LSW_DENSE_RANKS / LSW_DENSE_STEP,
     LSW_EXPAND90_SHARED = 227 * 1024,
 
     LSW_LINEAR_TOKENS = 8,    /* of one call: the columns of a product of tensor cores */

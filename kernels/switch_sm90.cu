@@ -187,18 +187,6 @@ struct Shared {
 };
 static_assert(sizeof(Shared) + 1024 <= LSW_SWITCH90_SHARED, "the host asks for this much shared memory");
 
-// A place in a ring, and the parity of its current use.
-struct Ring {
-    uint32_t size, slot = 0, parity = 0;
-    __device__ explicit Ring(uint32_t size, uint32_t slot = 0) : size(size), slot(slot) {}
-    __device__ __forceinline__ void advance() {
-        if (++slot == size) slot = 0, parity ^= 1;
-    }
-    __device__ __forceinline__ void advance(uint32_t steps) {
-        for (slot += steps; slot >= size; slot -= size) parity ^= 1;
-    }
-};
-
 __device__ __forceinline__ uint32_t tile_count(const LswTarget& t) { return ((t.rows + kTile - 1) / kTile) * ((t.cols + kTile - 1) / kTile); }
 
 __device__ __forceinline__ const LswMap* factor_maps(const LswSwitchArgs& args, uint32_t factor) {

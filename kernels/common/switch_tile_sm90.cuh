@@ -15,6 +15,18 @@ __device__ __forceinline__ int panel_depth(uint32_t rank) { return rank <= 16 ? 
 // The copy engine's swizzle of rows of 32, 64 or 128 bytes: the mask is that of their 16-byte chunks, 1, 3 or 7.
 __device__ __forceinline__ uint32_t swizzle(uint32_t at, uint32_t mask) { return at ^ (at >> 7 & mask) << 4; }
 
+// A place in a ring, and the parity of its current use.
+struct Ring {
+    uint32_t size, slot = 0, parity = 0;
+    __device__ __forceinline__ explicit Ring(uint32_t size, uint32_t slot = 0) : size(size), slot(slot) {}
+    __device__ __forceinline__ void advance() {
+        if (++slot == size) slot = 0, parity ^= 1;
+    }
+    __device__ __forceinline__ void advance(uint32_t steps) {
+        for (slot += steps; slot >= size; slot -= size) parity ^= 1;
+    }
+};
+
 // A warp's part of a granule. Lane l has rows l / 4 and l / 4 + 8 of its warp's 16, columns 2 (l % 4) + {0, 1} of each 8: the layout of
 // wgmma's accumulators and of ldmatrix.
 template <int kColumns> struct Fragment {
