@@ -9,8 +9,8 @@
 // One block an SM, which walks over tiles of 128 rows x 128 outputs, and four roles that hand them on through mbarriers:
 //
 //   movers (warps 0, 1)    y's granules of 64 rows, one mover for each consumer: brought by the copy engine, and written back when done
-//   panels (warp 2)        panels [128, slots * depth] by the copy engine, through one ring: B of a tile's outputs, and behind the first tile's of
-//                          a run the products of its rows
+//   panels (warp 2)        panels [128, slots * depth] by the copy engine: B of a tile's outputs through a ring, and with the first tile of a run
+//                          the products of its rows, and which of them use a slot
 //   loaders (warps 4 to 7) what the bank has no boxes for: empty slots, ranks of another box than most, rows that are not aligned
 //   consumers (2 x 128)    each 64 rows: the products stay in registers for the run, as wgmma's first operand; then the granule is changed in
 //                          place in shared memory (ldmatrix, add in f32, one rounding, stmatrix)
@@ -36,9 +36,10 @@ namespace {
 constexpr int kConsumers = 2;  // warpgroups
 constexpr uint32_t kLoaders = 4;
 constexpr uint32_t kGranules = 6;  // of y in flight
-constexpr uint32_t kPanelArea = 8 * kGranule;
-constexpr uint32_t kMostPanels = 4;
+constexpr uint32_t kMostSteps = LSW_DENSE_RANKS / 16;
 constexpr uint32_t kStepBytes = 32 * kTile;  // of a panel: 16 columns
+constexpr uint32_t kPanelArea = 3 * kMostSteps * kStepBytes, kMostPanels = kPanelArea / (4 * kStepBytes);
+constexpr uint32_t kUsedBytes = 4 * kTile;
 constexpr int kTable = 1;  // the barrier of those who look at factors
 static_assert(kGranules % kConsumers == 0, "a place stays with one consumer");
 
@@ -61,17 +62,24 @@ struct Tile {
 
 struct Shared {
     unsigned char granules[kGranules * kGranule];
-    unsigned char panels[kPanelArea];
+    unsigned char panels[kPanelArea];                  // of B
+    unsigned char products[kMostSteps * kStepBytes];  // of the rows of a run
+    alignas(16) uint32_t used[kTile];                 // by them: slots
     Factor factors[LSW_APPLY_TARGETS][LSW_EXPAND90_SLOTS];
-    uint32_t odd[kGranules][4];  // whether a consumer's warp has left something there that is not finite
-    alignas(16) uint32_t used[2][kTile];  // of the rows of a run, and of the next one's
+    alignas(16) uint32_t odd[kGranules][4];  // whether a consumer's warp has left something there that is not finite
     Barrier y_full[kGranules], y_done[kGranules];
     Barrier panel_full[kMostPanels], panel_empty[kMostPanels];
+    Barrier products_full, products_empty;
 };
 static_assert(sizeof(Shared) <= LSW_EXPAND90_SHARED, "the host asks for this much shared memory");
 
 __device__ __forceinline__ const LswMap* factor_map(const LswExpand90Args& args, uint32_t target, uint32_t slot) {
     return reinterpret_cast<const LswMap*>(args.targets[target].maps) + 2 * slot + 1;
+}
+
+// Slots that rows use at a target.
+__device__ __forceinline__ const uint32_t* used_of(const LswExpand90Args& args, uint32_t target) {
+    return reinterpret_cast<const uint32_t*>(args.used) + static_cast<uint64_t>(target) * args.used_stride;
 }
 
 // A block's way through its tiles: runs along the outputs. Every `gridDim.x` runs are dealt out to all blocks, so that these stay close
@@ -154,7 +162,7 @@ __device__ void load_slowly(unsigned char* panel, const Layout& layout, uint32_t
     }
 }
 
-// Four warps: what boxes do not bring of a panel, each every fourth step, and which slots rows use.
+// Four warps: what boxes do not bring of a panel, each every fourth step.
 template <class T> __device__ __forceinline__ void run_loaders(const LswExpand90Args& args, Shared& s, uint32_t loader, uint32_t steps) {
     const uint32_t panel_bytes = steps * kStepBytes, thread = threadIdx.x % 128;
     const Layout layout(args);
@@ -166,56 +174,40 @@ template <class T> __device__ __forceinline__ void run_loaders(const LswExpand90
         if (by_box) fence_tensor_map(factor_map(args, target, slot));
     }
     sync_some<kTable, 32 * (1 + kLoaders)>();
-    Ring panels(min(kMostPanels, kPanelArea / panel_bytes));
-    uint32_t run = 0;
-    auto bring = [&](auto load) {
+    Ring panels(kPanelArea / panel_bytes);
+    for (Walk walk(args); !walk.is_over(); walk.advance(), panels.advance()) {
+        const Tile& at = walk.at;
+        unsigned char* panel = s.panels + panels.slot * panel_bytes;
+        bool some = false;
         s.panel_empty[panels.slot].wait(panels.parity ^ 1);
-        if (load(s.panels + panels.slot * panel_bytes)) copy_commit(), copy_wait<0>(), fence_async_shared();
+        for (uint32_t step = loader; step < steps; step += kLoaders) {
+            const uint32_t slot = 16 * step / args.depth, k = 16 * step % args.depth, rows = args.targets[at.target].out - at.col;
+            Factor f = {};
+            if (slot < args.slots) f = s.factors[at.target][slot];
+            if (f.by_box) continue;
+            some = true;
+            const T* b = static_cast<const T*>(f.b) + static_cast<uint64_t>(at.col) * f.stride + k;
+            const uint32_t left = f.rank > k ? f.rank - k : 0;
+            if (left == 0) b = reinterpret_cast<const T*>(args.products);
+            if (f.is_aligned || left == 0) {
+                const uint32_t to = shared_address(panel) + layout.place(threadIdx.x % 32 / 2, step, threadIdx.x % 2);
+                load_step(to, 2 * layout.width(), b, f.stride, rows, left);
+            } else {
+                load_slowly(panel, layout, step, b, f.stride, rows, left);
+            }
+        }
+        if (some) copy_commit(), copy_wait<0>(), fence_async_shared();
         __syncwarp();
         if (threadIdx.x % 32 == 0) s.panel_full[panels.slot].arrive();
-        panels.advance();
-    };
-    bool has_waited = false;
-    for (Walk walk(args); !walk.is_over(); walk.advance()) {
-        const Tile& at = walk.at;
-        bring([&](unsigned char* panel) {
-            bool some = false;
-            for (uint32_t step = loader; step < steps; step += kLoaders) {
-                const uint32_t slot = 16 * step / args.depth, k = 16 * step % args.depth, rows = args.targets[at.target].out - at.col;
-                Factor f = {};
-                if (slot < args.slots) f = s.factors[at.target][slot];
-                if (f.by_box) continue;
-                some = true;
-                const T* b = static_cast<const T*>(f.b) + static_cast<uint64_t>(at.col) * f.stride + k;
-                const uint32_t left = f.rank > k ? f.rank - k : 0;
-                if (left == 0) b = reinterpret_cast<const T*>(args.products);
-                if (f.is_aligned || left == 0) {
-                    const uint32_t to = shared_address(panel) + layout.place(threadIdx.x % 32 / 2, step, threadIdx.x % 2);
-                    load_step(to, 2 * layout.width(), b, f.stride, rows, left);
-                } else {
-                    load_slowly(panel, layout, step, b, f.stride, rows, left);
-                }
-            }
-            return some;
-        });
-        if (!walk.is_fresh) continue;
-        if (!has_waited) dependency_wait();
-        has_waited = true;
-        bring([&](unsigned char*) {
-            const uint32_t row = at.row + thread;
-            const uint32_t* used = reinterpret_cast<const uint32_t*>(args.used) + (row < args.rows ? row * args.count + at.target : 0);
-            copy4_partly(&s.used[run++ % 2][thread], used, row < args.rows ? 4 : 0);
-            return true;
-        });
     }
 }
 
 // One thread: panels by the copy engine.
 __device__ __forceinline__ void run_panels(const LswExpand90Args& args, Shared& s, uint32_t steps) {
     const uint32_t panel_bytes = steps * kStepBytes, block_bytes = 256 * args.depth;
-    Ring panels(min(kMostPanels, kPanelArea / panel_bytes));
+    Ring panels(kPanelArea / panel_bytes), runs(1);
     bool has_waited = false;
-    for (Walk walk(args); !walk.is_over(); walk.advance()) {
+    for (Walk walk(args); !walk.is_over(); walk.advance(), panels.advance()) {
         const Tile& at = walk.at;
         const Factor* factors = s.factors[at.target];
         uint32_t boxes = 0;
@@ -227,18 +219,16 @@ __device__ __forceinline__ void run_panels(const LswExpand90Args& args, Shared& 
         for (uint32_t slot = 0; slot < args.slots; ++slot, panel += block_bytes) {
             if (factors[slot].by_box) load_box(panel, factor_map(args, at.target, slot), 0, at.col, full, kEvictLast);
         }
-        panels.advance();
         if (!walk.is_fresh) continue;
         if (!has_waited) dependency_wait();
         has_waited = true;
-        s.panel_empty[panels.slot].wait(panels.parity ^ 1);
-        Barrier& products_full = s.panel_full[panels.slot];
-        products_full.arrive_expecting(panel_bytes);
-        panel = s.panels + panels.slot * panel_bytes;
+        s.products_empty.wait(runs.parity ^ 1);
+        s.products_full.arrive_expecting(panel_bytes + kUsedBytes);
         for (uint32_t block = 0; block < steps / 4; ++block) {
-            load_cube(panel + block * kGranule, &args.products_map, 64 * block, at.target, at.row, products_full);
+            load_cube(s.products + block * kGranule, &args.products_map, 64 * block, at.target, at.row, s.products_full);
         }
-        panels.advance();
+        load_bytes(s.used, used_of(args, at.target) + at.row, kUsedBytes, s.products_full);
+        runs.advance();
     }
 }
 
@@ -260,7 +250,7 @@ __device__ __forceinline__ float sum_anew(const LswExpand90Args& args, uint32_t 
 }
 
 __device__ __forceinline__ uint32_t used_by(const LswExpand90Args& args, uint32_t target, uint32_t row) {
-    return row < args.rows ? reinterpret_cast<const uint32_t*>(args.used)[row * args.count + target] : 0;
+    return row < args.rows ? used_of(args, target)[row] : 0;
 }
 
 // One warp: the results in a granule that are not finite, anew. In global memory y is what it was.
@@ -306,7 +296,13 @@ template <class T> __device__ __forceinline__ void run_mover(const LswExpand90Ar
         const Tile& at = behind.at;
         const uint32_t row = at.row + 64 * consumer;
         unsigned char* granule = s.granules + going.slot * kGranule;
-        if (__any_sync(kFullWarp, s.odd[going.slot][threadIdx.x % 4] != 0)) {
+        // Who gives the place back reads for all.
+        bool is_odd = false;
+        if (leader) {
+            const uint4 odd = *reinterpret_cast<const uint4*>(s.odd[going.slot]);
+            is_odd = (odd.x | odd.y | odd.z | odd.w) != 0;
+        }
+        if (__any_sync(kFullWarp, is_odd)) {
             args.y_type == 1 ? mend<T, __half>(args, at, row, granule) : mend<T, __nv_bfloat16>(args, at, row, granule);
         }
         fence_async_shared();
@@ -416,32 +412,29 @@ __device__ __forceinline__ void run_consumer(const LswExpand90Args& args, Shared
     const Layout layout(args);
     const uint32_t lane = threadIdx.x % 32;
     const bool leader = lane == 0;
-    Ring panels(min(kMostPanels, kPanelArea / kPanelBytes));
+    Ring panels(kPanelArea / kPanelBytes), runs(1);
     uint32_t held[kSteps][4];
     bool uses[2];  // whether the lane's rows use a slot
     float sums[2][kSums];
-    uint32_t run = 0;
     const auto hold = [&] {
-        s.panel_full[panels.slot].wait(panels.parity);
-        // Who gives the panel back reads for all.
+        s.products_full.wait(runs.parity);
+        // Who gives the place back reads for all.
         uint32_t users = 0;
         if (leader) {
-            const uint4* rows = reinterpret_cast<const uint4*>(s.used[run % 2] + 64 * consumer + threadIdx.x % 128 / 32 * 16);
+            const uint4* rows = reinterpret_cast<const uint4*>(s.used + 64 * consumer + threadIdx.x % 128 / 32 * 16);
 #pragma unroll
             for (int i = 0; i < 4; ++i) users |= ((rows[i].x != 0) | (rows[i].y != 0) << 1 | (rows[i].z != 0) << 2 | (rows[i].w != 0) << 3) << 4 * i;
         }
         users = __shfl_sync(kFullWarp, users, 0);
         for (int h = 0; h < 2; ++h) uses[h] = users >> (lane / 4 + 8 * h) & 1;
-        unsigned char* panel = s.panels + panels.slot * kPanelBytes;
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
             const uint32_t row = 64 * consumer + threadIdx.x % 128 / 32 * 16 + lane % 16;
-            ldmatrix4(held[step], panel + step / 4 * kGranule + swizzle(row * 128 + (step % 4 * 2 + lane / 16) * 16, 7));
+            ldmatrix4(held[step], s.products + step / 4 * kGranule + swizzle(row * 128 + (step % 4 * 2 + lane / 16) * 16, 7));
         }
         __syncwarp();
-        s.panel_empty[panels.slot].arrive_if(leader);
-        panels.advance();
-        ++run;
+        s.products_empty.arrive_if(leader);
+        runs.advance();
     };
     const auto issue = [&](float (&sum)[kSums], uint32_t slot, int half) {
         const uint32_t begin = shared_address(s.panels + slot * kPanelBytes) + half * 128 * layout.width();
@@ -455,16 +448,14 @@ __device__ __forceinline__ void run_consumer(const LswExpand90Args& args, Shared
     dependency_release();
     Walk walk(args);
     Ring places(kGranules, consumer);
-    for (; !walk.is_over(); walk.advance()) {
-        const uint32_t slot = panels.slot, parity = panels.parity;
-        panels.advance();
+    for (; !walk.is_over(); walk.advance(), panels.advance()) {
         if (walk.is_fresh) hold();
-        s.panel_full[slot].wait(parity);
-        issue(sums[0], slot, 0);
-        issue(sums[1], slot, 1);
+        s.panel_full[panels.slot].wait(panels.parity);
+        issue(sums[0], panels.slot, 0);
+        issue(sums[1], panels.slot, 1);
         if constexpr (kHow == How::kInPlace) {
             wgmma_wait<0>(sums[0]), wgmma_wait<0>(sums[1]);
-            s.panel_empty[slot].arrive_if(leader);
+            s.panel_empty[panels.slot].arrive_if(leader);
             Tile at = {walk.at.target, walk.at.row + 64 * consumer, walk.at.col};
             float* area = reinterpret_cast<float*>(s.granules) + consumer * 64 * kSumStride;
             add_in_place<T, Y>(args, at, uses, area, sums[0]);
@@ -481,7 +472,7 @@ __device__ __forceinline__ void run_consumer(const LswExpand90Args& args, Shared
             y = {};
             if constexpr (kHow == How::kAdd) y.load(granule + kHalf);
             wgmma_wait<0>(sums[1]);
-            s.panel_empty[slot].arrive_if(leader);
+            s.panel_empty[panels.slot].arrive_if(leader);
             add_in_granule<Y>(uses, granule + kHalf, y, sums[1], check);
             const bool is_odd = __any_sync(kFullWarp, (uses[0] && check[0].is_odd()) || (uses[1] && check[1].is_odd()));
             if (leader) s.odd[places.slot][threadIdx.x / 32 % 4] = is_odd;
@@ -510,6 +501,7 @@ template <class T, bool kInPlace> __device__ __forceinline__ void expand_all(con
     if (threadIdx.x == 0) {
         for (uint32_t i = 0; i < kMostPanels; ++i) s.panel_full[i].init(1 + kLoaders), s.panel_empty[i].init(8);  // consumers' warps
         for (uint32_t i = 0; i < kGranules; ++i) s.y_full[i].init(1), s.y_done[i].init(4);
+        s.products_full.init(1), s.products_empty.init(8);
         fence_barrier_init();
     }
     __syncthreads();

@@ -2,7 +2,7 @@
 //
 //   products[row][target][slot][depth] = coefficient(row, slot at target) * (A[target, slot] x[row]),
 //
-// in f32 and then rounded to the adapters' type; and used[row][target], bit s: slot s takes part. What does not take part (not in the row's
+// in f32 and then rounded to the adapters' type; and used[target][row], bit s: slot s takes part. What does not take part (not in the row's
 // route, a coefficient of zero, a rank past the slot's) is zero, whatever A x is.
 //
 // A block has 192 rows, 128 columns of the stacked ranks and every kSplit-th 64 of in_features; kSplit blocks are a cluster. Roles:
@@ -139,7 +139,7 @@ template <int kSplit> __device__ __forceinline__ void report(const LswShrink90Ar
             report_coefficient(a, s.ranks[t * a.slots + slot], c);
             if (s.ranks[t * a.slots + slot] > 0 && c != 0.0f) used |= 1u << slot;
         }
-        reinterpret_cast<uint32_t*>(args.used)[row * a.count + t] = used;
+        reinterpret_cast<uint32_t*>(args.used)[t * static_cast<uint64_t>(args.used_stride) + row] = used;
     }
 }
 

@@ -361,9 +361,9 @@ typedef struct LswApplyArgs {
 typedef struct LswShrink90Args {
     LswMap x;          /* [rows, in], boxes of LSW_SHRINK90_ROWS x 64 columns; not where x is not aligned. At a multiple of 64 bytes */
     uint64_t products; /* of the adapters' type, [rows, count, slots, depth] */
-    uint64_t used;     /* uint32_t [rows, count]: bit i: the row uses slot i at the target */
+    uint64_t used;     /* uint32_t [count, used_stride]: bit i: the row uses slot i at the target; undefined past the last row */
     uint32_t depth;    /* of a slot: a multiple of 16 */
-    uint32_t padding;
+    uint32_t used_stride; /* a multiple of 128, at least rows */
     LswApplyArgs apply;
 } LswShrink90Args;
 
@@ -382,7 +382,7 @@ typedef struct LswExpand90Args {
     LswMap products_map; /* [rows, count, slots * depth]: boxes of 128 x 1 x 64, swizzled over 128 bytes */
     LswExpand90Target targets[LSW_APPLY_TARGETS];
     uint64_t products; /* bf16 [rows, count, slots, depth]; address a multiple of 16 */
-    uint64_t used;     /* uint32_t [rows, count]: bit i: the row uses slot i at the target */
+    uint64_t used;     /* as above; address a multiple of 16 */
     uint32_t rows, slots;
     uint32_t count; /* of targets */
     uint32_t depth; /* of a slot: a multiple of 16; slots * depth is at most 128 */
@@ -391,7 +391,8 @@ typedef struct LswExpand90Args {
     uint32_t run;    /* tiles; the first `longer` runs have one more */
     uint32_t longer;
     uint32_t overwrites; /* y counts as zero, whatever it holds, and all of it is written */
-    uint32_t padding[3]; /* to a multiple of 64 bytes */
+    uint32_t used_stride; /* as above */
+    uint32_t padding[2];  /* to a multiple of 64 bytes */
 } LswExpand90Args;
 
 /* A target of y[r] = round(y[r] + sums[r]). All zero: there is none. */

@@ -2,7 +2,9 @@
 
 use crate::bank::AdapterBank;
 use crate::check::{Checked, MAX_COUNT, Named, narrow};
-use crate::cuda::args::{LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_DENSE_RANKS, LSW_DENSE_STEP, LSW_FEW_COLUMNS, LSW_FEW_SLICES, LSW_MAX_K};
+use crate::cuda::args::{
+    LSW_APPLY_MANY, LSW_APPLY_TARGETS, LSW_DENSE_RANKS, LSW_DENSE_STEP, LSW_FEW_COLUMNS, LSW_FEW_SLICES, LSW_MAX_K, LSW_SWITCH90_TILE,
+};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::stream::{Stream, StreamKind};
@@ -78,8 +80,9 @@ pub(crate) struct Dense {
     pub depth: u32,
     /// The products, scaled; zeros for slots that are not in a row's route. bf16 [rows, targets, slots, depth].
     pub products: u64,
-    /// Slots that a row takes at a target: bits of a u32 [rows, targets].
+    /// Slots that a row takes at a target: bits of a u32 [targets, used_stride].
     pub used: u64,
+    pub used_stride: u32,
 }
 
 /// A checked call: both halves of it, or either.
@@ -293,6 +296,7 @@ struct Sizes {
     route_bytes: u64,
     /// `Dense::depth`; 0: there is no such path.
     dense_depth: u32,
+    used_stride: u32,
     /// Of its products, and of the slots used.
     dense_bytes: [u64; 2],
 }
@@ -311,12 +315,12 @@ impl Sizes {
         let depth = targets.clone().map(|t| t.rank_cap.next_multiple_of(LSW_DENSE_STEP)).max().unwrap_or(0);
         let ranks = bank.slots() * u64::from(depth);
         let is_dense = is_many && bank.dtype() == DType::Bf16 && ranks <= u64::from(LSW_DENSE_RANKS);
-        let row_targets = u64::from(rows) * targets.count() as u64;
-        let dense_bytes = [ranks * 2, 4].map(|bytes| if is_dense { row_targets * bytes } else { 0 });
+        let (count, used_stride) = (targets.count() as u64, rows.next_multiple_of(LSW_SWITCH90_TILE));
+        let dense_bytes = [u64::from(rows) * ranks * 2, u64::from(used_stride) * 4].map(|bytes| if is_dense { count * bytes } else { 0 });
         let few_rows = if is_some { rows.min(LSW_APPLY_MANY) } else { 0 };
         let (sliced_entries, sums) = (u64::from(few_rows * k * group.slices()), u64::from(few_rows) * group.sum_width);
         let dense_depth = if is_dense { depth } else { 0 };
-        Ok(Self { entries, sliced_entries, sums, width, ordered_rows, route_bytes, dense_depth, dense_bytes })
+        Ok(Self { entries, sliced_entries, sums, width, ordered_rows, route_bytes, dense_depth, used_stride, dense_bytes })
     }
 
     fn products_bytes(&self) -> u64 {
@@ -338,7 +342,8 @@ impl Sizes {
     }
 
     fn dense(&self, workspace: u64) -> Option<Dense> {
-        (self.dense_depth > 0).then(|| Dense { depth: self.dense_depth, products: workspace, used: workspace + self.dense_bytes[0] })
+        let Self { dense_depth: depth, used_stride, dense_bytes, .. } = *self;
+        (depth > 0).then(|| Dense { depth, products: workspace, used: workspace + dense_bytes[0], used_stride })
     }
 }
 

@@ -31,10 +31,6 @@ __device__ __forceinline__ void copy16_async(void* shared, const void* global) {
 __device__ __forceinline__ void copy16_partly(uint32_t shared, const void* global, uint32_t bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
-// 4 bytes, or zero.
-__device__ __forceinline__ void copy4_partly(void* shared, const void* global, uint32_t bytes) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
-}
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // All copies of this thread, whether committed or not.
 __device__ __forceinline__ void copy_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }

@@ -125,6 +125,12 @@ __device__ __forceinline__ void store_box(const void* map, int col, int row, con
                  : "memory");
 }
 __device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Consecutive bytes, global to shared: addresses and their number are multiples of 16.
+__device__ __forceinline__ void load_bytes(void* shared, const void* global, uint32_t bytes, Barrier& full) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(bytes), "r"(shared_address(&full.word))
+                 : "memory");
+}
 // Until the thread's stores have read shared memory; until they are complete.
 __device__ __forceinline__ void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ __forceinline__ void store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }

@@ -33,7 +33,7 @@ fn shrink(stream: &DeviceStream, plan: &Plan<'_>, hopper: &Hopper, dense: &Dense
         products: dense.products,
         used: dense.used,
         depth: dense.depth,
-        padding: 0,
+        used_stride: dense.used_stride,
         apply,
     };
     // By the bank alone: on how a sum is divided depend its bits.
@@ -98,7 +98,8 @@ fn expand(stream: &DeviceStream, plan: &Plan<'_>, hopper: &Hopper, dense: &Dense
         runs,
         run: tiles / runs,
         longer: tiles % runs,
-        padding: [0; 3],
+        used_stride: dense.used_stride,
+        padding: [0; 2],
     };
     let function = if whole { hopper.apply.expand } else { hopper.apply.expand_any };
     let grid = Grid { blocks, threads: LSW_EXPAND90_THREADS, shared: LSW_EXPAND90_SHARED };

@@ -700,7 +700,7 @@ pub struct LswShrink90Args {
     pub products: u64,
     pub used: u64,
     pub depth: u32,
-    pub padding: u32,
+    pub used_stride: u32,
     pub apply: LswApplyArgs,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -711,7 +711,7 @@ const _: () = {
     ["Offset of field: LswShrink90Args::products"][::core::mem::offset_of!(LswShrink90Args, products) - 128usize];
     ["Offset of field: LswShrink90Args::used"][::core::mem::offset_of!(LswShrink90Args, used) - 136usize];
     ["Offset of field: LswShrink90Args::depth"][::core::mem::offset_of!(LswShrink90Args, depth) - 144usize];
-    ["Offset of field: LswShrink90Args::padding"][::core::mem::offset_of!(LswShrink90Args, padding) - 148usize];
+    ["Offset of field: LswShrink90Args::used_stride"][::core::mem::offset_of!(LswShrink90Args, used_stride) - 148usize];
     ["Offset of field: LswShrink90Args::apply"][::core::mem::offset_of!(LswShrink90Args, apply) - 152usize];
 };
 #[repr(C)]
@@ -752,7 +752,8 @@ pub struct LswExpand90Args {
     pub run: u32,
     pub longer: u32,
     pub overwrites: u32,
-    pub padding: [u32; 3usize],
+    pub used_stride: u32,
+    pub padding: [u32; 2usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -772,7 +773,8 @@ const _: () = {
     ["Offset of field: LswExpand90Args::run"][::core::mem::offset_of!(LswExpand90Args, run) - 1512usize];
     ["Offset of field: LswExpand90Args::longer"][::core::mem::offset_of!(LswExpand90Args, longer) - 1516usize];
     ["Offset of field: LswExpand90Args::overwrites"][::core::mem::offset_of!(LswExpand90Args, overwrites) - 1520usize];
-    ["Offset of field: LswExpand90Args::padding"][::core::mem::offset_of!(LswExpand90Args, padding) - 1524usize];
+    ["Offset of field: LswExpand90Args::used_stride"][::core::mem::offset_of!(LswExpand90Args, used_stride) - 1524usize];
+    ["Offset of field: LswExpand90Args::padding"][::core::mem::offset_of!(LswExpand90Args, padding) - 1528usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
