@@ -6,9 +6,10 @@ in the same launch (linear).
 
 On the CPU it needs nothing but Python, and checks each result against plain loops. With torch and a GPU it does the same on torch's
 tensors (data_ptr, current stream), against torch in float64. --bench measures a pass over Llama-2-7B's matrices, in microseconds of one
-CUDA graph after a pass over other memory, all on one card and in turns: torch's products alone (q k v and gate up fused), with our adapters
-behind them, for one token our products with adapters and without, and torch's with vLLM's Triton kernels where DIR holds
-vllm/lora/ops/triton_ops. LORA_SWITCH_REQUIRE_GPU=1 makes a missing GPU an error.
+CUDA graph after a pass over other memory, all on one card and in turns: torch's products alone (q k v and gate up fused); with our adapters
+behind them; of few rows, beside them on a branch of the graph; of many, ahead of products that add to what they find; for one token our
+products with adapters and without; and torch's with vLLM's Triton kernels where DIR holds vllm/lora/ops/triton_ops.
+LORA_SWITCH_REQUIRE_GPU=1 makes a missing GPU an error.
 """
 import ctypes
 import json
@@ -67,6 +68,10 @@ def address(x):
     return ctypes.c_void_p(x.array.buffer_info()[0] if isinstance(x, Matrix) else x.data_ptr())
 
 
+def space(workspace):
+    return address(workspace), ctypes.c_uint64(workspace.cols if isinstance(workspace, Matrix) else workspace.numel())
+
+
 class Bank:
     """A table of adapters over (slot, target), by address: it copies nothing, so it keeps what it was given."""
 
@@ -94,20 +99,39 @@ class Bank:
         space = self.context.empty(U8, 1, most)
         return space if isinstance(space, Matrix) else space.zero_()
 
-    def apply(self, first, x, ids, gates, outputs, workspace):
-        """Adds to outputs, for the targets from `first` on, what the adapters of each row's route make of x."""
-        c, size = self.context, workspace.cols if isinstance(workspace, Matrix) else workspace.numel()
-        routes, y = Routes(plain(c, ids), plain(c, gates), Mat()), (Mat * len(outputs))(*(plain(c, y) for y in outputs))
-        c.call("lsw_apply", self.handle, c.stream(), ctypes.c_uint64(first), c.mat(x), ctypes.byref(routes), y,
-               ctypes.c_uint64(len(outputs)), address(workspace), ctypes.c_uint64(size))
+    def apply(self, first, x, ids, gates, outputs, workspace, into=False):
+        """Adds to outputs, for the targets from `first` on, what the adapters of each row's route make of x. `into`: to zeros, whatever
+        they hold."""
+        c = self.context
+        c.call("lsw_apply_into" if into else "lsw_apply", self.handle, c.stream(), ctypes.c_uint64(first), c.mat(x), self.routes(ids, gates),
+               *self.outputs(outputs), *space(workspace))
+
+    def begin(self, first, count, x, ids, gates, workspace):
+        """What of apply needs no outputs."""
+        c = self.context
+        c.call("lsw_apply_begin", self.handle, c.stream(), ctypes.c_uint64(first), ctypes.c_uint64(count), c.mat(x), self.routes(ids, gates),
+               *space(workspace))
+
+    def finish(self, first, ids, gates, outputs, workspace):
+        """The rest of it."""
+        c = self.context
+        c.call("lsw_apply_finish", self.handle, c.stream(), ctypes.c_uint64(first), self.routes(ids, gates), *self.outputs(outputs),
+               *space(workspace))
 
     def linear(self, first, weights, x, ids, gates, outputs, workspace):
         """outputs = weights x and what apply would add. ids and gates of no columns: without adapters."""
-        c, size, count = self.context, workspace.cols if isinstance(workspace, Matrix) else workspace.numel(), len(outputs)
-        routes, y = Routes(plain(c, ids), plain(c, gates), Mat()), (Mat * count)(*(plain(c, y) for y in outputs))
-        weights = (Mat * count)(*(plain(c, w) for w in weights))
-        c.call("lsw_linear", self.handle, c.stream(), None, ctypes.c_uint64(first), weights, c.mat(x), ctypes.byref(routes), y,
-               ctypes.c_uint64(count), address(workspace), ctypes.c_uint64(size))
+        c = self.context
+        c.call("lsw_linear", self.handle, c.stream(), None, ctypes.c_uint64(first), self.mats(weights), c.mat(x), self.routes(ids, gates),
+               *self.outputs(outputs), *space(workspace))
+
+    def mats(self, those):
+        return (Mat * len(those))(*(plain(self.context, x) for x in those))
+
+    def routes(self, ids, gates):
+        return ctypes.byref(Routes(plain(self.context, ids), plain(self.context, gates), Mat()))
+
+    def outputs(self, those):
+        return self.mats(those), ctypes.c_uint64(len(those))
 
     def close(self):
         self.context.library.lsw_bank_destroy.restype = None
@@ -148,8 +172,13 @@ def on_the_cpu(library):
     ids = Matrix(I32, rows, k, [slot for _ in range(rows) for slot in dice.sample(range(slots), k)])
     gates = Matrix(F32, rows, k, [dice.uniform(0, 1) for _ in range(rows * k)])
 
-    y = Matrix(F32, rows, out, [value for row in range(rows) for value in product(base, x.row(row))])
-    bank.apply(0, x, ids, gates, [y], bank.workspace("apply", [(0, 1)], rows, k))
+    products = [value for row in range(rows) for value in product(base, x.row(row))]
+    y, halves, into = Matrix(F32, rows, out, products), Matrix(F32, rows, out, products), Matrix(F32, rows, out)
+    workspace = bank.workspace("apply", [(0, 1)], rows, k)
+    bank.apply(0, x, ids, gates, [y], workspace)
+    bank.begin(0, 1, x, ids, gates, workspace)
+    bank.finish(0, ids, gates, [halves], workspace)
+    bank.apply(0, x, ids, gates, [into], workspace, into=True)
     both = Matrix(F32, rows, out)
     bank.linear(0, [base], x, ids, gates, [both], bank.workspace("linear", [(0, 1)], rows, k))
     switched = SwitchSet(bank, [merged], [base], k)
@@ -159,6 +188,9 @@ def on_the_cpu(library):
             a, b, scale = adapters[slot]
             exact = [e + gate * scale * p for e, p in zip(exact, product(b, product(a, x.row(row))))]
         expect(all(abs(got - e) < 1e-4 for got, e in zip(y.row(row), exact)), f"apply: row {row}")
+        expect(halves.row(row) == y.row(row), f"apply in two halves: row {row}")
+        added = [got + value for got, value in zip(into.row(row), products[row * out:])]
+        expect(all(abs(got - e) < 1e-4 for got, e in zip(added, exact)), f"apply into: row {row}")
         expect(all(abs(got - e) < 1e-4 for got, e in zip(both.row(row), exact)), f"linear: row {row}")
         switched.to(Matrix(I32, 1, k, ids.row(row)), Matrix(F32, 1, k, gates.row(row)))
         expect(all(abs(got - e) < 1e-4 for got, e in zip(product(merged, x.row(row)), exact)), f"switch: row {row}")
@@ -214,14 +246,26 @@ class Batch:
         self.ids, self.gates = c.empty(I32, rows, k), c.empty(F32, rows, k)
         c.route(self.torch.randn(rows, slots, device="cuda"), self.ids, self.gates)
         self.workspace = model.bank.workspace("apply", model.groups, rows, k)
+        self.side = self.torch.cuda.Stream(priority=-1)
         if rows <= 8:
             self.zeros = model.bank.workspace("linear", model.groups, rows, k)
 
     def product(self, weight, group):
         self.torch.mm(self.x[group], weight.t(), out=self.y[group])
 
-    def apply(self, first, group):
-        self.model.bank.apply(first, self.x[group], self.ids, self.gates, self.model.parts(group, self.y[group], 1), self.workspace)
+    def apply(self, first, group, into=False):
+        outputs = self.model.parts(group, self.y[group], 1)
+        self.model.bank.apply(first, self.x[group], self.ids, self.gates, outputs, self.workspace, into)
+
+    def apply_beside(self, work, first, group):
+        """apply in two halves, the first of them on another stream than `work`."""
+        bank, here = self.model.bank, self.torch.cuda.current_stream()
+        self.side.wait_stream(here)
+        with self.torch.cuda.stream(self.side):
+            bank.begin(first, self.model.groups[group][1], self.x[group], self.ids, self.gates, self.workspace)
+        work()
+        here.wait_stream(self.side)
+        bank.finish(first, self.ids, self.gates, self.model.parts(group, self.y[group], 1), self.workspace)
 
     def linear(self, i, first, group, k):
         model = self.model
@@ -235,6 +279,16 @@ class Batch:
         def visit(i, first, group):
             self.product(self.model.fused[i], group)
             self.apply(first, group)
+
+        self.model.each(visit)
+
+    def with_apply_beside(self):
+        self.model.each(lambda i, first, group: self.apply_beside(lambda: self.product(self.model.fused[i], group), first, group))
+
+    def with_apply_into(self):
+        def visit(i, first, group):
+            self.apply(first, group, into=True)
+            self.y[group].addmm_(self.x[group], self.model.fused[i].t())
 
         self.model.each(visit)
 
@@ -258,11 +312,17 @@ class Batch:
         return good
 
     def check(self, i, first, group):
-        """apply behind torch's product, and linear for few rows: without adapters, then with them."""
+        """apply behind torch's product, in one call and in two halves, and alone; linear for few rows: without adapters, then with them."""
         self.product(self.model.fused[i], group)
         before = self.y[group].clone()
         self.apply(first, group)
-        good = self.is_applied(first, group, before, before.double().abs(), 0)
+        good, whole = self.is_applied(first, group, before, before.double().abs(), 0), self.y[group].clone()
+        self.apply_beside(lambda: self.y[group].copy_(before), first, group)
+        good &= self.torch.equal(self.y[group], whole)
+        self.y[group].fill_(float("nan"))
+        self.apply(first, group, into=True)
+        nothing = self.torch.zeros_like(before)
+        good &= self.is_applied(first, group, nothing, nothing.double(), 0)
         if self.ids.shape[0] <= 8:
             x, weight = self.x[group].double(), self.model.fused[i].double()
             exact, size = x @ weight.t(), x.abs() @ weight.abs().t()
@@ -340,7 +400,8 @@ class Bench:
     def case(self, model, rows, rank, k, turns):
         name = f"apply/7b/T{rows}/r{rank}/k{k}"
         batch = Batch(model, rows, k)
-        works = {"torch": batch.base, "ours": batch.with_apply}
+        elsewhere = "beside" if rows <= 64 else "into"
+        works = {"torch": batch.base, "ours": batch.with_apply, elsewhere: batch.with_apply_beside if rows <= 64 else batch.with_apply_into}
         peer = Peer(self.vllm, batch) if self.vllm else None
         if peer:
             works["vllm"] = peer
@@ -352,16 +413,17 @@ class Bench:
         checked = all(batch.check(last * len(GROUPS) + g, last * len(LAYER) + GROUPS[g][0], g) for g in range(len(GROUPS)))
         expect(checked, name)
         over = lambda which: f"{us[which]:10.1f} us ({us[which] / us['torch']:.3f})" if which in us else "-"
-        print(f"{name:24} torch {us['torch']:10.1f} us   ours {over('ours')}   vLLM {over('vllm')}", flush=True)
+        print(f"{name:24} torch {us['torch']:10.1f} us   ours {over('ours')}, {elsewhere} {over(elsewhere)}   vLLM {over('vllm')}", flush=True)
         if rows <= 8:
             print(f"{'':24} linear {over('linear')}, without adapters {over('linear, no adapters')}", flush=True)
         if peer:
             peer.new_route()
             print(f"{'':24} a new route on the host: ours 0, vLLM {peer.new_route():.0f} us for each adapter of k", flush=True)
-        row = {"case": name, "mode": "token", "us": us["ours"], "base_us": us["torch"], "peer": "vLLM 0.24 Triton" if peer else None,
-               "peer_us": us.get("vllm"), "checked": checked, "gpu": self.torch.cuda.get_device_name(),
-               "commit": os.environ.get("LORA_SWITCH_COMMIT", "unknown")}
-        self.record.write(json.dumps({key: value for key, value in row.items() if value is not None}) + "\n")
+        for case, which in ((name, "ours"), (f"{name}/{elsewhere}", elsewhere)):
+            row = {"case": case, "mode": "token", "us": us[which], "base_us": us["torch"], "peer": "vLLM 0.24 Triton" if peer else None,
+                   "peer_us": us.get("vllm"), "checked": checked, "gpu": self.torch.cuda.get_device_name(),
+                   "commit": os.environ.get("LORA_SWITCH_COMMIT", "unknown")}
+            self.record.write(json.dumps({key: value for key, value in row.items() if value is not None}) + "\n")
 
     def run(self):
         cases = [(1, 16, 15), (32, 16, 15), (4096, 16, 3), (1, 64, 15)]
