@@ -92,7 +92,8 @@ class Timer:
         self.other = torch.zeros(1 << 28, dtype=torch.int32, device="cuda")  # 1 GB: no cache keeps anything beside it
 
     def microseconds(self, works, turns, nodes=1):
-        """The median of each work, a node of a graph of so many; the first turn does not count."""
+        """The median of each work, a node of a graph of so many; the first turn does not count. Each replay follows one of the same work, so
+        that no work profits from a card that its neighbour has let cool."""
         torch, graphs, times = self.torch, {}, {name: [] for name in works}
         for name, work in works.items():
             work()
@@ -102,6 +103,7 @@ class Timer:
                     work()
         for turn in range(turns + 1):
             for name, graph in graphs.items():
+                graph.replay()
                 self.other.add_(1)
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
