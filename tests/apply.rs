@@ -635,7 +635,7 @@ fn bad_arguments_are_named(backend: &Backend) {
     assert!(bytes(0..2, 65, 2).unwrap() >= bytes(0..2, 64, 2).unwrap(), "never less for more rows");
     assert_eq!(bytes(0..2, 650, 8).unwrap(), 650 * 8 * 2 * 24 * 4 + 652 * 4 + 650 * 8 * 8, "an order of the rows, and their routes");
     let (products, used) = (650 * 2 * 4 * 32 * 2, 2 * 768 * 4);
-    assert_eq!(bytes(0..2, 650, 2).unwrap(), products + used, "products of all slots, ranks in steps of 16, and who uses them, by 128 rows");
+    assert_eq!(bytes(0..2, 650, 2).unwrap(), products + used, "products of all slots, ranks in steps of 16; who uses them, by 128 rows");
     assert_eq!(bytes(0..2, 0, 2).unwrap(), 0);
     assert_eq!(bytes(0..2, 5, 0).unwrap(), 0);
     assert_eq!(bytes(0..2, 650, 0).unwrap(), 0);
