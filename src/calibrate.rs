@@ -185,9 +185,13 @@ impl Bench {
             StreamKind::Cpu(pool) => Self::Cpu(CpuBench::new(pool)?),
             StreamKind::Cuda(stream) => Self::Cuda(CudaBench::new(stream.device())?),
         };
-        let floats = bench.bytes() / 4;
-        measure::fill_random(bench.stream(), 1, 1.0, &mut bench.mat_mut(DType::F32, 0, 1, floats))?;
+        bench.fill(bench.bytes())?;
         Ok(bench)
+    }
+
+    /// Numbers for what will lie there, whatever was there before: a kernel may take its time over what is not finite.
+    fn fill(&self, bytes: u64) -> Result<()> {
+        measure::fill_random(self.stream(), 1, 1.0, &mut self.mat_mut(DTYPE, 0, 1, bytes / DTYPE.size()))
     }
 
     fn bytes(&self) -> u64 {
@@ -306,6 +310,7 @@ impl Bench {
         let (x, y) = (take(rows * width, 2), take(rows * out, 2));
         let (logits, ids, gates) = (take(rows * SLOTS, 4), take(rows * K, 4), take(rows * K, 4));
         let workspace = take(apply_workspace_bytes(&bank, 0..1, rows, k)? + 16, 1);
+        self.fill(end)?;
         let layer = Layer { bank, out, rows, k, x, y, ids, gates, workspace, weights: end };
         // linear's workspace begins with zeros: the ids of four tokens that have one expert to choose.
         self.route(logits, 1, [4, 1], [workspace, gates])?;
