@@ -47,16 +47,16 @@ pub struct Calibration {
 impl Calibration {
     /// What [`measure`](Self::measure) found on an NVIDIA H200: to reckon with where there is no card.
     pub const H200: Self = Self {
-        read_gb_per_s: 4590.0,
-        copy_gb_per_s: 4034.0,
-        launch_us: 0.88,
-        switch_gb_per_s: 4104.0,
-        apply_call_us: 3.72,
-        few_rows_gb_per_s: 2055.0,
-        many_rows_gb_per_s: 10856.0,
-        linear_call_us: 2.58,
-        linear_adapters_us: 2.78,
-        linear_gb_per_s: 4548.0,
+        read_gb_per_s: 4491.0,
+        copy_gb_per_s: 4071.0,
+        launch_us: 1.12,
+        switch_gb_per_s: 4119.0,
+        apply_call_us: 4.46,
+        few_rows_gb_per_s: 10030.0,
+        many_rows_gb_per_s: 127100.0,
+        linear_call_us: 2.48,
+        linear_adapters_us: 1.21,
+        linear_gb_per_s: 4429.0,
         product_share: 0.79,
         product_tflops: 750.0,
     };
