@@ -98,7 +98,8 @@ struct Plan {
     __device__ uint32_t a_slot() const { return bits >> 8 & 0xff; }
     __device__ uint32_t b_slot() const { return bits >> 16; }
     __device__ bool has_b() const { return a_slot() != b_slot(); }  // else it is in registers
-    __device__ void has_freed_b() { bits &= ~(1u << 5); }
+    // What a product leaves when it is over: A's place, and maybe B's.
+    __device__ static Plan leaves(uint32_t a_slot, uint32_t b_slot, bool frees_b) { return {frees_b << 5 | a_slot << 8 | b_slot << 16}; }
 };
 
 // One panel of B times one of A, as the scheduler works it out.
@@ -117,6 +118,8 @@ struct alignas(16) Product {
 
 constexpr uint32_t kRowsOf128 = 1024 >> 4 | 1 << 30;  // a descriptor's upper word: eight rows of 128 bytes, swizzled over that width
 
+__device__ __forceinline__ uint64_t rows_of_128(uint32_t low) { return static_cast<uint64_t>(kRowsOf128) << 32 | low; }
+
 // What a consumer takes of a product.
 struct Work {
     uint32_t a_low, b_high;
@@ -125,23 +128,25 @@ struct Work {
     uint32_t b_low;
 
     __device__ uint64_t b() const { return static_cast<uint64_t>(b_high) << 32 | b_low; }
-    __device__ uint64_t a() const { return static_cast<uint64_t>(kRowsOf128) << 32 | a_low; }
+    __device__ uint64_t a() const { return rows_of_128(a_low); }
 };
 
 // A tile on its way through the roles, or a part of one that has more products than fit: only the last part ends the tile.
 struct alignas(16) Header {
     uint32_t target;  // kEnd: there are no more
     int row, col;
-    // Products, rows of the matrix in the tile, first products in straight code (0: B is not held), ends the tile, begins a run,
+    // Products, rows of the matrix in the tile, first products in straight code (0: B is not held), ends a run, ends the tile, begins a run,
     // LSW_WEIGHT_BLOCKS.
     uint32_t packed;
 
-    __device__ static uint32_t pack(uint32_t products, uint32_t rows, uint32_t straight, bool ends_tile, bool begins_run, bool blocks) {
-        return products | rows << 8 | straight << 16 | ends_tile << 29 | begins_run << 30 | static_cast<uint32_t>(blocks) << 31;
+    __device__ static uint32_t pack(uint32_t products, uint32_t rows, uint32_t straight, bool ends_run, bool ends_tile, bool begins_run,
+                                    bool blocks) {
+        return products | rows << 8 | straight << 16 | ends_run << 28 | ends_tile << 29 | begins_run << 30 | static_cast<uint32_t>(blocks) << 31;
     }
     __device__ uint32_t products() const { return packed & 0xff; }
     __device__ int rows() const { return packed >> 8 & 0xff; }
     __device__ uint32_t straight() const { return packed >> 16 & 0xff; }
+    __device__ bool ends_run() const { return packed >> 28 & 1; }
     __device__ bool ends_tile() const { return packed >> 29 & 1; }
     __device__ bool begins_run() const { return packed >> 30 & 1; }
     __device__ bool blocks() const { return packed >> 31; }
@@ -436,7 +441,7 @@ __device__ void publish(Shared& s, Ring& ring, Places& places, const Cursor& at,
         left -= count;
         if (lane == 0) {
             const uint32_t rows = min(at.rows - at.row, kTile), straight = at.held > 0 && at.panels == kStraight ? kStraight : at.held;
-            entry.header = {at.target, at.row, at.col, Header::pack(count, rows, straight, left == 0, begins_run, at.blocks)};
+            entry.header = {at.target, at.row, at.col, Header::pack(count, rows, straight, ends_run, left == 0, begins_run, at.blocks)};
         }
         s.entry_full[ring.slot].arrive();  // each lane for what it wrote
         ring.advance();
@@ -794,8 +799,10 @@ template <class T, int kSteps, bool kHolds> __device__ __forceinline__ void add(
 // last the accumulator is multiplied by the quotient of its coefficient and the next one's, so that the last coefficient is all that is
 // missing in the end. What falls below 2^-149 of the last coefficient on the way is lost.
 //
-// Shared memory is busy with panels, and whoever reads it waits 100 cycles and more. So the words of the next product are on their way while
-// one is issued: the leader reads them before, and tells them when the left half is issued.
+// Shared memory is busy with panels, and whoever reads it waits 100 cycles and more; so does whoever hears of it by shuffle before it issues. So
+// of the products in straight code only a tile's first one is read, a product ahead: the leader reads its words, and tells them when the left
+// half before it is issued. The others' panels of A follow in the ring (Places::passed; behind each, where a run begins, the panel of B that is
+// held from there on), and their coefficients are those of the run.
 //
 // ptxas serialises all wgmma where it loses track of what runs: nothing runs over a branch that joins another way or over the end of a loop,
 // and whoever reads an accumulator has waited by its name.
@@ -804,11 +811,19 @@ template <class T, int kHeld, int kCount> __device__ __forceinline__ void add_he
     uint32_t held[kHeld][4][4] = {};
     float sums[2][32] = {};
     Fragment<64> weight{};
-    Work last{}, now{}, next{};  // products: issued, on its way, and what comes then
-    bool is_ready = false;       // whether the panels of `now` are there
-    int4 words{};                // of the next one, as the leader has read them
+    float coefficients[kCount] = {};  // of a run's first products
+    uint32_t scales = 0;              // a bit each: whether it ends a term
+    constexpr int kStaying = kCount - kHeld;
+    Plan staying[kStaying + 1]{};  // of those whose B stays
+    uint32_t staying_low[kStaying + 1] = {};
+    const uint32_t stays = s.geometry.stays, panels = s.geometry.panels >> 4 | 64 * 128 >> 4 << 16;
+    Ring passing(s.geometry.passes);
+    Work now{}, next{};     // products that are read: on its way, and what comes then
+    bool is_ready = false;  // whether the panels of `next` are there
+    int4 words{};           // of the next one, as the leader has read them
     uint32_t b_low = 0;
-    bool has_weight = false;     // that the last tile's left half is done, and its right half is to be added
+    float factor = 0.0f;      // of the last tile's sums
+    bool has_weight = false;  // that the last tile's left half is done, and its right half is to be added
     auto fetch = [&] {
         const Product& p = s.entry[c.entries.slot].products[c.index++];
         if (c.leader) words = reinterpret_cast<const int4&>(p), b_low = p.b_low[c.consumer];
@@ -843,33 +858,32 @@ template <class T, int kHeld, int kCount> __device__ __forceinline__ void add_he
         tell();
         if (goes_on || c.tile.straight() == kCount) test_panels();
     };
-    auto hold = [&](uint32_t (&b)[4][4]) {
+    auto hold = [&](uint32_t (&b)[4][4], uint32_t place) {
         const int lane = threadIdx.x % 32, row = 64 * c.consumer + threadIdx.x / 32 % 4 * 16 + lane % 16;
-        unsigned char* panel = s.panels() + now.plan.b_slot() * s.geometry.panel_bytes;
+        unsigned char* panel = s.panels() + place * s.geometry.panel_bytes;
 #pragma unroll
         for (int i = 0; i < 4; ++i) ldmatrix4(b[i], panel + swizzle(row * 128 + (2 * i + lane / 16) * 16, 7));
         __syncwarp();
-        s.panel_empty[now.plan.b_slot()].arrive_if(c.leader);
+        s.panel_empty[place].arrive_if(c.leader);
     };
-    auto multiply_held = [&](int half, const uint32_t (&b)[4][4], bool adds) {
+    auto multiply_held = [&](int half, const uint32_t (&b)[4][4], uint64_t a, bool adds) {
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < 4; ++k) wgmma(sums[half], b[k], now.a() + (half * kHalf + 2048 * k >> 4), adds || k > 0, T{});
+        for (int k = 0; k < 4; ++k) wgmma(sums[half], b[k], a + (half * kHalf + 2048 * k >> 4), adds || k > 0, T{});
         wgmma_commit();
     };
-    auto multiply_shared = [&](int half) {
+    auto multiply_shared = [&](int half, uint64_t b, uint64_t a) {
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < 4; ++k) wgmma(sums[half], now.b() + (32 * k >> 4), now.a() + (half * kHalf + 2048 * k >> 4), true, T{});
+        for (int k = 0; k < 4; ++k) wgmma(sums[half], b + (32 * k >> 4), a + (half * kHalf + 2048 * k >> 4), true, T{});
         wgmma_commit();
     };
-    auto scale = [&](float (&sum)[32]) {
-        if (!last.plan.ends_term()) return;
+    auto scale = [&](float (&sum)[32], float coefficient) {
 #pragma unroll
-        for (int j = 0; j < 32; ++j) sum[j] *= last.coefficient;
+        for (int j = 0; j < 32; ++j) sum[j] *= coefficient;
     };
     auto add_right = [&] {
-        if (has_weight) weight.template add_and_store<T>(c.granule + kHalf, sums[1], last.coefficient);
+        if (has_weight) weight.template add_and_store<T>(c.granule + kHalf, sums[1], factor);
     };
     auto give_weight = [&] {
         if (has_weight) c.give_weight();
@@ -878,63 +892,85 @@ template <class T, int kHeld, int kCount> __device__ __forceinline__ void add_he
     fetch(), tell(), test_panels();
     now = next;
     do {
+        const bool begins = c.tile.begins_run(), frees = c.tile.ends_run();
+        if (begins) {
+            scales = 0;
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) {
+                const Work work = take(s.entry[c.entries.slot].products[i], c.consumer);
+                coefficients[i] = work.coefficient, scales |= work.plan.ends_term() << i;
+                if (i >= kHeld) staying[i - kHeld] = work.plan, staying_low[i - kHeld] = work.b_low;
+            }
+        }
+        passing.slot = now.plan.a_slot() - stays, passing.parity = now.plan.a_parity();
+        c.index = kCount;
         bool goes_on = true;
+        Plan last{};  // what the last product leaves
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
             const bool ends = i == kCount - 1;
-            if (ends) {
-                goes_on = fetch_behind();
-            } else {
-                fetch();
-            }
+            if (ends) goes_on = fetch_behind();
             if (i > 0) {
                 wgmma_wait<1>(sums[0]);
-                scale(sums[0]);
+                if (scales >> (i - 1) & 1) scale(sums[0], coefficients[i - 1]);
+                passing.advance();
+                s.panel_full[stays + passing.slot].wait(passing.parity);
+            } else {
+                wait_panels();
             }
-            wait_panels();
+            const uint32_t place = stays + passing.slot;
+            const uint64_t a = rows_of_128(panels + place * (64 * 256 >> 4));
             if (i < kHeld) {
-                if (now.plan.has_b()) hold(held[i]);
-                multiply_held(0, held[i], i > 0);
+                if (begins) {
+                    passing.advance();
+                    s.panel_full[stays + passing.slot].wait(passing.parity);
+                    hold(held[i], stays + passing.slot);
+                }
+                multiply_held(0, held[i], a, i > 0);
             } else {
-                multiply_shared(0);
+                const Plan& plan = staying[i - kHeld];
+                if (begins) s.panel_full[plan.b_slot()].wait(plan.b_parity());
+                multiply_shared(0, rows_of_128(staying_low[i - kHeld]), a);
             }
-            if (ends) {
-                tell_behind(goes_on);
-            } else {
-                tell(), test_panels();
-            }
+            if (ends) tell_behind(goes_on);
             wgmma_wait<1>(sums[1]);
             if (i == 0) {
                 add_right();
             } else {
-                c.release(last.plan);
-                scale(sums[1]);
+                c.release(last);
+                if (scales >> (i - 1) & 1) scale(sums[1], coefficients[i - 1]);
             }
             if (i < kHeld) {
-                multiply_held(1, held[i], i > 0);
+                multiply_held(1, held[i], a, i > 0);
+                last = Plan::leaves(place, 0, false);
             } else {
-                multiply_shared(1);
+                multiply_shared(1, rows_of_128(staying_low[i - kHeld]), a);
+                last = Plan::leaves(place, staying[i - kHeld].b_slot(), frees);
             }
             if (i == 0) give_weight();
-            last = now, now = next;
-            if (i < kHeld) last.plan.has_freed_b();
         }
-        while (kCount > 3 && kCount < kStraight && goes_on) {
-            goes_on = fetch_behind();
-            wgmma_wait<0>(sums[0]), wgmma_wait<0>(sums[1]);
-            c.release(last.plan);
-            scale(sums[0]), scale(sums[1]);
-            wait_panels();
-            multiply_shared(0), multiply_shared(1);
-            tell_behind(goes_on);
-            last = now, now = next;
+        factor = coefficients[kCount - 1];
+        if (kCount > 3 && kCount < kStraight) {
+            bool ends_term = scales >> (kCount - 1) & 1;
+            while (goes_on) {
+                now = next;
+                goes_on = fetch_behind();
+                wgmma_wait<0>(sums[0]), wgmma_wait<0>(sums[1]);
+                c.release(last);
+                if (ends_term) scale(sums[0], factor), scale(sums[1], factor);
+                wait_panels();
+                multiply_shared(0, now.b(), now.a()), multiply_shared(1, now.b(), now.a());
+                tell_behind(goes_on);
+                factor = now.coefficient, last = now.plan, ends_term = last.ends_term();
+            }
         }
+        now = next;
         c.take_weight(weight);
         wgmma_wait<1>(sums[0]);
-        weight.template add_and_store<T>(c.granule, sums[0], last.coefficient);
+        weight.template add_and_store<T>(c.granule, sums[0], factor);
         weight.load(c.granule + kHalf);
         wgmma_wait<0>(sums[1]);
-        c.release(last.plan);
+        c.release(last);
         has_weight = true;
     } while (c.tile.straight() == kCount);
     add_right(), give_weight();
