@@ -4,15 +4,16 @@
 //
 // a target, for all rows. A row has zeros for the slots that it does not use, so that no row needs to know its slots.
 //
-// Floor: y is read once and written once. B comes from L2 once for 128 rows, which is as many bytes again where slots * depth is 128.
+// Floor: y is read once and written once. What else comes from L2 costs as much a byte: where slots * depth is 128, B once for 128 rows would be as
+// many bytes again. So a block goes down a strip of outputs whose B stays in shared memory, and products come once for the strip's width.
 //
 // One block an SM, which walks over tiles of 128 rows x 128 outputs, and four roles that hand them on through mbarriers:
 //
 //   movers (warps 0, 1)    y's granules of 64 rows, one mover for each consumer: brought by the copy engine, and written back when done
-//   panels (warp 2)        panels [128, slots * depth] by the copy engine: B of a tile's outputs through a ring, and with the first tile of a run
-//                          the products of its rows, and which of them use a slot
+//   panels (warp 2)        panels [128, slots * depth] by the copy engine: B of a strip's outputs through a ring, and with the first tile of each
+//                          128 rows their products, and which of them use a slot
 //   loaders (warps 4 to 7) what the bank has no boxes for: empty slots, ranks of another box than most, rows that are not aligned
-//   consumers (2 x 128)    each 64 rows: the products stay in registers for the run, as wgmma's first operand; then the granule is changed in
+//   consumers (2 x 128)    each 64 rows: the products stay in registers across the strip, as wgmma's first operand; then the granule is changed in
 //                          place in shared memory (ldmatrix, add in f32, one rounding, stmatrix)
 //
 // Why it is right:
@@ -21,10 +22,10 @@
 //   one, over the row's own slots (sum_anew): by the mover, before it stores, so that no branch stands beside a product that runs.
 // - What does not exist (outputs and rows past the last, ranks past an adapter's) is zero in the panels and never read; the copy engine brings
 //   zeros for what lies outside y, and writes nothing there.
-// - Runs are dealt out by their number, so a launch leaves no state behind.
+// - Tiles are dealt out by their number, so a launch leaves no state behind.
 //
-// The host: tiles of a target are counted along the outputs first, then along the rows; targets follow each other (`begin`). Blocks: one an SM, or
-// as many as there are tiles. `runs` is a multiple of the blocks, such that a run has about three tiles: run = tiles / runs, longer = tiles % runs.
+// The host: tiles are counted across a strip, then down it, strip after strip; targets follow each other (`begin`). A block has as many in a row as
+// the others, or one more. Blocks: one an SM, or as many as there are tiles.
 //
 // -0 in a row that uses a slot becomes 0 where nothing is added to it, as by any sum that begins with zero.
 #include "args.h"
@@ -63,7 +64,7 @@ struct Tile {
 struct Shared {
     unsigned char granules[kGranules * kGranule];
     unsigned char panels[kPanelArea];                  // of B
-    unsigned char products[kMostSteps * kStepBytes];  // of the rows of a run
+    unsigned char products[kMostSteps * kStepBytes];  // of the rows of a tile
     alignas(16) uint32_t used[kTile];                 // by them: slots
     Factor factors[LSW_APPLY_TARGETS][LSW_EXPAND90_SLOTS];
     alignas(16) uint32_t odd[kGranules][4];  // whether a consumer's warp has left something there that is not finite
@@ -82,44 +83,52 @@ __device__ __forceinline__ const uint32_t* used_of(const LswExpand90Args& args, 
     return reinterpret_cast<const uint32_t*>(args.used) + static_cast<uint64_t>(target) * args.used_stride;
 }
 
-// A block's way through its tiles: runs along the outputs. Every `gridDim.x` runs are dealt out to all blocks, so that these stay close
-// together in memory.
+// A block's way through its tiles: down a strip that is as wide as there are places for panels of B, then down the next.
 struct Walk {
     const LswExpand90Args& args;
-    uint32_t run, tile, end;  // of the run
+    const uint32_t most;  // tiles of a strip's width
+    uint32_t tile, end;
+    uint32_t begin, width;  // of the strip: its first output; tiles
+    uint32_t turn;          // of the tile's panel: they take turns
     Tile at;
-    uint32_t across;
-    bool is_fresh;  // other rows or another target than the tile before
+    bool is_fresh;  // other rows, another target or another strip than the tile before
+    bool is_new;    // the first one here of its outputs
 
-    __device__ __forceinline__ explicit Walk(const LswExpand90Args& args) : args(args), run(blockIdx.x) { begin(); }
-    __device__ __forceinline__ bool is_over() const { return run >= args.runs; }
-    __device__ __forceinline__ void begin() {
+    __device__ __forceinline__ Walk(const LswExpand90Args& args, uint32_t most)
+        : args(args), most(most), tile(blockIdx.x * args.tiles + min(blockIdx.x, args.longer)), end(tile + args.tiles + (blockIdx.x < args.longer)) {
         if (is_over()) return;
-        tile = run * args.run + min(run, args.longer);
-        end = tile + args.run + (run < args.longer);
         uint32_t index = tile, target = 0;
         while (target + 1 < args.count && index >= args.targets[target + 1].begin) ++target;
         index -= args.targets[target].begin;
-        across = (args.targets[target].out + kTile - 1) / kTile;
-        at = {target, index / across * kTile, index % across * kTile};
-        is_fresh = true;
+        const uint32_t strip = (args.rows + kTile - 1) / kTile * most;
+        at.target = target;
+        enter(index / strip * most * kTile);
+        at.row = index % strip / width * kTile, at.col = begin + index % strip % width * kTile;
+    }
+    __device__ __forceinline__ bool is_over() const { return tile >= end; }
+    // Whether the block is done with these outputs.
+    __device__ __forceinline__ bool is_last() const { return tile + width >= end || at.row + kTile >= args.rows; }
+    __device__ __forceinline__ void enter(uint32_t first) {
+        begin = at.col = first, at.row = 0;
+        width = min(most, (args.targets[at.target].out - first + kTile - 1) / kTile);
+        turn = 0, is_fresh = is_new = true;
     }
     __device__ __forceinline__ void advance() {
-        if (++tile == end) {
-            run += gridDim.x;
-            return begin();
-        }
+        if (++tile >= end) return;
         is_fresh = false;
+        if (++turn == width) turn = 0, is_new = false;
         at.col += kTile;
-        if (at.col >= across * kTile) {
-            is_fresh = true;
-            at.col = 0, at.row += kTile;
-            if (at.row >= args.rows) {
-                at.row = 0;
-                do across = (args.targets[++at.target].out + kTile - 1) / kTile;
-                while (across == 0);  // the run goes on, so there is a target with tiles
-            }
+        if (at.col < begin + width * kTile) return;
+        is_fresh = true;
+        at.col = begin, at.row += kTile;
+        if (at.row < args.rows) return;
+        uint32_t first = begin + width * kTile;
+        if (first >= args.targets[at.target].out) {
+            first = 0;
+            do ++at.target;
+            while (args.targets[at.target].out == 0);  // there are tiles left, so there is a target that has some
         }
+        enter(first);
     }
 };
 
@@ -175,7 +184,8 @@ template <class T> __device__ __forceinline__ void run_loaders(const LswExpand90
     }
     sync_some<kTable, 32 * (1 + kLoaders)>();
     Ring panels(kPanelArea / panel_bytes);
-    for (Walk walk(args); !walk.is_over(); walk.advance(), panels.advance()) {
+    for (Walk walk(args, panels.size); !walk.is_over(); walk.advance()) {
+        if (!walk.is_new) continue;
         const Tile& at = walk.at;
         unsigned char* panel = s.panels + panels.slot * panel_bytes;
         bool some = false;
@@ -199,36 +209,40 @@ template <class T> __device__ __forceinline__ void run_loaders(const LswExpand90
         if (some) copy_commit(), copy_wait<0>(), fence_async_shared();
         __syncwarp();
         if (threadIdx.x % 32 == 0) s.panel_full[panels.slot].arrive();
+        panels.advance();
     }
 }
 
 // One thread: panels by the copy engine.
 __device__ __forceinline__ void run_panels(const LswExpand90Args& args, Shared& s, uint32_t steps) {
     const uint32_t panel_bytes = steps * kStepBytes, block_bytes = 256 * args.depth;
-    Ring panels(kPanelArea / panel_bytes), runs(1);
+    Ring panels(kPanelArea / panel_bytes), rows(1);
     bool has_waited = false;
-    for (Walk walk(args); !walk.is_over(); walk.advance(), panels.advance()) {
+    for (Walk walk(args, panels.size); !walk.is_over(); walk.advance()) {
         const Tile& at = walk.at;
-        const Factor* factors = s.factors[at.target];
-        uint32_t boxes = 0;
-        for (uint32_t slot = 0; slot < args.slots; ++slot) boxes += factors[slot].by_box;
-        s.panel_empty[panels.slot].wait(panels.parity ^ 1);
-        Barrier& full = s.panel_full[panels.slot];
-        full.arrive_expecting(boxes * block_bytes);
-        unsigned char* panel = s.panels + panels.slot * panel_bytes;
-        for (uint32_t slot = 0; slot < args.slots; ++slot, panel += block_bytes) {
-            if (factors[slot].by_box) load_box(panel, factor_map(args, at.target, slot), 0, at.col, full, kEvictLast);
+        if (walk.is_new) {
+            const Factor* factors = s.factors[at.target];
+            uint32_t boxes = 0;
+            for (uint32_t slot = 0; slot < args.slots; ++slot) boxes += factors[slot].by_box;
+            s.panel_empty[panels.slot].wait(panels.parity ^ 1);
+            Barrier& full = s.panel_full[panels.slot];
+            full.arrive_expecting(boxes * block_bytes);
+            unsigned char* panel = s.panels + panels.slot * panel_bytes;
+            for (uint32_t slot = 0; slot < args.slots; ++slot, panel += block_bytes) {
+                if (factors[slot].by_box) load_box(panel, factor_map(args, at.target, slot), 0, at.col, full, kEvictLast);
+            }
+            panels.advance();
         }
         if (!walk.is_fresh) continue;
         if (!has_waited) dependency_wait();
         has_waited = true;
-        s.products_empty.wait(runs.parity ^ 1);
+        s.products_empty.wait(rows.parity ^ 1);
         s.products_full.arrive_expecting(panel_bytes + kUsedBytes);
         for (uint32_t block = 0; block < steps / 4; ++block) {
             load_cube(s.products + block * kGranule, &args.products_map, 64 * block, at.target, at.row, s.products_full);
         }
         load_bytes(s.used, used_of(args, at.target) + at.row, kUsedBytes, s.products_full);
-        runs.advance();
+        rows.advance();
     }
 }
 
@@ -268,13 +282,13 @@ __device__ __forceinline__ void mend(const LswExpand90Args& args, const Tile& at
 }
 
 // One warp for each consumer: brings its granules of y, as far ahead as there are places, and has them stored when they are done.
-template <class T> __device__ __forceinline__ void run_mover(const LswExpand90Args& args, Shared& s, uint32_t consumer) {
+template <class T> __device__ __forceinline__ void run_mover(const LswExpand90Args& args, Shared& s, uint32_t consumer, uint32_t steps) {
     constexpr uint32_t kPlaces = kGranules / kConsumers;
     const bool leader = threadIdx.x % 32 == 0;
     Ring coming(kGranules, consumer), going = coming;
     uint32_t places = kPlaces;
     dependency_wait();
-    Walk walk(args), behind = walk;
+    Walk walk(args, kPanelArea / (steps * kStepBytes)), behind = walk;
     for (;;) {
         for (; !walk.is_over() && places > 0; walk.advance()) {
             if (leader) {
@@ -412,12 +426,12 @@ __device__ __forceinline__ void run_consumer(const LswExpand90Args& args, Shared
     const Layout layout(args);
     const uint32_t lane = threadIdx.x % 32;
     const bool leader = lane == 0;
-    Ring panels(kPanelArea / kPanelBytes), runs(1);
+    Ring panels(kPanelArea / kPanelBytes), rows(1);
     uint32_t held[kSteps][4];
     bool uses[2];  // whether the lane's rows use a slot
     float sums[2][kSums];
     const auto hold = [&] {
-        s.products_full.wait(runs.parity);
+        s.products_full.wait(rows.parity);
         // Who gives the place back reads for all.
         uint32_t users = 0;
         if (leader) {
@@ -434,7 +448,7 @@ __device__ __forceinline__ void run_consumer(const LswExpand90Args& args, Shared
         }
         __syncwarp();
         s.products_empty.arrive_if(leader);
-        runs.advance();
+        rows.advance();
     };
     const auto issue = [&](float (&sum)[kSums], uint32_t slot, int half) {
         const uint32_t begin = shared_address(s.panels + slot * kPanelBytes) + half * 128 * layout.width();
@@ -446,16 +460,24 @@ __device__ __forceinline__ void run_consumer(const LswExpand90Args& args, Shared
     };
     dependency_wait();
     dependency_release();
-    Walk walk(args);
+    Walk walk(args, panels.size);
     Ring places(kGranules, consumer);
-    for (; !walk.is_over(); walk.advance(), panels.advance()) {
+    for (; !walk.is_over(); walk.advance()) {
         if (walk.is_fresh) hold();
-        s.panel_full[panels.slot].wait(panels.parity);
-        issue(sums[0], panels.slot, 0);
-        issue(sums[1], panels.slot, 1);
+        uint32_t slot = panels.slot;
+        if (walk.is_new) {
+            s.panel_full[slot].wait(panels.parity);
+            panels.advance();
+        } else {
+            // All of the strip's have come; the next one's would go to `slot`.
+            slot += walk.turn + (slot + walk.turn < walk.width ? panels.size : 0) - walk.width;
+        }
+        const bool is_last = walk.is_last();
+        issue(sums[0], slot, 0);
+        issue(sums[1], slot, 1);
         if constexpr (kHow == How::kInPlace) {
             wgmma_wait<0>(sums[0]), wgmma_wait<0>(sums[1]);
-            s.panel_empty[panels.slot].arrive_if(leader);
+            s.panel_empty[slot].arrive_if(leader && is_last);
             Tile at = {walk.at.target, walk.at.row + 64 * consumer, walk.at.col};
             float* area = reinterpret_cast<float*>(s.granules) + consumer * 64 * kSumStride;
             add_in_place<T, Y>(args, at, uses, area, sums[0]);
@@ -472,7 +494,7 @@ __device__ __forceinline__ void run_consumer(const LswExpand90Args& args, Shared
             y = {};
             if constexpr (kHow == How::kAdd) y.load(granule + kHalf);
             wgmma_wait<0>(sums[1]);
-            s.panel_empty[panels.slot].arrive_if(leader);
+            s.panel_empty[slot].arrive_if(leader && is_last);
             add_in_granule<Y>(uses, granule + kHalf, y, sums[1], check);
             const bool is_odd = __any_sync(kFullWarp, (uses[0] && check[0].is_odd()) || (uses[1] && check[1].is_odd()));
             if (leader) s.odd[places.slot][threadIdx.x / 32 % 4] = is_odd;
@@ -508,7 +530,7 @@ template <class T, bool kInPlace> __device__ __forceinline__ void expand_all(con
     const uint32_t steps = (args.slots * args.depth + 63) / 64 * 4;
     if (warp < 4) {
         give_registers<kMoverRegisters>();
-        if (!kInPlace && warp < kConsumers) run_mover<T>(args, s, warp);
+        if (!kInPlace && warp < kConsumers) run_mover<T>(args, s, warp, steps);
         if (warp == kConsumers) {
             sync_some<kTable, 32 * (1 + kLoaders)>();
             if (elect_one()) run_panels(args, s, steps);

@@ -387,12 +387,11 @@ typedef struct LswExpand90Args {
     uint32_t count; /* of targets */
     uint32_t depth; /* of a slot: a multiple of 16; slots * depth is at most 128 */
     uint32_t y_type; /* 1 f16, 2 bf16; where y is changed in place also 0, f32 */
-    uint32_t runs;   /* of tiles of 128 rows x 128 outputs: run i is block i % blocks' */
-    uint32_t run;    /* tiles; the first `longer` runs have one more */
+    uint32_t tiles;  /* of 128 rows x 128 outputs, a block; the first `longer` blocks have one more */
     uint32_t longer;
     uint32_t overwrites; /* y counts as zero, whatever it holds, and all of it is written */
     uint32_t used_stride; /* as above */
-    uint32_t padding[2];  /* to a multiple of 64 bytes */
+    uint32_t padding[3];  /* to a multiple of 64 bytes */
 } LswExpand90Args;
 
 /* A target of y[r] = round(y[r] + sums[r]). All zero: there is none. */

@@ -15,9 +15,6 @@ use crate::view::RawMat;
 
 /// Blocks of a cluster of shrink, which share in_features. Four make 4,096 rows enough blocks where the products are few.
 pub(super) const SHRINK_SPLITS: [u32; 2] = [2, 4];
-/// Tiles along the outputs that a block of expand takes at a time: for them the products stay in registers, but blocks should stay close
-/// together in memory.
-const RUN: u32 = 3;
 
 pub(super) fn apply(stream: &DeviceStream, plan: &Plan<'_>, hopper: &Hopper, dense: &Dense, part: Part) -> Result<()> {
     if part != Part::Finish {
@@ -80,9 +77,7 @@ fn expand(stream: &DeviceStream, plan: &Plan<'_>, hopper: &Hopper, dense: &Dense
     let width = u64::from(apply.slots * dense.depth);
     let cols = u64::from(apply.count) * width;
     let products = RawMat { addr: dense.products, dtype: DType::Bf16, rows: plan.rows.into(), cols, stride: cols, ..plan.products };
-    // As many runs for each block.
     let blocks = tiles.min(hopper.processors);
-    let runs = tiles.div_ceil(blocks * RUN) * blocks;
     let args = LswExpand90Args {
         maps,
         products_map: of_targets(&products, width, LSW_SWITCH90_TILE)?,
@@ -95,11 +90,10 @@ fn expand(stream: &DeviceStream, plan: &Plan<'_>, hopper: &Hopper, dense: &Dense
         depth: dense.depth,
         overwrites: plan.overwrites.into(),
         y_type: apply.y_type,
-        runs,
-        run: tiles / runs,
-        longer: tiles % runs,
+        tiles: tiles / blocks,
+        longer: tiles % blocks,
         used_stride: dense.used_stride,
-        padding: [0; 2],
+        padding: [0; 3],
     };
     let function = if whole { hopper.apply.expand } else { hopper.apply.expand_any };
     let grid = Grid { blocks, threads: LSW_EXPAND90_THREADS, shared: LSW_EXPAND90_SHARED };

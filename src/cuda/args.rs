@@ -748,12 +748,11 @@ pub struct LswExpand90Args {
     pub count: u32,
     pub depth: u32,
     pub y_type: u32,
-    pub runs: u32,
-    pub run: u32,
+    pub tiles: u32,
     pub longer: u32,
     pub overwrites: u32,
     pub used_stride: u32,
-    pub padding: [u32; 2usize],
+    pub padding: [u32; 3usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -769,12 +768,11 @@ const _: () = {
     ["Offset of field: LswExpand90Args::count"][::core::mem::offset_of!(LswExpand90Args, count) - 1496usize];
     ["Offset of field: LswExpand90Args::depth"][::core::mem::offset_of!(LswExpand90Args, depth) - 1500usize];
     ["Offset of field: LswExpand90Args::y_type"][::core::mem::offset_of!(LswExpand90Args, y_type) - 1504usize];
-    ["Offset of field: LswExpand90Args::runs"][::core::mem::offset_of!(LswExpand90Args, runs) - 1508usize];
-    ["Offset of field: LswExpand90Args::run"][::core::mem::offset_of!(LswExpand90Args, run) - 1512usize];
-    ["Offset of field: LswExpand90Args::longer"][::core::mem::offset_of!(LswExpand90Args, longer) - 1516usize];
-    ["Offset of field: LswExpand90Args::overwrites"][::core::mem::offset_of!(LswExpand90Args, overwrites) - 1520usize];
-    ["Offset of field: LswExpand90Args::used_stride"][::core::mem::offset_of!(LswExpand90Args, used_stride) - 1524usize];
-    ["Offset of field: LswExpand90Args::padding"][::core::mem::offset_of!(LswExpand90Args, padding) - 1528usize];
+    ["Offset of field: LswExpand90Args::tiles"][::core::mem::offset_of!(LswExpand90Args, tiles) - 1508usize];
+    ["Offset of field: LswExpand90Args::longer"][::core::mem::offset_of!(LswExpand90Args, longer) - 1512usize];
+    ["Offset of field: LswExpand90Args::overwrites"][::core::mem::offset_of!(LswExpand90Args, overwrites) - 1516usize];
+    ["Offset of field: LswExpand90Args::used_stride"][::core::mem::offset_of!(LswExpand90Args, used_stride) - 1520usize];
+    ["Offset of field: LswExpand90Args::padding"][::core::mem::offset_of!(LswExpand90Args, padding) - 1524usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
