@@ -34,6 +34,7 @@ constexpr int kStep = 64;  // columns of x a stage: one swizzle atom
 constexpr int kTile = kRows * 128, kStageBytes = (kRows + kColumns) * 128, kStages = 5;
 constexpr uint32_t kFirst = 3;  // stages whose x is sent for before A
 constexpr int kGroups = kColumns / 16;
+constexpr int kReported = kRows / 4;  // rows that each of the first four blocks of 192 reports: there are as many at least
 constexpr int kMostSlots = 32, kMostFactors = LSW_APPLY_TARGETS * kMostSlots;
 
 // 16 columns of a block: ranks of one slot at a target.
@@ -51,10 +52,10 @@ template <int kSplit> struct Shared {
         struct {
             float4 sums[kSplit][kWarps][kOwned / 8][32];  // of each slice and warp, as wgmma lays them out
             unsigned char rows[kWarps][16 * kPitch];      // of each warp
-            float gates[kRows][kMostSlots + 1];           // of a row's slots, for who reports
         } out;
     };
     Barrier full[kStages], empty[kStages], sums;
+    float gates[kReported][kMostSlots + 1];  // of a row's slots, for who reports
     uint64_t a[kColumns];  // rows of A: address, 1: not aligned; 0: there is none
     Group groups[kGroups];
     float scale[kMostFactors];
@@ -127,7 +128,7 @@ template <int kSplit> __device__ __forceinline__ void report(const LswShrink90Ar
     const LswApplyArgs& a = args.apply;
     uint32_t route = 0;
     for_each_entry(a, row, true, [&](uint32_t slot, float gate) {
-        float& sum = s.out.gates[i][slot];
+        float& sum = s.gates[i][slot];
         sum = route >> slot & 1 ? sum + gate : gate;
         route |= 1u << slot;
     });
@@ -135,7 +136,7 @@ template <int kSplit> __device__ __forceinline__ void report(const LswShrink90Ar
         uint32_t used = 0;
         for (uint32_t left = route; left != 0; left &= left - 1) {
             const uint32_t slot = __ffs(left) - 1;
-            const float c = s.out.gates[i][slot] * s.scale[t * a.slots + slot];
+            const float c = s.gates[i][slot] * s.scale[t * a.slots + slot];
             report_coefficient(a, s.ranks[t * a.slots + slot], c);
             if (s.ranks[t * a.slots + slot] > 0 && c != 0.0f) used |= 1u << slot;
         }
@@ -204,7 +205,7 @@ template <int kSplit, class T> __device__ __forceinline__ void shrink(const LswS
     const auto bring_x = [&](uint32_t step) {
         Barrier& full = s.full[step % kStages];
         full.arrive_expecting(kTile);
-        load_box(s.stages[step % kStages], &args.x, column_of(step), first_row, full);
+        load_box(s.stages[step % kStages], &args.x, column_of(step), first_row, full, kEvictFirst);
     };
 
     dependency_wait();
@@ -259,15 +260,16 @@ template <int kSplit, class T> __device__ __forceinline__ void shrink(const LswS
             __syncwarp();
             bring_a(step);
         }
+        // While the last products run.
+        const uint32_t part = blockIdx.y * kSplit + slice, row = first_row + part * kReported + threadIdx.x;
+        if (part < 4 && threadIdx.x < kReported && row < a.rows) report(args, s, threadIdx.x, row);
+        __syncwarp();
         // The sums take the stages' place.
         copy_commit();
         copy_wait<0>();
         __syncthreads();
         cluster_arrive();
         cluster_wait();
-        if (slice == 0 && blockIdx.y == 0) {
-            for (uint32_t i = threadIdx.x; i < kRows && first_row + i < a.rows; i += kProducers) report(args, s, i, first_row + i);
-        }
         return;
     }
 

@@ -80,8 +80,8 @@ __device__ __forceinline__ void fence_tensor_map(const void* map) {
     asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
 }
 
-// How L2 treats what a load brings: as anything, or as what will be read again and is evicted last.
-constexpr uint64_t kEvictNormal = 0x1000000000000000, kEvictLast = 0x14f0000000000000;
+// How L2 treats what a load brings: as anything, as what will be read again and is evicted last, or as what goes first.
+constexpr uint64_t kEvictNormal = 0x1000000000000000, kEvictLast = 0x14f0000000000000, kEvictFirst = 0x12f0000000000000;
 
 // As in ptx.cuh, to an address of shared memory.
 __device__ __forceinline__ void copy16_async(uint32_t shared, const void* global) {
