@@ -233,7 +233,7 @@ fn small_ranks_of_many_rows(backend: &Backend) {
     }
 }
 
-/// So many tiles of rows and outputs that a block has several runs of several tiles, one of which goes on behind a target without outputs;
+/// So many tiles of rows and outputs that a block goes down a strip of outputs and on to the next, past a target without outputs;
 /// inputs and outputs that the copy engine moves or not; ranks of each depth.
 fn many_tiles(backend: &Backend) {
     let is_cuda = backend.cuda.is_some();
