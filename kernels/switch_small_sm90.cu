@@ -3,13 +3,13 @@
 // Floor: W is read once and written once, which for one matrix takes no longer than a few trips to memory. So it is trips that count, and
 // what can be done before the work before this launch has ended is done by then.
 //
-// A block takes tiles of 128 x 128, its first by its number and then every gridDim-th; two blocks share a multiprocessor, so that those of
-// the next launch can begin. There is no queue and no plan: a block looks at the target of its tile alone.
+// A block takes tiles of 128 x 128: its first by its number and then every gridDim-th, or of deep ranks as many in a row; two blocks share a
+// multiprocessor, so that those of the next launch can begin. There is no queue and no plan: a block looks at the target of its tile alone.
 //   1. terms    by one warp, in one trip: the route, what is merged, and all adapters of the target (where there are up to 32 slots)
 //   2. sum      panels of A and B, a batch of products at a time while the next batch comes; two warpgroups multiply 64 rows each by wgmma,
 //               and sum += coefficient * product
 //   3. W        each warp for itself: 16 rows into shared memory, + sum, one rounding, and back
-//   4. record   the last tile of a target to begin writes down what is merged now; by then all blocks have read the old record
+//   4. record   the last of a target's blocks to begin writes down what is merged now; by then all have read the old record
 // The first tile's terms and sum are worked out before the wait, from what may not be final, and W is brought to L2. After the wait what
 // the terms were made of is read again: if a bit differs, they are worked out anew. What adapters hold needs no second look: they lie still
 // while they are in a slot, and whoever fills a slot gives it a new generation.
@@ -18,7 +18,13 @@
 // the fence between waits for everything that its warp has on its way (it has a MEMBAR in it). So there is one a batch, when nothing should
 // be on its way any more. For the same reason of trips there is little code between them: what one launch executes once is fetched first.
 //
+// Of up to four panels of deep ranks L2 is the limit, not trips: then B's panels stay for a row of tiles, in the place of all panels. A's come
+// through the place of W, by the copy engine, for which no fence waits; W is added in registers, but for a block's last tile, whose W comes where
+// the first panels of B have been.
+//
 // Exactness and the order of sums are those of switch.cu, but that a product is of 64 of a rank.
+#include <stddef.h>
+
 #include "args.h"
 #include "common/num.cuh"
 #include "common/ptx_sm90.cuh"
@@ -36,6 +42,7 @@ struct alignas(16) Term {
     uint32_t a_stride, b_stride, rank, flags;
     float coefficient;
     uint32_t begin;  // its first product
+    int slot;
 
     __device__ __forceinline__ uint32_t products() const { return (rank + 63) / 64; }
 };
@@ -74,14 +81,29 @@ struct alignas(16) Source {
         if (lane < 32) held_count = __ldcg(&merged_count(args, target));
         if (args.slots <= kAtHand && lane < args.slots) factor = load_factor(&::factor(args, target, lane));
     }
-    // No branches: all of the other is read at once.
-    __device__ __forceinline__ bool equals(const Source& o) const {
-        const LswFactor &f = factor, &g = o.factor;
-        const uint32_t differ = id ^ o.id | __float_as_uint(gate) ^ __float_as_uint(o.gate) | held.slot ^ o.held.slot |
-                               __float_as_uint(held.coefficient) ^ __float_as_uint(o.held.coefficient) | held.generation ^ o.held.generation |
-                               held_count ^ o.held_count | f.a_stride ^ g.a_stride | f.b_stride ^ g.b_stride | f.rank ^ g.rank |
-                               f.generation ^ g.generation | f.flags ^ g.flags | __float_as_uint(f.scale) ^ __float_as_uint(g.scale);
-        return differ == 0 && (f.a ^ g.a | f.b ^ g.b) == 0;
+    __device__ __forceinline__ uint2& words() { return reinterpret_cast<uint2*>(this)[threadIdx.x / 32]; }
+};
+static_assert(sizeof(Source) == 8 * kThreads / 32 && offsetof(Source, factor) == 24, "two words a thread");
+
+// For a second look, by all warps: where a thread's two words of what its lane has of a Source are, if anywhere.
+struct Look {
+    const uint32_t *x = nullptr, *y = nullptr;
+
+    __device__ __forceinline__ Look(const LswSwitchArgs& args, uint32_t target) {
+        const uint32_t lane = threadIdx.x % 32, pair = threadIdx.x / 32;
+        auto at = [](const void* p) { return static_cast<const uint32_t*>(p); };
+        if (pair == 0) {
+            if (lane < args.k) x = reinterpret_cast<const uint32_t*>(args.ids) + lane, y = reinterpret_cast<const uint32_t*>(args.gates) + lane;
+        } else if (pair <= 2) {
+            const LswMerged* m = merged(args, target) + lane;
+            if (lane < args.k_max) x = pair == 1 ? at(&m->slot) : at(&m->generation), y = at(&m->coefficient);
+            if (pair == 2) y = &merged_count(args, target);
+        } else if (args.slots <= kAtHand && lane < args.slots) {
+            x = at(&factor(args, target, lane)) + 2 * (pair - 3), y = x + 1;
+        }
+    }
+    __device__ __forceinline__ uint2 now() const {
+        return {x ? __ldcg(x) : threadIdx.x < 64 ? ~0u : 0, y ? __ldcg(y) : 0};
     }
 };
 
@@ -94,19 +116,29 @@ struct Tile {
 // The target that a block is at. In shared memory, since registers are scarce.
 struct Run {
     LswTarget matrix;
-    uint32_t target, tiles;
-    uint32_t next;  // the first of the block's tiles that is another target's, or ~0
-    Tile first;     // the block's first tile of this one, ...
-    int rows_on, cols_on, cols;  // ... how far it is to the next, and where a row of tiles ends
+    uint32_t target, blocks;  // the blocks that have tiles of it
+    uint32_t at, next;        // among all tiles: the block's first of this target, and its first of another, or ~0
+    Tile first;               // the block's first tile of this one, ...
+    uint32_t end, step;       // ... where its tiles end, how far it is from one to the next, ...
+    int rows_on, cols_on, cols;  // ... in rows and columns too, and where a row of tiles ends
 
     __device__ __forceinline__ void go_on(Tile& tile) const {
-        tile.index += gridDim.x, tile.row += rows_on, tile.col += cols_on;
+        tile.index += step, tile.row += rows_on, tile.col += cols_on;
         if (tile.col >= cols) tile.col -= cols, tile.row += kTile;
     }
 };
 
+// A panel of A, for the copy engine.
+struct Box {
+    const LswMap* map;
+    int row;
+};
+constexpr uint32_t kHeld = LSW_SMALL_PANELS / kGranule;  // panels of B that stay
+constexpr uint32_t kPlaces = 2;                         // for panels of A
+constexpr uint32_t kFenced = kThreads - 32;             // slots whose maps are fenced while a warp finds the terms, a thread each
+
 struct Shared {
-    unsigned char weight[2][kGranule];  // a warpgroup's each; of it a warp has 16 rows
+    unsigned char weight[2][kGranule];  // a warpgroup's each; of it a warp has 16 rows. Where B is held: panels of A
     Term terms[2 * LSW_MAX_K];
     Source source[kAtHand];  // by lane
     Run run;
@@ -115,9 +147,20 @@ struct Shared {
     uint32_t count, products;  // of the sum: terms and products
     float coefficients[2 * LSW_MAX_K * LSW_MAX_RANK / 64 + 1];  // of products, and one that is read ahead
     uint32_t odd;
-    bool is_changed, is_guess, is_final;
+    bool is_changed, is_guess;
+    bool is_held;  // whether B's panels stay
+    Box boxes[kHeld];
+    Barrier full[kPlaces], empty[kPlaces];
+    uint32_t used;     // panels of A, ever
+    uint32_t arrived;  // blocks before this one
 };
 static_assert(sizeof(Shared) <= LSW_SMALL_SHARED, "panels lie behind it");
+
+// What the compiler works out anew wherever it is needed, instead of keeping it around a loop.
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 
 // Division in a few instructions: exact for numbers as small as those of a small set's tiles.
 struct Divisor {
@@ -128,6 +171,10 @@ struct Divisor {
 };
 
 __device__ __forceinline__ uint32_t tiles_of(uint32_t n) { return (n + kTile - 1) / kTile; }
+
+__device__ __forceinline__ const LswMap* map_of_a(const LswSwitchArgs& args, uint64_t target, uint32_t slot) {
+    return reinterpret_cast<const LswMap*>(args.factor_maps) + 2 * (target * args.slots + slot);
+}
 
 // One warp: the target's sum, from what each lane has read of it.
 __device__ __forceinline__ void find_terms(const LswSwitchArgs& args, Shared& s, uint32_t target) {
@@ -175,8 +222,11 @@ __device__ __forceinline__ void find_terms(const LswSwitchArgs& args, Shared& s,
     const bool is_stale = args.in_place && __any_sync(kFullWarp, held.slot >= 0 && left.generation != held.generation);
     const uint32_t coming = __ballot_sync(kFullWarp, comes), leaving = __ballot_sync(kFullWarp, leaves);
     const uint32_t count = __popc(coming) + __popc(leaving), behind = __popc(coming) + __popc(leaving & ((1u << lane) - 1));
-    if (comes) s.terms[at] = {enters.a, enters.b, enters.a_stride, enters.b_stride, enters.rank, enters.flags, c - old, 0};
-    if (leaves) s.terms[behind] = {left.a, left.b, left.a_stride, left.b_stride, left.rank, left.flags, -held.coefficient, 0};
+    auto term = [](const LswFactor& f, float coefficient, int slot) {
+        return Term{f.a, f.b, f.a_stride, f.b_stride, f.rank, f.flags, coefficient, 0, slot};
+    };
+    if (comes) s.terms[at] = term(enters, c - old, entry.slot);
+    if (leaves) s.terms[behind] = term(left, -held.coefficient, held.slot);
     if (applies) s.next[place] = {entry.slot, c, enters.generation};
     __syncwarp();
     uint32_t products = 0;
@@ -192,15 +242,26 @@ __device__ __forceinline__ void find_terms(const LswSwitchArgs& args, Shared& s,
         if (first + lane < count) {
             Term& t = s.terms[first + lane];
             t.begin = products + end - own;
-            for (uint32_t p = t.begin; p < products + end; ++p) s.coefficients[p] = t.coefficient;
+            const LswMap* map = map_of_a(args, target, t.slot);
+            for (uint32_t p = t.begin; p < products + end; ++p) {
+                s.coefficients[p] = t.coefficient;
+                if (p < kHeld) s.boxes[p] = {map, static_cast<int>(64 * (p - t.begin))};
+            }
         }
         products += __shfl_sync(kFullWarp, end, 31);
     }
+    // Whether B's panels stay: there is more than one tile for them, there are places for them, and the copy engine brings A in whole panels.
+    const bool fits_box = lane >= count || (s.terms[lane].rank > 32 && s.terms[lane].flags & LSW_A_ALIGNED);
+    const bool fit = __all_sync(kFullWarp, fits_box) && s.run.matrix.flags & LSW_WEIGHT_BLOCKS && args.slots <= kFenced;
+    const bool is_held = fit && products >= kPlaces && products <= kHeld && s.run.end - s.run.first.index > 1 && !is_same && !is_stale;
     uint32_t odd = lane < args.k && id != source.id ? LSW_ODD_ROUTE_ID : 0;
     if (exists && !(is_finite(c) && fits)) odd |= LSW_ODD_COEFFICIENT;
     if (!is_same && is_stale) odd |= LSW_STALE_MERGE;
     odd = __reduce_or_sync(kFullWarp, odd);
-    if (lane == 0) s.count = count, s.products = products, s.next_count = next_count, s.is_changed = !is_same && !is_stale, s.odd = odd;
+    if (lane == 0) {
+        s.count = count, s.products = products, s.next_count = next_count, s.odd = odd;
+        s.is_changed = !is_same && !is_stale, s.is_held = is_held;
+    }
 }
 
 // Panels of products, as deep as those of the set's deepest rank: of a batch of products of one tile, while those of the batch before are
@@ -208,8 +269,7 @@ __device__ __forceinline__ void find_terms(const LswSwitchArgs& args, Shared& s,
 template <int kDepth> struct Panels {
     static constexpr int kBytes = kDepth * 256;  // A's or B's of a product
     static constexpr int kBatch = LSW_SMALL_PANELS / (4 * kBytes);
-    static constexpr uint32_t kNone = 2;
-    uint32_t half;     // of the area, where the next batch goes; none, where all begins anew
+    uint32_t half;     // of the area, where the next batch goes
     Tile tile;         // of the next batch, ...
     uint32_t product;  // ... and its first product
 
@@ -241,7 +301,7 @@ template <int kDepth, class T> __device__ __forceinline__ void bring_panels(cons
     const Run& run = s.run;
     const Tile& tile = panels.tile;
     const uint32_t i = __shfl_sync(kFullWarp, threadIdx.x / kOwn, 0), product = panels.product + i;
-    if (tile.index < run.tiles && product < s.products) {
+    if (tile.index < run.end && product < s.products) {
         const Term& t = term_of(s, product);
         const int n = threadIdx.x % kOwn, r = n / 16, c = n % 16, m = n / kAcross, q = n % kAcross;
         const int k = (product - t.begin) * 64, left = t.rank - k;
@@ -317,13 +377,14 @@ struct Chunks {
         rows = run.matrix.rows - row, cols = run.matrix.cols - col;
     }
     __device__ __forceinline__ bool exists(int half, int i) const { return 4 * i < rows && 64 * half < cols; }
-    __device__ __forceinline__ static unsigned char* place(Shared& s, int half, int i) {
-        const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 8 + 4 * i;
-        return s.weight[threadIdx.x / 128] + half * kHalf + swizzle(row * 128 + threadIdx.x % 8 * 16, 7);
+    __device__ __forceinline__ static unsigned char* place(unsigned char* granule, int half, int i) {
+        const uint32_t thread = opaque(threadIdx.x), row = thread / 32 % 4 * 16 + thread % 32 / 8 + 4 * i;
+        return granule + half * kHalf + swizzle(row * 128 + thread % 8 * 16, 7);
     }
 };
 
-template <class T> __device__ __forceinline__ void load_weight(Shared& s, const Tile& tile) {
+// Granules: the warpgroup's 64 rows.
+template <class T> __device__ __forceinline__ void load_weight(const Shared& s, unsigned char* granule, const Tile& tile) {
     const Chunks own(s.run, tile);
     const LswTarget& t = s.run.matrix;
     const T* base = reinterpret_cast<const T*>(t.base) + own.row * t.base_stride + own.col;
@@ -331,12 +392,13 @@ template <class T> __device__ __forceinline__ void load_weight(Shared& s, const 
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
         const int half = n / 4, i = n % 4;
-        copy16_partly(shared_address(own.place(s, half, i)), base + i * step + 64 * half, own.exists(half, i) ? 16 : 0);
+        copy16_partly(shared_address(own.place(granule, half, i)), base + i * step + 64 * half, own.exists(half, i) ? 16 : 0);
     }
 }
 
 // A warp's 16 rows of W, + sum, one rounding, and back. An empty sum copies bits.
-template <class T> __device__ __forceinline__ void store_weight(Shared& s, const Tile& tile, const float (&sum)[64]) {
+template <class T>
+__device__ __forceinline__ void store_weight(const Shared& s, unsigned char* granule, const Tile& tile, const float (&sum)[64]) {
     const Chunks own(s.run, tile);
     const LswTarget& t = s.run.matrix;
     T* weight = reinterpret_cast<T*>(t.weight) + own.row * t.weight_stride + own.col;
@@ -350,7 +412,7 @@ template <class T> __device__ __forceinline__ void store_weight(Shared& s, const
                 const int first = 4 * half + 2 * pair;
                 uint32_t words[2][4];
 #pragma unroll
-                for (int j = 0; j < 2; ++j) ldmatrix4(words[j], Fragment<128>::place(s.weight[threadIdx.x / 128], first + j));
+                for (int j = 0; j < 2; ++j) ldmatrix4(words[j], Fragment<128>::place(granule, first + j));
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
 #pragma unroll
@@ -359,14 +421,14 @@ template <class T> __device__ __forceinline__ void store_weight(Shared& s, const
                         const int at = 8 * (first + j) + 2 * i;
                         words[j][i] = pack({old.x + sum[at], old.y + sum[at + 1]}, T{});
                     }
-                    stmatrix4(Fragment<128>::place(s.weight[threadIdx.x / 128], first + j), words[j]);
+                    stmatrix4(Fragment<128>::place(granule, first + j), words[j]);
                 }
             }
             __syncwarp();
         }
         uint4 chunks[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) chunks[i] = *reinterpret_cast<const uint4*>(own.place(s, half, i));
+        for (int i = 0; i < 4; ++i) chunks[i] = *reinterpret_cast<const uint4*>(own.place(granule, half, i));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             if (own.exists(half, i)) store16_whole(weight + i * step + 64 * half, chunks[i]);
@@ -375,15 +437,171 @@ template <class T> __device__ __forceinline__ void store_weight(Shared& s, const
     __syncwarp();
 }
 
+// Panels of A where B's stay.
+struct Ring {
+    uint32_t used;  // panels, ever
+
+    // The panel of a product, which is the n-th ever.
+    __device__ __forceinline__ static void bring(Shared& s, uint32_t product, int col, uint32_t n) {
+        if (threadIdx.x < 32 && elect_one()) {
+            const uint32_t place = n % kPlaces;
+            const Box box = s.boxes[product];
+            s.empty[place].wait((n / kPlaces & 1) ^ 1);
+            s.full[place].arrive_expecting(kGranule);
+            load_blocks(s.weight[place], box.map, col / 64, box.row, s.full[place]);
+        }
+        __syncwarp();
+    }
+    // The next panel, once it is there.
+    __device__ __forceinline__ uint32_t open(Shared& s) {
+        const uint32_t place = used % kPlaces;
+        s.full[place].wait(used / kPlaces & 1);
+        return place;
+    }
+    // Each warp: it has used a panel.
+    __device__ __forceinline__ void close(Shared& s) {
+        s.empty[used % kPlaces].arrive_if(threadIdx.x % 32 == 0);
+        ++used;
+    }
+};
+
+__device__ __forceinline__ unsigned char* held_panel(const Shared& s, uint32_t product) {
+    return const_cast<unsigned char*>(reinterpret_cast<const unsigned char*>(&s)) + LSW_SMALL_SHARED + product * kGranule;
+}
+
+// The block: all of B of a row of tiles.
+template <class T> __device__ __forceinline__ void bring_b(const Shared& s, int row) {
+    const int m = threadIdx.x / 8, q = threadIdx.x % 8, rows = s.run.matrix.rows - row - m;
+#pragma unroll 1
+    for (uint32_t p = 0; p < s.products; ++p) {
+        const Term& t = term_of(s, p);
+        const int k = (p - t.begin) * 64 + 8 * q;
+        const T* b = reinterpret_cast<const T*>(t.b) + static_cast<uint64_t>(row + m) * t.b_stride + k;
+        unsigned char* to = held_panel(s, p) + swizzle(threadIdx.x * 16, 7);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            load_chunk(to + j * 32 * 128, b + static_cast<uint64_t>(32 * j) * t.b_stride, 32 * j < rows ? static_cast<int>(t.rank) - k : 0,
+                       t.flags & LSW_B_ALIGNED);
+        }
+    }
+}
+
+// Whether W may come where panels of B have been: no tile follows, and nothing is waited for any more.
+__device__ __forceinline__ bool is_last(const Shared& s, const Tile& tile) {
+    return tile.index + 1 == s.run.end && tile.index != s.run.first.index;
+}
+
+// As add_products.
+template <class T> __device__ __forceinline__ void add_held(Shared& s, Ring& ring, const Tile& tile, float (&sum)[64]) {
+    constexpr uint64_t kRows = static_cast<uint64_t>(1024 >> 4 | 1 << 30) << 32;  // eight rows of 128 bytes, swizzled over that width
+    constexpr uint64_t kB = kRows | 1 << 16, kA = kRows | (kHalf >> 4) << 16;
+    const int group = __shfl_sync(kFullWarp, threadIdx.x / 128, 0);
+#pragma unroll
+    for (int i = 0; i < 64; ++i) sum[i] = 0.0f;
+#pragma unroll 1
+    for (uint32_t p = 0; p < s.products; ++p) {
+        const float coefficient = s.coefficients[p];
+        if (p == 2 && is_last(s, tile)) {
+            __syncthreads();
+            load_weight<T>(s, held_panel(s, group), tile);
+        }
+        const uint32_t place = ring.open(s);
+        const uint64_t b = kB + (shared_address(held_panel(s, p)) + group * kHalf >> 4), a = kA + (shared_address(s.weight[place]) >> 4);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float product[32];
+            wgmma_fence();
+#pragma unroll
+            for (int step = 0; step < 4; ++step) wgmma(product, b + (32 * step >> 4), a + (h * kHalf + 2048 * step >> 4), step > 0, T{});
+            wgmma_commit();
+            wgmma_wait<0>(product);
+            if (h == 1) {
+                ring.close(s);
+                Tile of = tile;
+                uint32_t ahead = p + kPlaces;
+                if (ahead >= s.products) ahead -= s.products, s.run.go_on(of);
+                if (of.index < s.run.end) Ring::bring(s, ahead, of.col, ring.used + kPlaces - 1);
+            }
+#pragma unroll
+            for (int e = 0; e < 32; ++e) sum[32 * h + e] = fmaf(coefficient, product[e], sum[32 * h + e]);
+        }
+    }
+}
+
+// Four lanes side by side: word w of lane l's changes places with word l of lane w's. So what a lane has of a row of W, a chunk of 8 columns
+// of every four, becomes what it has of a sum, and back.
+__device__ __forceinline__ void transpose(uint32_t (&x)[4]) {
+    const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const uint32_t other = __shfl_xor_sync(kFullWarp, odd ? x[i] : x[i + 1], 1);
+        (odd ? x[i] : x[i + 1]) = other;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t other = __shfl_xor_sync(kFullWarp, upper ? x[i] : x[i + 2], 2);
+        (upper ? x[i] : x[i + 2]) = other;
+    }
+}
+
+// A warp's 16 rows of a tile of W, in registers: chunks of 8 columns of rows l / 4 and l / 4 + 8, every fourth.
+struct Rows {
+    uint4 chunks[2][4];
+
+    // Visits (chunk, its place in a matrix that begins at `base`, whether it exists).
+    template <class T, class Visit>
+    __device__ __forceinline__ void each(const LswTarget& t, uint64_t base, uint64_t stride, const Tile& tile, Visit visit) {
+        const int row = tile.row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, col = tile.col + threadIdx.x % 4 * 8;
+        T* place = reinterpret_cast<T*>(base) + row * stride + col;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                visit(chunks[i][j], reinterpret_cast<uint4*>(place + 32 * j), row + 8 * i < t.rows && col + 32 * j < t.cols);
+            }
+            place += 8 * stride;
+        }
+    }
+    // What does not exist is read elsewhere, and not written: no branches.
+    template <class T> __device__ __forceinline__ void load(const LswTarget& t, const Tile& tile) {
+        const uint4* base = reinterpret_cast<const uint4*>(t.base);
+        each<T>(t, t.base, t.base_stride, tile, [&](uint4& x, const uint4* place, bool exists) { x = __ldcg(exists ? place : base); });
+    }
+    // W + sum, one rounding, and back.
+    template <class T> __device__ __forceinline__ void store(const LswTarget& t, const Tile& tile, const float (&sum)[64]) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                uint4& chunk = chunks[i][j];
+                uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+                transpose(words);
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    const float2 old = unpack(words[c], T{});
+                    const int at = 16 * j + 4 * c + 2 * i;
+                    words[c] = pack({old.x + sum[at], old.y + sum[at + 1]}, T{});
+                }
+                transpose(words);
+                chunk = {words[0], words[1], words[2], words[3]};
+            }
+        }
+        each<T>(t, t.weight, t.weight_stride, tile, [](uint4& x, uint4* place, bool exists) {
+            if (exists) store16_whole(place, x);
+        });
+    }
+};
+
 // Brings a tile of W to L2, if it exists.
 template <class T> __device__ __forceinline__ void prefetch_weight(const Run& run, const Tile& tile) {
     const LswTarget& t = run.matrix;
     const int row = tile.row + threadIdx.x / 2, col = tile.col + threadIdx.x % 2 * 64;
-    if (tile.index < run.tiles && row < t.rows && col < t.cols) prefetch(reinterpret_cast<const T*>(t.base) + row * t.base_stride + col);
+    if (tile.index < run.end && row < t.rows && col < t.cols) prefetch(reinterpret_cast<const T*>(t.base) + row * t.base_stride + col);
 }
 
-// The block: on to the target that a tile belongs to, if there is one. The set's own table never changes.
-__device__ __forceinline__ bool enter_run(const LswSwitchArgs& args, Shared& s, uint32_t tile) {
+// The block: on to the target that a tile belongs to, if there is one; ~0: to that of its first. The set's own table never changes.
+// kInRow: a block's tiles are neighbours.
+template <bool kInRow> __device__ __forceinline__ bool enter_run(const LswSwitchArgs& args, Shared& s, uint32_t tile) {
     const uint32_t lane = threadIdx.x % 32, targets = args.last - args.first;
     __syncthreads();
     LswTarget t{};
@@ -397,19 +615,27 @@ __device__ __forceinline__ bool enter_run(const LswSwitchArgs& args, Shared& s, 
         const uint32_t below = __shfl_up_sync(kFullWarp, end, step);
         if (lane >= step) end += below;
     }
-    const uint32_t behind = __ballot_sync(kFullWarp, end > tile), owner = __ffs(behind) - 1, all = __shfl_sync(kFullWarp, end, targets - 1);
+    const uint32_t all = __shfl_sync(kFullWarp, end, targets - 1);
+    const Divisor blocks(gridDim.x);
+    const uint32_t each = kInRow ? blocks.quotient(all + gridDim.x - 1) : 1, step = kInRow ? 1 : gridDim.x;
+    if (tile == ~0u) tile = blockIdx.x * each;
+    const uint32_t behind = __ballot_sync(kFullWarp, end > tile), owner = __ffs(behind) - 1;
     if (threadIdx.x == owner) {
-        const Divisor across(tiles_of(t.cols)), blocks(gridDim.x);
-        const uint32_t first = tile - (end - tiles), next = tile + blocks.quotient(end - tile + gridDim.x - 1) * gridDim.x;
-        const uint32_t down = across.quotient(first), down_on = across.quotient(gridDim.x);
+        const Divisor across(tiles_of(t.cols)), in_row(each);
+        const uint32_t begin = end - tiles, first = tile - begin, stop = kInRow ? min(all, (blockIdx.x + 1) * each) : all;
+        const uint32_t next = kInRow ? end : tile + blocks.quotient(end - tile + step - 1) * step;
+        const uint32_t down = across.quotient(first), down_on = across.quotient(step);
         auto elements = [](uint32_t in_tiles) { return static_cast<int>(in_tiles * kTile); };
         s.run = {t,
                  args.first + owner,
-                 tiles,
-                 next < all ? next : ~0u,
+                 kInRow ? in_row.quotient(end - 1) - in_row.quotient(begin) + 1 : min(tiles, gridDim.x),
+                 tile,
+                 next < stop ? next : ~0u,
                  {first, elements(down), elements(first - down * across.value)},
+                 min(tiles, stop - begin),
+                 step,
                  elements(down_on),
-                 elements(gridDim.x - down_on * across.value),
+                 elements(step - down_on * across.value),
                  elements(across.value)};
     }
     __syncthreads();
@@ -418,77 +644,162 @@ __device__ __forceinline__ bool enter_run(const LswSwitchArgs& args, Shared& s, 
     return behind != 0;
 }
 
+__device__ __forceinline__ bool has_work(const LswSwitchArgs& args, const Shared& s) { return s.is_changed && (s.products > 0 || !args.in_place); }
+
+// The block, behind its first sum: what that was made of, once it is final, ...
+__device__ __forceinline__ uint2 look_again(const LswSwitchArgs& args, const Shared& s) {
+    const Look look(args, s.run.target);
+    __syncthreads();  // all know that it was a guess
+    dependency_wait();
+    return look.now();
+}
+// ... and whether the guess was right.
+__device__ __forceinline__ bool is_final(Shared& s, uint2 now) {
+    const uint2 before = s.source[threadIdx.x % 32].words();
+    if (threadIdx.x == 0) s.is_guess = false;
+    return __syncthreads_and(now.x == before.x && now.y == before.y);
+}
+
+// The block: it has read the old record. Thread 0 learns how many had before, and says so once there is time to wait for it.
+__device__ __forceinline__ uint32_t arrive(const LswSwitchArgs& args, const Shared& s) {
+    if (threadIdx.x != 0) return 0;
+    if (s.run.first.index == 0 && s.odd) atomicOr(&state(args)->status, s.odd);
+    return s.is_changed ? count_relaxed(reinterpret_cast<uint32_t*>(args.arrivals) + s.run.target, s.run.blocks - 1) : 0;
+}
+// The last of them writes down what is merged now.
+__device__ __forceinline__ void record(const LswSwitchArgs& args, const Shared& s) {
+    const Run& run = s.run;
+    __syncwarp();
+    if (threadIdx.x >= 32 || s.arrived != run.blocks - 1) return;
+    if (threadIdx.x < s.next_count) merged(args, run.target)[threadIdx.x] = s.next[threadIdx.x];
+    if (threadIdx.x == 0) merged_count(args, run.target) = s.next_count;
+}
+
+// The block's tiles of a target; false: the guess was wrong, and nothing has been done.
+template <int kDepth, class T> __device__ __forceinline__ bool switch_tiles(const LswSwitchArgs& args, Shared& s) {
+    const Run& run = s.run;
+    Tile tile = run.first;
+    Panels<kDepth> panels;
+    panels.half = 0, panels.product = 0, panels.tile = run.first;
+    if (!s.is_changed || s.products == 0) panels.tile.index = run.end;
+    bring_panels<kDepth, T>(s, panels);
+    if (has_work(args, s)) {
+        Tile next = tile;
+#pragma unroll 1
+        for (uint32_t i = 0; i <= args.run; ++i, run.go_on(next)) prefetch_weight<T>(run, next);
+    }
+    bring_panels<kDepth, T>(s, panels);
+    if (has_work(args, s) && !s.is_guess) load_weight<T>(s, s.weight[threadIdx.x / 128], tile);
+    all_come();
+#pragma unroll 1
+    for (;;) {
+        uint32_t arrived = 0;
+        float sum[64];  // set whatever there is to add, or it would live around the loop
+        add_products<kDepth, T>(s, panels, has_work(args, s) ? s.products : 0, tile.index != run.first.index, sum);
+        const bool is_first = tile.index == run.first.index;
+        if (is_first && s.is_guess) {
+            const uint2 now = look_again(args, s);
+            if (has_work(args, s)) load_weight<T>(s, s.weight[threadIdx.x / 128], tile);
+            if (!is_final(s, now)) {
+                copy_wait_all();
+                __syncthreads();
+                return false;
+            }
+        }
+        if (is_first) arrived = arrive(args, s);
+        if (!s.is_changed) return true;
+        if (has_work(args, s)) {
+            copy_wait_all();
+            __syncwarp();
+            store_weight<T>(s, s.weight[threadIdx.x / 128], tile, sum);
+        }
+        if (threadIdx.x == 0 && is_first) s.arrived = arrived;
+        run.go_on(tile);
+        if (tile.index >= run.end) break;
+        if (has_work(args, s)) load_weight<T>(s, s.weight[threadIdx.x / 128], tile);
+    }
+    record(args, s);
+    return true;
+}
+
+// The same where B is held.
+template <class T> __device__ __forceinline__ bool switch_held(const LswSwitchArgs& args, Shared& s) {
+    const Run& run = s.run;
+    Tile tile = run.first;
+    Ring ring{s.used};
+    for (uint32_t i = 0; i < kPlaces; ++i) Ring::bring(s, i, tile.col, ring.used + i);
+    bring_b<T>(s, tile.row);
+    Tile next = tile;
+#pragma unroll 1
+    for (uint32_t i = 0; i <= args.run; ++i, run.go_on(next)) prefetch_weight<T>(run, next);
+    all_come();
+    bool is_done = true;
+#pragma unroll 1
+    for (;;) {
+        uint32_t arrived = 0;
+        float sum[64];
+        Rows rows;
+        add_held<T>(s, ring, tile, sum);
+        const bool is_first = tile.index == run.first.index, is_guess = is_first && s.is_guess;
+        uint2 now;
+        if (is_guess) now = look_again(args, s);
+        if (s.products > 2 && is_last(s, tile)) {
+            copy_wait_all();
+            __syncwarp();
+            store_weight<T>(s, held_panel(s, __shfl_sync(kFullWarp, threadIdx.x / 128, 0)), tile, sum);
+            break;
+        }
+        rows.load<T>(run.matrix, tile);
+        next = tile;
+        run.go_on(next);
+        prefetch_weight<T>(run, next);
+        if (is_guess && !is_final(s, now)) {
+            // Those of the next tile are on their way.
+            for (uint32_t i = 0; i < kPlaces && tile.index + 1 < run.end; ++i) ring.open(s), ring.close(s);
+            is_done = false;
+            break;
+        }
+        if (is_first) arrived = arrive(args, s);
+        rows.store<T>(run.matrix, tile, sum);
+        if (threadIdx.x == 0 && is_first) s.arrived = arrived;
+        run.go_on(tile);
+        if (tile.index >= run.end) break;
+        if (tile.col == 0) {
+            __syncthreads();
+            bring_b<T>(s, tile.row);
+            all_come();
+        }
+    }
+    if (is_done) record(args, s);
+    __syncthreads();
+    if (threadIdx.x == 0) s.used = ring.used;
+    return is_done;
+}
+
 template <int kDepth, class T> __device__ __forceinline__ void switch_small(const LswSwitchArgs& args) {
+    constexpr bool kMayHold = kDepth == 64;
     extern __shared__ unsigned char raw[];
     unsigned char* aligned = raw + (-shared_address(raw) & 1023);
     Shared& s = *reinterpret_cast<Shared*>(aligned);
     dependency_release();
-    const uint32_t lane = threadIdx.x % 32, warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0);
-    Panels<kDepth> panels;
-    if (threadIdx.x == 0) s.is_guess = args.slots <= kAtHand;
-    if (args.slots > kAtHand) dependency_wait();
-    for (uint32_t first = blockIdx.x; first != ~0u && enter_run(args, s, first); first = s.run.next) {
-        const Run& run = s.run;
-        auto has_work = [&] { return s.is_changed && (s.products > 0 || !args.in_place); };
-        Tile tile = run.first;
-        panels.half = Panels<kDepth>::kNone;
-#pragma unroll 1
-        for (;;) {
-            if (panels.half == Panels<kDepth>::kNone) {  // first, and again where the guess was wrong
-                if (warp == 0) find_terms(args, s, run.target);
-                __syncthreads();
-                panels.half = 0, panels.product = 0, panels.tile = run.first;
-                if (!s.is_changed || s.products == 0) panels.tile.index = run.tiles;
-                bring_panels<kDepth, T>(s, panels);
-                if (has_work()) {
-                    Tile ahead = tile;
-#pragma unroll 1
-                    for (uint32_t i = 0; i <= args.run; ++i, run.go_on(ahead)) prefetch_weight<T>(run, ahead);
-                }
-                bring_panels<kDepth, T>(s, panels);
-                if (has_work() && !s.is_guess) load_weight<T>(s, tile);
-                all_come();
-            }
-            float sum[64];  // set whatever there is to add, or it would live around the loop
-            add_products<kDepth, T>(s, panels, has_work() ? s.products : 0, tile.index != run.first.index, sum);
-            if (s.is_guess) {
-                const bool weight_comes = has_work();
-                __syncthreads();  // all have read what may be found anew
-                dependency_wait();
-                Source now;
-                now.read(args, run.target);
-                if (weight_comes) load_weight<T>(s, tile);
-                if (warp == 0) {
-                    const bool is_final = __all_sync(kFullWarp, now.equals(s.source[lane]));
-                    s.source[lane] = now;
-                    if (lane == 0) s.is_final = is_final, s.is_guess = false;
-                }
-                __syncthreads();
-                if (!s.is_final) {
-                    copy_wait_all();
-                    __syncthreads();
-                    panels.half = Panels<kDepth>::kNone;
-                    continue;
-                }
-            }
-            if (tile.index == 0 && threadIdx.x == 0 && s.odd) atomicOr(&state(args)->status, s.odd);
-            if (!s.is_changed) break;
-            uint32_t arrived = 0;
-            if (threadIdx.x == 0) arrived = count_relaxed(reinterpret_cast<uint32_t*>(args.arrivals) + run.target, run.tiles - 1);
-            if (has_work()) {
-                copy_wait_all();
-                __syncwarp();
-                store_weight<T>(s, tile, sum);
-            }
-            run.go_on(tile);
-            const bool goes_on = tile.index < run.tiles;
-            if (goes_on && has_work()) load_weight<T>(s, tile);
-            if (warp == 0 && __shfl_sync(kFullWarp, arrived, 0) == run.tiles - 1) {
-                if (lane < s.next_count) merged(args, run.target)[lane] = s.next[lane];
-                if (lane == 0) merged_count(args, run.target) = s.next_count;
-            }
-            if (!goes_on) break;
+    if (threadIdx.x == 0) {
+        s.is_guess = args.slots <= kAtHand;
+        s.used = 0;
+        if (kMayHold) {
+            for (uint32_t i = 0; i < kPlaces; ++i) s.full[i].init(1), s.empty[i].init(kThreads / 32);
+            fence_barrier_init();
         }
+    }
+    if (args.slots > kAtHand) dependency_wait();
+    uint32_t at = kMayHold ? ~0u : blockIdx.x;
+    while (enter_run<kMayHold>(args, s, at)) {
+        if (threadIdx.x < 32) find_terms(args, s, s.run.target);
+        else if (kMayHold && threadIdx.x - 32 < args.slots) fence_tensor_map(map_of_a(args, s.run.target, threadIdx.x - 32));
+        if (kMayHold) fence_async_shared();
+        __syncthreads();
+        const bool is_done = kMayHold && s.is_held ? switch_held<T>(args, s) : switch_tiles<kDepth, T>(args, s);
+        at = is_done ? s.run.next : s.run.at;  // or once more
+        if (at == ~0u) break;
     }
     if (s.is_guess) dependency_wait();
 }
@@ -499,7 +810,10 @@ template <int kDepth, class T> __device__ __forceinline__ void switch_small(cons
     extern "C" __global__ void __launch_bounds__(LSW_SMALL_THREADS, 2) lsw_switch_small_##suffix##_sm90(const __grid_constant__ LswSwitchArgs args) { \
         if (args.first >= args.last) dependency_wait();                                                                                       \
         else if (args.panel_depth == 16) switch_small<16, T>(args);                                                                           \
-        else if (args.panel_depth == 32) switch_small<32, T>(args);                                                                           \
+        else switch_small<32, T>(args);                                                                                                       \
+    }                                                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(LSW_SMALL_THREADS, 2) lsw_switch_small_deep_##suffix##_sm90(const __grid_constant__ LswSwitchArgs args) { \
+        if (args.first >= args.last) dependency_wait();                                                                                       \
         else switch_small<64, T>(args);                                                                                                       \
     }
 LSW_SMALL(f16, __half)

@@ -648,6 +648,33 @@ fn runs_of_tiles(backend: &Backend) {
     }
 }
 
+/// Up to four panels of deep ranks: on Hopper small sets whose blocks keep the panels of B for a row of tiles, where a block takes more than one.
+/// Blocks go on into the next row, and into the next target; routes whose panels stay change with others.
+fn deep_ranks_of_small_sets(backend: &Backend) {
+    let wide = if backend.cuda.is_some() { 141 * 128 } else { 3 * 128 };
+    for (dtype, form, cols) in [(DType::Bf16, Form::FromBase, wide), (DType::F16, Form::InPlace, wide - 64), (DType::Bf16, Form::InPlace, 640)] {
+        let (shapes, ranks) = (vec![(133, cols), (40, 640), (130, 384)], [64, 40, 36, 33, 8, 17]);
+        let spec = Spec { shapes: shapes.clone(), max_rank: 64, slots: ranks.len(), k_max: 4, ..small(dtype, form) };
+        let mut model = Model::new(backend, &spec);
+        for (slot, &rank) in ranks.iter().enumerate() {
+            let pairs = shapes.iter().map(|&(rows, cols)| Some(model.pair(rows, cols, rank, 0.5, 0.3))).collect();
+            model.set_slot(slot, pairs);
+        }
+        let routes: [(&[i32], &[f32]); 4] = [
+            (&[0, 1], &[0.25, -1.0]),
+            (&[2, 3], &[0.5, 2.0]),
+            (&[3, 0, 2, 1], &[0.75, 1.5, -0.5, 0.125]),
+            (&[4, 1, 5], &[1.0, 0.5, -0.25]),
+        ];
+        let mut drift = Drift::new(&spec);
+        for (ids, gates) in routes {
+            model.to(ids, gates);
+            let what = format!("{dtype}, {form:?}, {cols} columns, ids {ids:?}");
+            if form == Form::InPlace { drift.assert_holds(&model, ids, gates, &what) } else { model.assert_holds(ids, gates, &what) }
+        }
+    }
+}
+
 /// Ranks of whole panels, more than 128 together: the Hopper kernel holds the first three, four or six panels of B in registers, up to four
 /// more stay in shared memory and the rest passes through it, with more products than an entry has in the end. Over several tiles in a row, with
 /// coefficients in no order, and routes of which some are not deep; what is not finite shows from base and is healed.
@@ -1055,6 +1082,7 @@ on_paths!(
     a_range_of_targets,
     many_targets,
     runs_of_tiles,
+    deep_ranks_of_small_sets,
     deep_ranks,
     deep_and_shallow_targets,
     runs_of_tiles_downwards,

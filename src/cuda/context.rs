@@ -138,6 +138,7 @@ pub(super) struct DenseApply {
 pub(super) struct Switch {
     pub large: Function,
     pub small: Function,
+    pub small_and_deep: Function,
 }
 
 impl Hopper {
@@ -205,9 +206,11 @@ impl Modules {
         let switch = |suffix: &str| -> Result<Switch> {
             let large = self.function("switch_sm90", &format!("switch_{suffix}_sm90"))?;
             let small = self.function("switch_small_sm90", &format!("switch_small_{suffix}_sm90"))?;
+            let small_and_deep = self.function("switch_small_sm90", &format!("switch_small_deep_{suffix}_sm90"))?;
             allow_shared(large, LSW_SWITCH90_SHARED)?;
             allow_shared(small, SMALL_SHARED)?;
-            Ok(Switch { large, small })
+            allow_shared(small_and_deep, SMALL_SHARED)?;
+            Ok(Switch { large, small, small_and_deep })
         };
         let switch = [switch("f16")?, switch("bf16")?];
         let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;

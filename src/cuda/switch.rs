@@ -169,9 +169,15 @@ impl State {
                 let served = set.targets[to.first as usize..to.last as usize].iter().filter(|t| fits_boxes(t));
                 let tiles: u64 = served.map(boxes_of).sum();
                 let most = u64::from(path.grid.blocks);
-                // A lone target that would fill nearly all places at once leaves half of them to the next launch instead.
-                let halves = to.last - to.first == 1 && tiles * 4 > most * 3 && tiles <= most;
-                let blocks = if halves { most / u64::from(SMALL_BLOCKS) } else { tiles.min(most) };
+                // A lone target that would fill nearly all places at once leaves half of them to the next launch instead; of deep ranks sooner,
+                // since B's panels stay for a block's tiles.
+                let is_deep = path.panel_depth == Some(64);
+                let halves = to.last - to.first == 1 && tiles * 8 > most * if is_deep { 5 } else { 6 } && tiles <= most;
+                let blocks = match (halves, is_deep) {
+                    (true, true) => tiles.div_ceil(u64::from(SMALL_BLOCKS)),
+                    (true, false) => most / u64::from(SMALL_BLOCKS),
+                    _ => tiles.min(most),
+                };
                 let grid = Grid { blocks: blocks as u32, ..path.grid };
                 if tiles > 0 {
                     // SAFETY: as below. Before it waits, the kernel reads the tables and the route, all of them there by then, which it reads
@@ -218,7 +224,8 @@ fn paths(device: &Device, plan: &SetPlan) -> Vec<Path> {
         let is_small = plan.kernels == SwitchKernels::Best && plan.targets.len() <= LSW_SMALL_TARGETS as usize && tiles <= most;
         if is_small {
             let grid = Grid { blocks: SMALL_BLOCKS * hopper.processors, threads: LSW_SMALL_THREADS, shared: SMALL_SHARED };
-            paths.push(Path { path: LSW_PATH_BOXES, function: function.small, grid, run: 0, panel_depth: Some(depth) });
+            let function = if depth == 64 { function.small_and_deep } else { function.small };
+            paths.push(Path { path: LSW_PATH_BOXES, function, grid, run: 0, panel_depth: Some(depth) });
         } else {
             let blocks = tiles.clamp(1, u64::from(hopper.processors)) as u32;
             let grid = Grid { blocks, threads: LSW_SWITCH90_THREADS, shared: LSW_SWITCH90_SHARED };
