@@ -156,12 +156,6 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= LSW_SMALL_SHARED, "panels lie behind it");
 
-// What the compiler works out anew wherever it is needed, instead of keeping it around a loop.
-__device__ __forceinline__ uint32_t opaque(uint32_t x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
-
 // Division in a few instructions: exact for numbers as small as those of a small set's tiles.
 struct Divisor {
     uint32_t value;

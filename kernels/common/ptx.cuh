@@ -10,6 +10,12 @@ constexpr uint32_t kFullWarp = 0xffffffffu;
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+// What the compiler works out anew wherever it is needed, instead of keeping it around a loop.
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // Programmatic dependent launch: wait until the work before this grid is complete and visible; let the grid behind it start. Before
 // 9.0 grids do not overlap, so that there is nothing to say.
 __device__ __forceinline__ void dependency_wait() {
