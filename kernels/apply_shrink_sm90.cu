@@ -8,7 +8,8 @@
 // A block has 192 rows, 128 columns of the stacked ranks and every kSplit-th 64 of in_features; kSplit blocks are a cluster. Roles:
 //
 //   producers (128 threads)  A by asynchronous copies, in the copy engine's swizzle, so that each slot may lie where it does; one of them
-//                            x, by the copy engine. Operands that are not aligned come through plain loads into the same places.
+//                            x, by the copy engine. Operands that are not aligned come through plain loads into the same places. At
+//                            last what rows use, each of four blocks for a quarter of them
 //   consumers (3 x 128)      64 rows each: first what their rows' routes say, then wgmma, both operands by descriptor
 //
 // Then the blocks of a cluster hand each other their sums through shared memory: each adds up a part of the columns, slice after slice, so
