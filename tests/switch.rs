@@ -649,11 +649,13 @@ fn runs_of_tiles(backend: &Backend) {
 }
 
 /// Up to four panels of deep ranks: on Hopper small sets whose blocks keep the panels of B for a row of tiles, where a block takes more than one.
-/// Blocks go on into the next row, and into the next target; routes whose panels stay change with others.
+/// With three tiles each, blocks go on into the next row, and into the next target; routes whose panels stay change with others.
 fn deep_ranks_of_small_sets(backend: &Backend) {
-    let wide = if backend.cuda.is_some() { 141 * 128 } else { 3 * 128 };
-    for (dtype, form, cols) in [(DType::Bf16, Form::FromBase, wide), (DType::F16, Form::InPlace, wide - 64), (DType::Bf16, Form::InPlace, 640)] {
-        let (shapes, ranks) = (vec![(133, cols), (40, 640), (130, 384)], [64, 40, 36, 33, 8, 17]);
+    let wide = if backend.cuda.is_some() { 541 * 128 } else { 3 * 128 };
+    for (dtype, form, cols) in
+        [(DType::Bf16, Form::FromBase, wide), (DType::F16, Form::InPlace, wide - 64), (DType::Bf16, Form::InPlace, 640)]
+    {
+        let (shapes, ranks) = (vec![(133, 640), (5, cols), (40, 384)], [64, 40, 36, 33, 8, 17]);
         let spec = Spec { shapes: shapes.clone(), max_rank: 64, slots: ranks.len(), k_max: 4, ..small(dtype, form) };
         let mut model = Model::new(backend, &spec);
         for (slot, &rank) in ranks.iter().enumerate() {
