@@ -152,7 +152,8 @@ pub fn apply_workspace_bytes(bank: &AdapterBank, targets: Range<u64>, rows: u64,
 /// propagates into its own row alone. Deterministic, and a row's bits do not depend on the other rows; nor on their number, but that a bank
 /// of 16 bits on CUDA takes another path above 64 rows. On Hopper that is a dense path where the bank is bf16 and its slots together may have
 /// at most 128 ranks (each the targets' largest rank_cap, in steps of 16): A x, scaled, is rounded to bf16 there, as B is already. It reads
-/// the adapters of all slots, and no row sees those that are not in its route.
+/// the adapters of all slots, and no row sees those that are not in its route (but that the last bits may differ where B of one of them is
+/// not finite: the row's sum is then made anew, in another order).
 ///
 /// On CUDA two launches are enqueued (three above 64 rows in 16 bits, but on the dense path), each as a dependent of the one before where
 /// the card knows that (9.0 and newer). Captured in a graph, they serve every route and every refill of a slot; nothing of a route is ever

@@ -42,7 +42,8 @@ pub struct lsw_calibration {
     /// lsw_apply to up to 64 rows, and in LSW_F32: the bytes of a row's adapters pass at this rate,
     /// for each row.
     pub few_rows_gb_per_s: f64,
-    /// The same above 64 rows in 16 bits.
+    /// The same above 64 rows in 16 bits. Measured of a bank that takes the dense path, where the card
+    /// has one: other banks cost more, and the more the higher their ranks.
     pub many_rows_gb_per_s: f64,
     /// A call of lsw_linear without adapters, bytes aside.
     pub linear_call_us: f64,

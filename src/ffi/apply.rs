@@ -155,7 +155,8 @@ unsafe fn run(
 /// takes another path above 64 rows. On Hopper that is a dense path where the bank is LSW_BF16 and
 /// its slots together may have at most 128 ranks (each the targets' largest rank_cap, in steps of
 /// 16): A x, scaled, is rounded to bf16 there, as B is already. It reads the adapters of all slots,
-/// and no row sees those that are not in its route.
+/// and no row sees those that are not in its route (but that the last bits may differ where B of one
+/// of them is not finite: the row's sum is then made anew, in another order).
 ///
 /// Two launches on CUDA, three above 64 rows in 16 bits but on the dense path; enqueued, and may be
 /// captured: one graph serves every route and every refill of a slot. Up to 64 rows, and in f32,
