@@ -243,8 +243,7 @@ impl<'l> Pass<'l> {
         let x = self.exact(self.x(group), row * cols, 1, cols)?.x;
         let adapters = self.adapters(target, row, columns)?;
         let terms: Vec<Term<'_>> = adapters.iter().map(|(a, b, c)| Term { a, b, coefficient: *c }).collect();
-        // Where the dense path may be taken.
-        let in_bf16 = self.rows > 64 && SLOTS * self.model.spec.ranks[0].next_multiple_of(16) <= 128;
+        let in_bf16 = oracle::may_be_dense(self.rows as usize, SLOTS as usize, self.model.spec.ranks[0] as usize);
         let (want, bounds) = oracle::apply(before, &x, &terms, in_bf16);
         let half_ulp = |x: f64| oracle::half_ulp(DType::Bf16, x.abs());
         let close = |i: usize| {

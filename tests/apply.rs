@@ -146,10 +146,10 @@ fn terms_of<'a>(model: &'a Model, t: usize, list: &[(usize, f32)]) -> Vec<Term<'
     list.iter().map(term).collect()
 }
 
-/// Whether a card may take the dense path, on which A x is rounded.
+/// Whether A x may be rounded.
 fn is_dense(model: &Model, rows: usize) -> bool {
     let Spec { dtype, slots, max_rank, .. } = model.spec;
-    model.backend.cuda.is_some() && dtype == DType::Bf16 && rows > 64 && slots * max_rank.next_multiple_of(16) <= 128
+    model.backend.cuda.is_some() && dtype == DType::Bf16 && oracle::may_be_dense(rows, slots, max_rank)
 }
 
 pub fn workspace_bytes(model: &Model, rows: usize, k: usize) -> usize {

@@ -204,6 +204,11 @@ pub fn merge(base: &Exact, terms: &[Term<'_>]) -> (Exact, Vec<f64>) {
     (out, bounds)
 }
 
+/// Whether a card may take the dense path for a bf16 bank, on which A x is rounded.
+pub fn may_be_dense(rows: usize, slots: usize, rank_cap: usize) -> bool {
+    rows > 64 && slots * rank_cap.next_multiple_of(16) <= 128
+}
+
 /// y + sum of c B (A x), and what the f32 sums may err by: an element of A x by a rounding for each addition, that of B (A x) likewise,
 /// each of at most the sum of magnitudes; 2 u as in `merge`. Tensor cores may take A x in two parts: twice the additions. `in_bf16`: or as
 /// one number of bf16.

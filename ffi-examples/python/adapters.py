@@ -400,8 +400,8 @@ class Bench:
     def case(self, model, rows, rank, k, turns):
         name = f"apply/7b/T{rows}/r{rank}/k{k}"
         batch = Batch(model, rows, k)
-        elsewhere = "beside" if rows <= 64 else "into"
-        works = {"torch": batch.base, "ours": batch.with_apply, elsewhere: batch.with_apply_beside if rows <= 64 else batch.with_apply_into}
+        elsewhere, there = ("beside", batch.with_apply_beside) if rows <= 64 else ("into", batch.with_apply_into)
+        works = {"torch": batch.base, "ours": batch.with_apply, elsewhere: there}
         peer = Peer(self.vllm, batch) if self.vllm else None
         if peer:
             works["vllm"] = peer
