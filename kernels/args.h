@@ -277,7 +277,7 @@ typedef struct LswSwitchArgs {
     uint32_t path;
     uint32_t run; /* portable path: tiles, one below the other, that a block takes at a time; small sets: tiles beyond its first whose W it
                      brings to L2 in advance */
-    uint64_t arrivals;    /* of a small set, uint32_t [all targets]: tiles that have begun; zero before and after */
+    uint64_t arrivals;    /* of a small set, uint32_t [all targets]: blocks that have begun; zero before and after */
     uint32_t panel_depth; /* of a small set: 16, 32 or 64 of a rank, the most that a panel can have */
     uint32_t padding;
 } LswSwitchArgs;

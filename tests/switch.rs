@@ -996,10 +996,17 @@ fn blocks_go_on_to_other_targets(backend: &Backend) {
 fn launches_in_a_row(backend: &Backend) {
     for form in [Form::FromBase, Form::InPlace] {
         // Of more than 32 slots, adapters are not read with the route.
-        for slots in [4, 33] {
-            let spec = Spec { slots, shapes: vec![(384, 640), (48, 80), (200, 136)], max_rank: 70, ..small(DType::Bf16, form) };
+        let shapes = vec![(384, 640), (48, 80), (200, 136)];
+        let few = Spec { shapes, max_rank: 70, ..small(DType::Bf16, form) };
+        for spec in [few.clone(), Spec { slots: 33, ..few }, lone_and_deep(backend, form)] {
             let run = |pauses: bool| {
                 let mut model = Model::new(backend, &spec);
+                if let &[(rows, cols)] = &spec.shapes[..] {
+                    for (slot, rank) in [64, 40, 36, 33].into_iter().enumerate() {
+                        let pair = model.pair(rows, cols, rank, 0.5, 0.3);
+                        model.set_slot(slot, vec![Some(pair)]);
+                    }
+                }
                 let (experts, k) = (4, 2);
                 let mut rng = Rng(5);
                 let logits: Vec<Grid> = (0..12)
@@ -1022,23 +1029,31 @@ fn launches_in_a_row(backend: &Backend) {
                 backend.synchronize();
                 model.all_bits()
             };
-            assert_eq!(run(false), run(true), "{form:?}, {slots} slots");
+            assert_eq!(run(false), run(true), "{form:?}, {} slots, {} targets", spec.slots, spec.shapes.len());
         }
     }
+}
+
+/// One target, on a GPU of two tiles for a block, whose ranks are such that B's panels stay with it on Hopper's path of small sets.
+fn lone_and_deep(backend: &Backend, form: Form) -> Spec {
+    let cols = if backend.cuda.is_some() { 176 * 128 } else { 3 * 128 };
+    Spec { shapes: vec![(5, cols)], max_rank: 64, ..small(DType::Bf16, form) }
 }
 
 /// The same where the slots that a launch brings in are filled just before it, while the others are merged: it may look at them before
 /// that has happened.
 fn refills_in_a_row(backend: &Backend) {
     for form in [Form::FromBase, Form::InPlace] {
-        for slots in [4, 33] {
-            let spec = Spec { slots, shapes: vec![(384, 640), (48, 80)], max_rank: 70, ..small(DType::Bf16, form) };
+        let few = Spec { shapes: vec![(384, 640), (48, 80)], max_rank: 70, ..small(DType::Bf16, form) };
+        for (spec, least, most) in [(few.clone(), 8, 66), (Spec { slots: 33, ..few }, 8, 66), (lone_and_deep(backend, form), 33, 64)] {
             let run = |pauses: bool| {
                 let mut model = Model::new(backend, &spec);
                 let mut rng = Rng(6);
                 let mut contents = |slot: usize| {
-                    [slot + 8, 66 - slot]
-                        .map(|rank| Vec::from([(384, 640), (48, 80)].map(|(o, i)| Some(model.pair_of(&mut rng, o, i, rank)))))
+                    [slot + least, most - slot].map(|rank| {
+                        let pairs = spec.shapes.iter().map(|&(o, i)| Some(model.pair_of(&mut rng, o, i, rank)));
+                        pairs.collect()
+                    })
                 };
                 let contents: Vec<[Vec<Option<Pair>>; 2]> = (0..4).map(&mut contents).collect();
                 let routes = [[0u32, 1], [2, 3]].map(|ids| Grid::new(backend, DType::I32, 1, 2, Layout::dense(2), &ids));
@@ -1059,7 +1074,7 @@ fn refills_in_a_row(backend: &Backend) {
                 backend.synchronize();
                 model.all_bits()
             };
-            assert_eq!(run(false), run(true), "{form:?}, {slots} slots");
+            assert_eq!(run(false), run(true), "{form:?}, {} slots, {} targets", spec.slots, spec.shapes.len());
         }
     }
 }

@@ -120,7 +120,9 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
         }
         for switch in stream.device().hopper.iter().flat_map(|hopper| hopper.switch) {
             launch(stream, switch.large, one(LSW_SWITCH90_THREADS, LSW_SWITCH90_SHARED), &LswSwitchArgs::default())?;
-            launch_dependent(stream, switch.small, one(LSW_SMALL_THREADS, SMALL_SHARED), &LswSwitchArgs::default())?;
+            for small in [switch.small, switch.small_and_deep] {
+                launch_dependent(stream, small, one(LSW_SMALL_THREADS, SMALL_SHARED), &LswSwitchArgs::default())?;
+            }
         }
         for dense in stream.device().hopper.iter().map(|hopper| hopper.apply) {
             for (function, blocks) in dense.shrink.into_iter().zip(SHRINK_SPLITS) {
