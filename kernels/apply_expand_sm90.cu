@@ -106,8 +106,8 @@ struct Walk {
         at.row = index % strip / width * kTile, at.col = begin + index % strip % width * kTile;
     }
     __device__ __forceinline__ bool is_over() const { return tile >= end; }
-    // Whether the block is done with these outputs.
-    __device__ __forceinline__ bool is_last() const { return tile + width >= end || at.row + kTile >= args.rows; }
+    // Whether its strip ends with these rows, and so the use of its panels.
+    __device__ __forceinline__ bool is_last() const { return at.row + kTile >= args.rows; }
     __device__ __forceinline__ void enter(uint32_t first) {
         begin = at.col = first, at.row = 0;
         width = min(most, (args.targets[at.target].out - first + kTile - 1) / kTile);
