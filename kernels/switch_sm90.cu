@@ -12,7 +12,7 @@
 //                       memory (ldmatrix, add in f32, one rounding, stmatrix); where ranks are deep, B in registers (add_held)
 //   weights   (warps 2, 3) a consumer's granules of W: each is brought by the copy engine, and written back when it is done
 //
-// The product of a tile starts before its W arrives, and W runs up to three tiles ahead. A block takes a few tiles in a row, and B stays in
+// The product of a tile starts before its W arrives, and W runs one to five tiles ahead. A block takes a few tiles in a row, and B stays in
 // shared memory for that run; where a target has more panels than can stay, the rest passes through A's ring, tile by tile. A and B are what
 // other blocks read again, W is not: L2 is told to evict them last.
 //
@@ -33,7 +33,8 @@
 // - The last block to leave the queue records. Only schedulers read the old record, and by then all of them are done with it.
 //
 // Memory order first: blocks take tiles from one counter, so that all SMs work close together in memory (long private strips cost 6-10%). What a
-// run of tiles saves on B it can lose there: three tiles are best until the ranks add up to more than 128, 8 to 32 beyond.
+// run of tiles saves on B it can lose there: two or three tiles are best until the ranks add up to more than 128, 8 to 32 beyond. And what comes
+// further ahead than the consumers need is lost there too.
 // Every layout assumption is asserted where it is used.
 #include "args.h"
 #include "common/num.cuh"
@@ -47,16 +48,17 @@ constexpr int kThreads = LSW_SWITCH90_THREADS;
 constexpr int kConsumers = 2;  // warpgroups
 constexpr int kGroups = LSW_SWITCH90_GROUPS;
 constexpr int kArea = 13 * kGranule;        // bytes for granules of W and panels of A and B
-constexpr uint32_t kMostGranules = 8, kGranules = 6, kFewestGranules = 4;
+constexpr uint32_t kMostGranules = 10, kGranules = 6, kFewestGranules = 4;
 static_assert(kMostGranules % kConsumers == 0 && kGranules % kConsumers == 0 && kFewestGranules % kConsumers == 0,
               "a place stays with one consumer: who waits at a barrier sees all its phases");
 constexpr uint32_t kMostPanels = (kArea - kGranules * kGranule) / (16 * 256);  // of the smallest
 constexpr uint32_t kFewestStay = 4;         // panels of B, of the largest
 constexpr uint32_t kLoaders = 4;            // warps
-constexpr uint32_t kGrab = 3, kDeepGrab = 8;  // tiles that a block takes at a time
+constexpr uint32_t kLight = 3;              // panels of a tile, up to which its consumers have time to spare
+constexpr uint32_t kLightGrab = 2, kGrab = 3, kDeepGrab = 8;  // tiles that a block takes at a time
 constexpr uint32_t kHeldGrab = 16, kLongHeldGrab = 32;  // where the consumers hold B: all of it, a part
 constexpr uint32_t kDeep = 128;                // a sum of ranks beyond which panels are scarcer than granules
-constexpr int kEntries = 4;                 // tiles between the scheduler and the slowest role
+constexpr int kEntries = 6;                 // tiles between the scheduler and the slowest role
 constexpr uint32_t kEnd = ~0u;
 
 // A block starts with 128 registers a thread and can only share these out: asking for one more waits for ever.
@@ -217,8 +219,8 @@ __device__ __forceinline__ uint32_t changed_tiles(const LswSwitchArgs& args, con
 // B is held where a target's ranks are deep and each of its panels is 64 of a rank, the last 16 of them in part: less would waste registers.
 __device__ __forceinline__ bool is_whole(uint32_t rank) { return (rank + 15) / 16 % 4 == 0; }
 
-// What a changed target asks of the geometry; an adapter in both routes counts twice. Also: its tensor maps may have been written since this SM
-// last saw them. A fence takes long, so all threads of the block have theirs at once, and maps that will not be used have none.
+// What a changed target asks of the geometry. Also: its tensor maps may have been written since this SM last saw them. A fence takes long, so
+// all threads of the block have theirs at once, and maps that will not be used have none.
 __device__ void meet_target(const LswSwitchArgs& args, Shared& s, uint32_t target) {
     for (int i = 0; i < 2; ++i) fence_tensor_map(target_maps(args, target) + i);
     uint32_t depth = 16, ranks = 0, whole = 0, panels = 0, least_steps = ~0u, most_steps = 0;
@@ -229,7 +231,12 @@ __device__ void meet_target(const LswSwitchArgs& args, Shared& s, uint32_t targe
         };
         for (uint32_t e = 0; e < s.route.count; ++e) at(s.route.slot[e]);
         const uint32_t held = args.in_place ? merged_count(args, target) : 0;
-        for (uint32_t e = 0; e < held; ++e) at(merged(args, target)[e].slot);
+        for (uint32_t e = 0; e < held; ++e) {
+            const int slot = merged(args, target)[e].slot;
+            bool stays = false;
+            for (uint32_t i = 0; i < s.route.count; ++i) stays = stays || s.route.slot[i] == slot;
+            if (!stays) at(slot);
+        }
     };
     each([&](const LswFactor& f, const LswMap*) {
         const uint32_t full = panel_depth(f.rank), last = (f.rank - 1) % full + 1;
@@ -253,20 +260,28 @@ __device__ void meet_target(const LswSwitchArgs& args, Shared& s, uint32_t targe
     if (whole <= kDeep || whole < ranks) s.geometry.may_not = 1;
 }
 
-// One thread. Short grabs where they can be: memory likes all blocks close together, and the last blocks want tiles too. Deep ranks need B
-// to stay for longer. In place W's granules stay for a read and a write of the same memory, and more of them help where panels are small. More
-// than half of the places are B's: 8 of 14 for panels of 32, so that four terms' next run comes while one is used.
+// One thread. Memory likes all blocks close together, and the last blocks want tiles too. So a block grabs few tiles where it can, and nothing
+// comes further ahead than it must: A by a tile and a half, and W, where the consumers have time to spare, by the next tile alone. Where they
+// have not, W makes up for their hurry at the begin of a run: in place, and where panels are small, by up to five tiles. Deep ranks need B to
+// stay for longer.
 __device__ void lay_out(const LswSwitchArgs& args, Shared& s, uint32_t total, uint32_t blocks) {
     Geometry& g = s.geometry;
-    const bool is_deep = g.most_ranks > kDeep;
+    const bool is_deep = g.most_ranks > kDeep, is_light = !is_deep && g.most_panels <= kLight;
     g.panel_bytes = g.depth * 256;
     const bool is_held = g.may_hold && !g.may_not, is_all_held = is_held && g.most_panels == held_of(g.most_panels);
-    g.granules = is_deep ? kFewestGranules : args.in_place && g.depth == 16 ? kMostGranules : kGranules;
+    g.granules = is_deep || is_light ? kFewestGranules : args.in_place && g.depth == 16 ? kMostGranules : kGranules;
     g.panels = shared_address(s.panels());
     const uint32_t slots = min(kMostPanels, (kArea - g.granules * kGranule) / g.panel_bytes);
-    g.stays = is_held ? min(kFewestStay, g.most_panels - held_of(g.most_panels)) : g.depth == 64 ? kFewestStay : slots / 2 + 1;
+    if (is_held) {
+        g.stays = min(kFewestStay, g.most_panels - held_of(g.most_panels));
+    } else if (g.depth == 64 && !is_light) {
+        g.stays = kFewestStay;
+    } else {
+        g.stays = slots - max(1u, min(slots / 2, (3 * g.most_panels + 1) / 2));
+    }
     g.passes = slots - g.stays;
-    const uint32_t most = !is_held ? (is_deep ? kDeepGrab : kGrab) : is_all_held ? kHeldGrab : kLongHeldGrab;
+    const uint32_t unheld = is_deep ? kDeepGrab : is_light ? kLightGrab : kGrab;
+    const uint32_t most = !is_held ? unheld : is_all_held ? kHeldGrab : kLongHeldGrab;
     g.grab = max(1u, min(most, (total + blocks - 1) / blocks));
 }
 
