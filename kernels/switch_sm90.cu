@@ -18,8 +18,8 @@
 //
 // A consumer is bound by the latency of its own instructions, not by the tensor cores: two warps a scheduler, and a term is a chain of wait,
 // product, fmas. So the scheduler works out all that a product needs, descriptors and places included, and whatever a consumer still has to
-// do it does while a product runs. Where it holds B, its 64 rows are two halves of 64 columns: one is scaled, or added to W, while the other's
-// product runs.
+// do it does while a product runs. Where it holds B, its 64 rows are two halves of 64 columns: one is scaled while the other's product runs,
+// and W, whose place is wanted for the tile after the next one, is changed as soon as a tile's products are over.
 //
 // Why it is right:
 // - Both operands come as PEFT stores them. B [out, rank] is K-major, A [rank, in] is N-major: wgmma takes both layouts by descriptor.
@@ -62,15 +62,18 @@ constexpr int kEntries = 6;                 // tiles between the scheduler and t
 constexpr uint32_t kEnd = ~0u;
 
 // A block starts with 128 registers a thread and can only share these out: asking for one more waits for ever.
-constexpr int kProducerRegisters = 56, kLoaderRegisters = 40, kConsumerRegisters = 208;
+constexpr int kProducerRegisters = 48, kLoaderRegisters = 32, kConsumerRegisters = 216;
 static_assert(128 * kProducerRegisters + 128 * kLoaderRegisters + 256 * kConsumerRegisters <= 512 * 128, "registers of a block");
 
 static_assert(kThreads == 512 && kTile == 128, "two warpgroups of producers, two of consumers of 64 rows each");
 
 // Panels of B that consumers hold in registers, a target's first ones. Each number has code of its own, where an index is a constant; so
-// have eight panels, of which the last two are not held.
-constexpr uint32_t kMostHeld = 6, kStraight = 8;
-__device__ __forceinline__ uint32_t held_of(uint32_t panels) { return panels < 4 ? panels : panels < kMostHeld ? 4 : kMostHeld; }
+// have eight panels, of which the last one is not held.
+constexpr uint32_t kMostHeld = 6, kStraight = 8, kStraightHeld = 7;
+__device__ __forceinline__ uint32_t held_of(uint32_t panels) {
+    if (panels == kStraight) return kStraightHeld;
+    return panels < 4 ? panels : panels < kMostHeld ? 4 : kMostHeld;
+}
 
 // What a target's sum has of one adapter.
 struct alignas(16) Term {
@@ -635,26 +638,30 @@ __device__ void run_weights(const LswSwitchArgs& args, Shared& s, int consumer) 
     Ring entries(kEntries), coming(s.geometry.granules, consumer), going = coming;
     const uint32_t all = s.geometry.granules / kConsumers;
     uint32_t places = all;
-    for (bool is_over = false;;) {
-        while (!is_over && places > 0) {
+    auto next_tile = [&] {
+        for (;;) {
             const Header tile = next_entry(s, entries).header;
             s.entry_empty[entries.slot].arrive();
             entries.advance();
-            is_over = tile.target == kEnd;
-            if (is_over || !tile.ends_tile()) continue;
-            moving[coming.slot] = tile;
+            if (tile.target == kEnd || tile.ends_tile()) return tile;
+        }
+    };
+    // What a load or a store needs is read before its place is free: a place that waits is lacking in what is in flight.
+    for (Header next = next_tile();;) {
+        for (; next.target != kEnd && places > 0; next = next_tile()) {
+            moving[coming.slot] = next;
             Barrier& full = s.weight_full[coming.slot];
             full.arrive_expecting(kGranule);
-            load_pair(s.area + coming.slot * kGranule, target_maps(args, tile.target) + 1, tile.blocks(), tile.col, tile.row + 64 * consumer,
-                      64, full, kEvictNormal);
+            load_pair(s.area + coming.slot * kGranule, target_maps(args, next.target) + 1, next.blocks(), next.col, next.row + 64 * consumer, 64,
+                      full, kEvictNormal);
             coming.advance(kConsumers), --places;
         }
         if (places == all) break;
-        s.weight_done[going.slot].wait(going.parity);
         const Header tile = moving[going.slot];
         const unsigned char* granule = s.area + going.slot * kGranule;
         const LswMap* map = target_maps(args, tile.target);
         const int row = tile.row + 64 * consumer;
+        s.weight_done[going.slot].wait(going.parity);
         if (tile.blocks()) {
             store_blocks(map, tile.col / 64, row, granule);
         } else {
@@ -741,9 +748,12 @@ struct Consumer {
         s.panel_empty[p.a_slot()].arrive_if(leader);
         s.panel_empty[p.b_slot()].arrive_if(leader && p.frees_b());
     }
-    template <int kColumns> __device__ __forceinline__ void take_weight(Fragment<kColumns>& weight) {
+    __device__ __forceinline__ void wait_weight() {
         granule = s.area + weights.slot * kGranule;
         s.weight_full[weights.slot].wait(weights.parity);
+    }
+    __device__ __forceinline__ void take_weight(Fragment<kTile>& weight) {
+        wait_weight();
         weight.load(granule);
     }
     __device__ __forceinline__ void give_weight() {
@@ -825,10 +835,10 @@ template <class T, int kHeld, int kCount> __device__ __forceinline__ void add_he
     Shared& s = c.s;
     uint32_t held[kHeld][4][4] = {};
     float sums[2][32] = {};
-    Fragment<64> weight{};
     float coefficients[kCount] = {};  // of a run's first products
     uint32_t scales = 0;              // a bit each: whether it ends a term
     constexpr int kStaying = kCount - kHeld;
+    constexpr int kHalves = kHeld <= 4 ? 2 : 1;  // of W's tile that there are registers for at a time
     Plan staying[kStaying + 1]{};  // of those whose B stays
     uint32_t staying_low[kStaying + 1] = {};
     const uint32_t stays = s.geometry.stays, panels = s.geometry.panels >> 4 | 64 * 128 >> 4 << 16;
@@ -837,8 +847,7 @@ template <class T, int kHeld, int kCount> __device__ __forceinline__ void add_he
     bool is_ready = false;  // whether the panels of `next` are there
     int4 words{};           // of the next one, as the leader has read them
     uint32_t b_low = 0;
-    float factor = 0.0f;      // of the last tile's sums
-    bool has_weight = false;  // that the last tile's left half is done, and its right half is to be added
+    bool has_weight = false;  // the last tile's, with the sum: the fence that gives it back waits for its stores, so a product runs before
     auto fetch = [&] {
         const Product& p = s.entry[c.entries.slot].products[c.index++];
         if (c.leader) words = reinterpret_cast<const int4&>(p), b_low = p.b_low[c.consumer];
@@ -897,12 +906,6 @@ template <class T, int kHeld, int kCount> __device__ __forceinline__ void add_he
 #pragma unroll
         for (int j = 0; j < 32; ++j) sum[j] *= coefficient;
     };
-    auto add_right = [&] {
-        if (has_weight) weight.template add_and_store<T>(c.granule + kHalf, sums[1], factor);
-    };
-    auto give_weight = [&] {
-        if (has_weight) c.give_weight();
-    };
 
     fetch(), tell(), test_panels();
     now = next;
@@ -948,12 +951,12 @@ template <class T, int kHeld, int kCount> __device__ __forceinline__ void add_he
                 multiply_shared(0, rows_of_128(staying_low[i - kHeld]), a);
             }
             if (ends) tell_behind(goes_on);
-            wgmma_wait<1>(sums[1]);
-            if (i == 0) {
-                add_right();
-            } else {
+            if (i > 0) {
+                wgmma_wait<1>(sums[1]);
                 c.release(last);
                 if (scales >> (i - 1) & 1) scale(sums[1], coefficients[i - 1]);
+            } else if (has_weight) {
+                c.give_weight();
             }
             if (i < kHeld) {
                 multiply_held(1, held[i], a, i > 0);
@@ -962,9 +965,8 @@ template <class T, int kHeld, int kCount> __device__ __forceinline__ void add_he
                 multiply_shared(1, rows_of_128(staying_low[i - kHeld]), a);
                 last = Plan::leaves(place, staying[i - kHeld].b_slot(), frees);
             }
-            if (i == 0) give_weight();
         }
-        factor = coefficients[kCount - 1];
+        float factor = coefficients[kCount - 1];
         if (kCount > 3 && kCount < kStraight) {
             bool ends_term = scales >> (kCount - 1) & 1;
             while (goes_on) {
@@ -980,15 +982,20 @@ template <class T, int kHeld, int kCount> __device__ __forceinline__ void add_he
             }
         }
         now = next;
-        c.take_weight(weight);
-        wgmma_wait<1>(sums[0]);
-        weight.template add_and_store<T>(c.granule, sums[0], factor);
-        weight.load(c.granule + kHalf);
-        wgmma_wait<0>(sums[1]);
-        c.release(last);
+        wgmma_wait<0>(sums[0]), wgmma_wait<0>(sums[1]);
+        c.release(last);  // A's place does not wait for W
+        c.wait_weight();
+#pragma unroll
+        for (int first = 0; first < 2; first += kHalves) {
+            Fragment<64> weight[kHalves];
+#pragma unroll
+            for (int i = 0; i < kHalves; ++i) weight[i].load(c.granule + (first + i) * kHalf);
+#pragma unroll
+            for (int i = 0; i < kHalves; ++i) weight[i].template add_and_store<T>(c.granule + (first + i) * kHalf, sums[first + i], factor);
+        }
         has_weight = true;
     } while (c.tile.straight() == kCount);
-    add_right(), give_weight();
+    c.give_weight();
     c.index = 0;  // another kind looks at the first product itself
 }
 
@@ -1007,7 +1014,7 @@ template <class T, int kSteps, bool kHolds = false> __device__ __forceinline__ v
         } else if (kHolds && c.tile.straight() == kMostHeld) {
             add_held<T, kMostHeld, kMostHeld>(c);
         } else if (kHolds && c.tile.straight() == kStraight) {
-            add_held<T, kMostHeld, kStraight>(c);
+            add_held<T, kStraightHeld, kStraight>(c);
         } else {
             add<T, kSteps, kHolds>(c);
         }

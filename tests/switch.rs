@@ -677,9 +677,10 @@ fn deep_ranks_of_small_sets(backend: &Backend) {
     }
 }
 
-/// Ranks of whole panels, more than 128 together: the Hopper kernel holds the first three, four or six panels of B in registers, up to four
-/// more stay in shared memory and the rest passes through it, with more products than an entry has in the end. Over several tiles in a row, with
-/// coefficients in no order, and routes of which some are not deep; what is not finite shows from base and is healed.
+/// Ranks of whole panels, more than 128 together: the Hopper kernel holds the first three, four, six or (of eight) seven panels of B in
+/// registers, up to four more stay in shared memory and the rest passes through it, with more products than an entry has in the end. Over
+/// several tiles in a row, with coefficients in no order, and routes of which some are not deep; what is not finite shows from base and is
+/// healed.
 fn deep_ranks(backend: &Backend) {
     let cases: [(usize, usize, &[usize]); 7] = [
         (5, 54_400, &[64, 64, 50]),
