@@ -58,6 +58,9 @@ enum {
     LSW_SMALL_SHARED = 40 * 1024,  /* bytes a block, behind the first multiple of 1,024, */
     LSW_SMALL_PANELS = 64 * 1024,  /* and behind them */
     LSW_SMALL_TARGETS = 32,        /* one lane each */
+    LSW_SMALL_HELD = 4,            /* products whose panels of B a block keeps for its tiles; */
+    LSW_SMALL_LONG = 160 * 1024,   /* bytes in the place of LSW_SMALL_PANELS where they are in registers, and */
+    LSW_SMALL_SLOTS = 222,         /* slots that there may be then, one thread each */
 
     LSW_PERMUTE_MAX_EXPERTS = 65536, /* adapter x expert pairs */
     LSW_PERMUTE_DIGITS = 1024,       /* experts that one pass sorts by; more take two passes of 8 bits */

@@ -22,6 +22,9 @@
 // through the place of W, by the copy engine, for which no fence waits; W is added in registers, but for a block's last tile, whose W comes where
 // the first panels of B have been.
 //
+// A launch of many tiles of such ranks is long enough for a block to have a multiprocessor to itself: then B's panels are in registers, A's come
+// far ahead and W a tile ahead, and W goes back by the copy engine too.
+//
 // Exactness and the order of sums are those of switch.cu, but that a product is of 64 of a rank.
 #include <stddef.h>
 
@@ -131,11 +134,17 @@ struct Run {
 // A panel of A, for the copy engine.
 struct Box {
     const LswMap* map;
-    int row;
+    int row, depth;  // where it begins in the rank, and how much of it a box of the map has
 };
-constexpr uint32_t kHeld = LSW_SMALL_PANELS / kGranule;  // panels of B that stay
-constexpr uint32_t kPlaces = 2;                         // for panels of A
-constexpr uint32_t kFenced = kThreads - 32;             // slots whose maps are fenced while a warp finds the terms, a thread each
+constexpr uint32_t kHeld = LSW_SMALL_HELD;    // panels of B that stay
+constexpr uint32_t kPlaces = 2;               // for panels of A
+constexpr uint32_t kFenced = LSW_SMALL_SLOTS;  // slots whose maps are fenced while a warp finds the terms, a thread each
+static_assert(kHeld * kGranule <= LSW_SMALL_PANELS && 32 + kFenced + 2 <= kThreads, "places, and threads for the maps of W and its base");
+
+// Of long launches: places for panels of A, of which the last are asked for anew only a few products later, when nobody is waited for; and for
+// tiles of W.
+constexpr uint32_t kLongPlaces = 8, kLate = 2, kStages = 2;
+static_assert((kLongPlaces + 2 * (kStages - 1)) * kGranule <= LSW_SMALL_LONG, "behind Shared, whose granules are one stage of W");
 
 struct Shared {
     unsigned char weight[2][kGranule];  // a warpgroup's each; of it a warp has 16 rows. Where B is held: panels of A
@@ -148,10 +157,13 @@ struct Shared {
     float coefficients[2 * LSW_MAX_K * LSW_MAX_RANK / 64 + 1];  // of products, and one that is read ahead
     uint32_t odd;
     bool is_changed, is_guess;
-    bool is_held;  // whether B's panels stay
+    bool is_held;    // whether B's panels stay, ...
+    bool are_whole;  // ... and their rows are whole chunks
     Box boxes[kHeld];
     Barrier full[kPlaces], empty[kPlaces];
+    Barrier long_full[kLongPlaces], long_empty[kLongPlaces], weight_full[kStages][2];  // of long launches; W's for each warpgroup
     uint32_t used;     // panels of A, ever
+    uint32_t added;    // tiles of W, ever, of long launches
     uint32_t arrived;  // blocks before this one
 };
 static_assert(sizeof(Shared) <= LSW_SMALL_SHARED, "panels lie behind it");
@@ -170,8 +182,8 @@ __device__ __forceinline__ const LswMap* map_of_a(const LswSwitchArgs& args, uin
     return reinterpret_cast<const LswMap*>(args.factor_maps) + 2 * (target * args.slots + slot);
 }
 
-// One warp: the target's sum, from what each lane has read of it.
-__device__ __forceinline__ void find_terms(const LswSwitchArgs& args, Shared& s, uint32_t target) {
+// One warp: the target's sum, from what each lane has read of it. kLong: of a long launch.
+template <bool kLong> __device__ __forceinline__ void find_terms(const LswSwitchArgs& args, Shared& s, uint32_t target) {
     const uint32_t lane = threadIdx.x % 32;
     const Source& source = s.source[lane];
     const uint32_t held_count = source.held_count == LSW_UNKNOWN ? 0 : source.held_count;
@@ -239,22 +251,25 @@ __device__ __forceinline__ void find_terms(const LswSwitchArgs& args, Shared& s,
             const LswMap* map = map_of_a(args, target, t.slot);
             for (uint32_t p = t.begin; p < products + end; ++p) {
                 s.coefficients[p] = t.coefficient;
-                if (p < kHeld) s.boxes[p] = {map, static_cast<int>(64 * (p - t.begin))};
+                if (p < kHeld) s.boxes[p] = {map, static_cast<int>(64 * (p - t.begin)), panel_depth(t.rank)};
             }
         }
         products += __shfl_sync(kFullWarp, end, 31);
     }
-    // Whether B's panels stay: there is more than one tile for them, there are places for them, and the copy engine brings A in whole panels.
-    const bool fits_box = lane >= count || (s.terms[lane].rank > 32 && s.terms[lane].flags & LSW_A_ALIGNED);
+    // Whether B's panels stay: there is more than one tile for them, there are places for them, and the copy engine brings A in whole panels (in
+    // long launches in parts of them, too).
+    const bool fits_box = lane >= count || ((kLong || s.terms[lane].rank > 32) && s.terms[lane].flags & LSW_A_ALIGNED);
+    const bool are_whole = __all_sync(kFullWarp, lane >= count || (s.terms[lane].rank % 8 == 0 && s.terms[lane].flags & LSW_B_ALIGNED));
     const bool fit = __all_sync(kFullWarp, fits_box) && s.run.matrix.flags & LSW_WEIGHT_BLOCKS && args.slots <= kFenced;
-    const bool is_held = fit && products >= kPlaces && products <= kHeld && s.run.end - s.run.first.index > 1 && !is_same && !is_stale;
+    const bool pays = kLong ? products > 0 : products >= kPlaces && s.run.end - s.run.first.index > 1;
+    const bool is_held = fit && pays && products <= kHeld && !is_same && !is_stale;
     uint32_t odd = lane < args.k && id != source.id ? LSW_ODD_ROUTE_ID : 0;
     if (exists && !(is_finite(c) && fits)) odd |= LSW_ODD_COEFFICIENT;
     if (!is_same && is_stale) odd |= LSW_STALE_MERGE;
     odd = __reduce_or_sync(kFullWarp, odd);
     if (lane == 0) {
         s.count = count, s.products = products, s.next_count = next_count, s.odd = odd;
-        s.is_changed = !is_same && !is_stale, s.is_held = is_held;
+        s.is_changed = !is_same && !is_stale, s.is_held = is_held, s.are_whole = are_whole;
     }
 }
 
@@ -390,6 +405,23 @@ template <class T> __device__ __forceinline__ void load_weight(const Shared& s, 
     }
 }
 
+// A warp's 16 rows of 32 columns of W, the n-th of the tile: + sum, one rounding.
+template <class T> __device__ __forceinline__ void add_columns(unsigned char* granule, int n, const float (&sum)[64]) {
+    uint32_t words[2][4];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) ldmatrix4(words[j], Fragment<128>::place(granule, 2 * n + j));
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float2 old = unpack(words[j][i], T{});
+            const int at = 8 * (2 * n + j) + 2 * i;
+            words[j][i] = pack({old.x + sum[at], old.y + sum[at + 1]}, T{});
+        }
+        stmatrix4(Fragment<128>::place(granule, 2 * n + j), words[j]);
+    }
+}
+
 // A warp's 16 rows of W, + sum, one rounding, and back. An empty sum copies bits.
 template <class T>
 __device__ __forceinline__ void store_weight(const Shared& s, unsigned char* granule, const Tile& tile, const float (&sum)[64]) {
@@ -402,22 +434,7 @@ __device__ __forceinline__ void store_weight(const Shared& s, unsigned char* gra
     for (int half = 0; half < 2; ++half) {
         if (is_sum) {
 #pragma unroll
-            for (int pair = 0; pair < 2; ++pair) {
-                const int first = 4 * half + 2 * pair;
-                uint32_t words[2][4];
-#pragma unroll
-                for (int j = 0; j < 2; ++j) ldmatrix4(words[j], Fragment<128>::place(granule, first + j));
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const float2 old = unpack(words[j][i], T{});
-                        const int at = 8 * (first + j) + 2 * i;
-                        words[j][i] = pack({old.x + sum[at], old.y + sum[at + 1]}, T{});
-                    }
-                    stmatrix4(Fragment<128>::place(granule, first + j), words[j]);
-                }
-            }
+            for (int pair = 0; pair < 2; ++pair) add_columns<T>(granule, 2 * half + pair, sum);
             __syncwarp();
         }
         uint4 chunks[4];
@@ -770,7 +787,246 @@ template <class T> __device__ __forceinline__ bool switch_held(const LswSwitchAr
     return is_done;
 }
 
-template <int kDepth, class T> __device__ __forceinline__ void switch_small(const LswSwitchArgs& args) {
+__device__ __forceinline__ const LswMap* map_of_weight(const LswSwitchArgs& args, uint64_t target) {
+    return reinterpret_cast<const LswMap*>(args.target_maps) + 2 * target;
+}
+
+// A chunk of 8 elements, of which the first `left` exist; the rest is zero. kWhole: all or none of them do; no branch.
+template <bool kWhole, class T> __device__ __forceinline__ void load_words(uint32_t (&x)[4], const T* from, int left) {
+    if constexpr (kWhole) {
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.gt.s32 p, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+            "@p ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+            : "=&r"(x[0]), "=&r"(x[1]), "=&r"(x[2]), "=&r"(x[3])
+            : "l"(from), "r"(left));
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint16_t* bits = reinterpret_cast<const uint16_t*>(from) + 2 * i;
+            x[i] = (2 * i < left ? bits[0] : 0u) | (2 * i + 1 < left ? bits[1] : 0u) << 16;
+        }
+    }
+}
+
+// The 128 threads of a warpgroup.
+__device__ __forceinline__ void sync_group(int group) {
+    if (group == 0) sync_some<1, 128>();
+    else sync_some<2, 128>();
+}
+
+// Long launches: a block has a multiprocessor to itself, B is in registers, and A and W come by the copy engine, which also takes W back.
+template <class T> struct Long {
+    const LswSwitchArgs& args;
+    Shared& s;
+    int group;
+    uint32_t used, brought, added;  // panels of A, and tiles of W
+    Tile ahead;                     // of the next panel of A to be brought, ...
+    uint32_t ahead_product;         // ... and its product
+    uint32_t b[kHeld][4][4];        // a warp's 16 rows of all panels of B, as wgmma has them
+
+    __device__ __forceinline__ Long(const LswSwitchArgs& args, Shared& s)
+        : args(args), s(s), group(__shfl_sync(kFullWarp, threadIdx.x / 128, 0)), used(s.used), brought(s.used), added(s.added), ahead(s.run.first),
+          ahead_product(0) {}
+
+    // The warpgroup's rows of W.
+    __device__ __forceinline__ unsigned char* granule(uint32_t stage) const { return stage == 0 ? s.weight[group] : held_panel(s, kLongPlaces + group); }
+
+    // The next panel of A, if there is one left. Of shallow ranks several boxes, those beyond the rank of zeros.
+    __device__ __forceinline__ void bring() {
+        if (ahead.index >= s.run.end) return;
+        if (threadIdx.x < 32 && elect_one()) {
+            const uint32_t place = brought % kLongPlaces;
+            const Box box = s.boxes[ahead_product];
+            s.long_empty[place].wait((brought / kLongPlaces & 1) ^ 1);
+            s.long_full[place].arrive_expecting(kGranule);
+            for (int k = 0; k < 64; k += box.depth) {
+                load_blocks(held_panel(s, place) + 256 * k, box.map, ahead.col / 64, box.row + k, s.long_full[place]);
+            }
+        }
+        __syncwarp();
+        ++brought;
+        if (++ahead_product == s.products) ahead_product = 0, s.run.go_on(ahead);
+    }
+
+    // W of the n-th tile ever, once what was in its place has been stored.
+    __device__ __forceinline__ void bring_weight(const Tile& tile, uint32_t n) {
+        if (tile.index >= s.run.end) return;
+        if (threadIdx.x % 128 < 32 && elect_one()) {
+            Barrier& full = s.weight_full[n % kStages][group];
+            store_wait_read();
+            full.arrive_expecting(kGranule);
+            load_blocks(granule(n % kStages), map_of_weight(args, s.run.target) + 1, tile.col / 64, tile.row + 64 * group, full);
+        }
+        __syncwarp();
+    }
+    __device__ __forceinline__ void wait_weight(uint32_t n) { s.weight_full[n % kStages][group].wait(n / kStages & 1); }
+
+    // B of a row of tiles. A lane loads chunks 4 h + lane % 4 of two rows, all before it looks at the first; what is beyond the products is zero.
+    template <bool kWhole> __device__ __forceinline__ void load_rows(int tile_row) {
+        const int row = tile_row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+        uint32_t chunks[kHeld][2][2][4];
+#pragma unroll
+        for (uint32_t p = 0; p < kHeld; ++p) {
+            const Term& t = term_of(s, p);
+            const int k = (p - t.begin) * 64 + 8 * (threadIdx.x % 4);
+            const T* from = reinterpret_cast<const T*>(t.b) + static_cast<uint64_t>(row) * t.b_stride + k;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const int left = row + 8 * i < s.run.matrix.rows ? static_cast<int>(t.rank) - k - 32 * h : 0;
+                    load_words<kWhole>(chunks[p][i][h], from + i * 8ull * t.b_stride + 32 * h, left);
+                }
+            }
+        }
+#pragma unroll
+        for (uint32_t p = 0; p < kHeld; ++p) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    uint32_t (&words)[4] = chunks[p][i][h];
+                    transpose(words);
+#pragma unroll
+                    for (int w = 0; w < 4; ++w) words[w] = opaque(words[w]);  // or it would be selected anew for each product
+                    b[p][2 * h][i] = words[0], b[p][2 * h][2 + i] = words[1], b[p][2 * h + 1][i] = words[2], b[p][2 * h + 1][2 + i] = words[3];
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void load_b(int tile_row) {
+        if (s.are_whole) load_rows<true>(tile_row);
+        else load_rows<false>(tile_row);
+    }
+
+    struct Panel {
+        uint32_t address, depth;  // as wgmma has it, and of its boxes
+    };
+    // The next panel of A, once it is there.
+    __device__ __forceinline__ Panel open(uint32_t product) {
+        const uint32_t place = used % kLongPlaces;
+        s.long_full[place].wait(used / kLongPlaces & 1);
+        return {shared_address(held_panel(s, place)) >> 4 | 1 << 16, static_cast<uint32_t>(s.boxes[product].depth)};
+    }
+    __device__ __forceinline__ void multiply(float (&product)[32], const uint32_t (&rows)[4][4], const Panel& panel, int side) {
+        constexpr uint64_t kRows = static_cast<uint64_t>(1024 >> 4 | 1 << 30) << 32;  // eight rows of 128 bytes, swizzled over that width
+        const uint32_t sixteen = (panel.depth == 16 ? 4096 : 2048) >> 4, thirtytwo = (panel.depth == 64 ? 4096 : 8192) >> 4;
+        const uint32_t a = panel.address + side * (panel.depth * 128 >> 4);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step) wgmma(product, rows[step], kRows | (a + step % 2 * sixteen + step / 2 * thirtytwo), step > 0, T{});
+        wgmma_commit();
+    }
+
+    // The sum of a tile: one half of a product is multiplied while the other is added. Then W of the next tile is asked for.
+    template <uint32_t kProducts> __device__ __forceinline__ void add_products(const Tile& tile, float (&sum)[64]) {
+        const bool is_first = tile.index == s.run.first.index;
+        float left[32], right[32];
+        Panel panel = open(0);
+        multiply(left, b[0], panel, 0);
+        multiply(right, b[0], panel, 1);
+#pragma unroll
+        for (uint32_t p = 0; p < kProducts; ++p) {
+            const float coefficient = s.coefficients[p];
+            const uint32_t place = used++ % kLongPlaces;
+            if (p + 1 < kProducts) panel = open(p + 1);
+            wgmma_wait<1>(left);
+#pragma unroll
+            for (int e = 0; e < 32; ++e) sum[e] = fmaf(coefficient, left[e], p == 0 ? 0.0f : sum[e]);
+            if (p + 1 < kProducts) {
+                multiply(left, b[p + 1], panel, 0);
+                wgmma_wait<1>(right);
+            } else {
+                wgmma_wait<0>(right);
+            }
+            s.long_empty[place].arrive_if(threadIdx.x % 32 == 0);
+#pragma unroll
+            for (int e = 0; e < 32; ++e) sum[32 + e] = fmaf(coefficient, right[e], p == 0 ? 0.0f : sum[32 + e]);
+            if (p + 1 < kProducts) multiply(right, b[p + 1], panel, 1);
+            bring();
+            if (p == (kProducts > 1) && !is_first) {
+                Tile next = tile;
+                s.run.go_on(next);
+                bring_weight(next, added + 1);
+            }
+        }
+    }
+
+    // W + sum, one rounding, and back.
+    __device__ __forceinline__ void store(const Tile& tile, const float (&sum)[64]) {
+        unsigned char* to = granule(added % kStages);
+        wait_weight(added);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) add_columns<T>(to, n, sum);
+        fence_async_shared();
+        sync_group(group);
+        if (threadIdx.x % 128 < 32 && elect_one()) {
+            store_blocks(map_of_weight(args, s.run.target), tile.col / 64, tile.row + 64 * group, to);
+            store_commit();
+        }
+        __syncwarp();
+        ++added;
+    }
+
+    // The block's tiles of a target; false: the guess was wrong, and nothing has been done.
+    __device__ __forceinline__ bool run() {
+        const Run& run = s.run;
+        Tile tile = run.first;
+#pragma unroll 1
+        for (uint32_t i = 0; i < kLongPlaces - kLate; ++i) bring();
+        Tile next = tile;
+#pragma unroll 1
+        for (uint32_t i = 0; i <= args.run; ++i, run.go_on(next)) prefetch_weight<T>(run, next);
+        bool is_done = true;
+        load_b(tile.row);
+#pragma unroll 1
+        for (;;) {
+            float sum[64];
+            switch (s.products) {
+                case 1: add_products<1>(tile, sum); break;
+                case 2: add_products<2>(tile, sum); break;
+                case 3: add_products<3>(tile, sum); break;
+                default: add_products<4>(tile, sum); break;
+            }
+            const bool is_first = tile.index == run.first.index;
+            uint32_t arrived = 0;
+            if (is_first) {
+                const bool is_guess = s.is_guess;
+                uint2 now{};
+                if (is_guess) now = look_again(args, s);
+                next = tile;
+                run.go_on(next);
+                bring_weight(tile, added);
+                bring_weight(next, added + 1);
+                if (is_guess && !is_final(s, now)) {
+                    // What is on its way must have come.
+                    for (; used < brought; ++used) {
+                        s.long_full[used % kLongPlaces].wait(used / kLongPlaces & 1);
+                        s.long_empty[used % kLongPlaces].arrive_if(threadIdx.x % 32 == 0);
+                    }
+                    wait_weight(added++);
+                    if (next.index < run.end) wait_weight(added++);
+                    is_done = false;
+                    break;
+                }
+                arrived = arrive(args, s);
+            }
+            store(tile, sum);
+            if (threadIdx.x == 0 && is_first) s.arrived = arrived;
+            run.go_on(tile);
+            if (tile.index >= run.end) break;
+            if (tile.col == 0) load_b(tile.row);
+        }
+        store_wait();
+        if (is_done) record(args, s);
+        __syncthreads();
+        if (threadIdx.x == 0) s.used = used, s.added = added;
+        return is_done;
+    }
+};
+
+template <int kDepth, class T, bool kLong = false> __device__ __forceinline__ void switch_small(const LswSwitchArgs& args) {
     constexpr bool kMayHold = kDepth == 64;
     extern __shared__ unsigned char raw[];
     unsigned char* aligned = raw + (-shared_address(raw) & 1023);
@@ -778,20 +1034,26 @@ template <int kDepth, class T> __device__ __forceinline__ void switch_small(cons
     dependency_release();
     if (threadIdx.x == 0) {
         s.is_guess = args.slots <= kAtHand;
-        s.used = 0;
+        s.used = s.added = 0;
         if (kMayHold) {
             for (uint32_t i = 0; i < kPlaces; ++i) s.full[i].init(1), s.empty[i].init(kThreads / 32);
+            for (uint32_t i = 0; kLong && i < kLongPlaces; ++i) s.long_full[i].init(1), s.long_empty[i].init(kThreads / 32);
+            for (uint32_t i = 0; kLong && i < 2 * kStages; ++i) s.weight_full[i / 2][i % 2].init(1);
             fence_barrier_init();
         }
     }
     if (args.slots > kAtHand) dependency_wait();
     uint32_t at = kMayHold ? ~0u : blockIdx.x;
     while (enter_run<kMayHold>(args, s, at)) {
-        if (threadIdx.x < 32) find_terms(args, s, s.run.target);
+        if (threadIdx.x < 32) find_terms<kLong>(args, s, s.run.target);
         else if (kMayHold && threadIdx.x - 32 < args.slots) fence_tensor_map(map_of_a(args, s.run.target, threadIdx.x - 32));
+        else if (kLong && threadIdx.x >= kThreads - 2) fence_tensor_map(map_of_weight(args, s.run.target) + threadIdx.x % 2);
         if (kMayHold) fence_async_shared();
         __syncthreads();
-        const bool is_done = kMayHold && s.is_held ? switch_held<T>(args, s) : switch_tiles<kDepth, T>(args, s);
+        bool is_done;
+        if (!kMayHold || !s.is_held) is_done = switch_tiles<kDepth, T>(args, s);
+        else if constexpr (kLong) is_done = Long<T>(args, s).run();
+        else is_done = switch_held<T>(args, s);
         at = is_done ? s.run.next : s.run.at;  // or once more
         if (at == ~0u) break;
     }
@@ -809,6 +1071,10 @@ template <int kDepth, class T> __device__ __forceinline__ void switch_small(cons
     extern "C" __global__ void __launch_bounds__(LSW_SMALL_THREADS, 2) lsw_switch_small_deep_##suffix##_sm90(const __grid_constant__ LswSwitchArgs args) { \
         if (args.first >= args.last) dependency_wait();                                                                                       \
         else switch_small<64, T>(args);                                                                                                       \
+    }                                                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(LSW_SMALL_THREADS, 1) lsw_switch_small_long_##suffix##_sm90(const __grid_constant__ LswSwitchArgs args) { \
+        if (args.first >= args.last) dependency_wait();                                                                                       \
+        else switch_small<64, T, true>(args);                                                                                                 \
     }
 LSW_SMALL(f16, __half)
 LSW_SMALL(bf16, __nv_bfloat16)

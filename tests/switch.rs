@@ -662,11 +662,15 @@ fn deep_ranks_of_small_sets(backend: &Backend) {
             let pairs = shapes.iter().map(|&(rows, cols)| Some(model.pair(rows, cols, rank, 0.5, 0.3))).collect();
             model.set_slot(slot, pairs);
         }
-        let routes: [(&[i32], &[f32]); 4] = [
+        let routes: [(&[i32], &[f32]); 8] = [
             (&[0, 1], &[0.25, -1.0]),
             (&[2, 3], &[0.5, 2.0]),
             (&[3, 0, 2, 1], &[0.75, 1.5, -0.5, 0.125]),
             (&[4, 1, 5], &[1.0, 0.5, -0.25]),
+            (&[5, 4], &[0.5, -2.0]),
+            (&[2, 0], &[-0.75, 1.0]),
+            (&[3, 0, 2, 1], &[0.5, 0.25, 1.0, -0.5]),
+            (&[4, 5], &[1.5, 0.5]),
         ];
         let mut drift = Drift::new(&spec);
         for (ids, gates) in routes {
@@ -999,7 +1003,8 @@ fn launches_in_a_row(backend: &Backend) {
         // Of more than 32 slots, adapters are not read with the route.
         let shapes = vec![(384, 640), (48, 80), (200, 136)];
         let few = Spec { shapes, max_rank: 70, ..small(DType::Bf16, form) };
-        for spec in [few.clone(), Spec { slots: 33, ..few }, lone_and_deep(backend, form)] {
+        let deep = [176, 541].map(|tiles| lone_and_deep(backend, form, tiles));
+        for spec in [few.clone(), Spec { slots: 33, ..few }].into_iter().chain(deep) {
             let run = |pauses: bool| {
                 let mut model = Model::new(backend, &spec);
                 if let &[(rows, cols)] = &spec.shapes[..] {
@@ -1035,9 +1040,10 @@ fn launches_in_a_row(backend: &Backend) {
     }
 }
 
-/// One target, on a GPU of two tiles for a block, whose ranks are such that B's panels stay with it on Hopper's path of small sets.
-fn lone_and_deep(backend: &Backend, form: Form) -> Spec {
-    let cols = if backend.cuda.is_some() { 176 * 128 } else { 3 * 128 };
+/// One target, on a GPU of two tiles for a block or of several, whose ranks are such that B's panels stay with it on Hopper's path of small
+/// sets.
+fn lone_and_deep(backend: &Backend, form: Form, tiles: usize) -> Spec {
+    let cols = if backend.cuda.is_some() { tiles * 128 } else { 3 * 128 };
     Spec { shapes: vec![(5, cols)], max_rank: 64, ..small(DType::Bf16, form) }
 }
 
@@ -1046,7 +1052,8 @@ fn lone_and_deep(backend: &Backend, form: Form) -> Spec {
 fn refills_in_a_row(backend: &Backend) {
     for form in [Form::FromBase, Form::InPlace] {
         let few = Spec { shapes: vec![(384, 640), (48, 80)], max_rank: 70, ..small(DType::Bf16, form) };
-        for (spec, least, most) in [(few.clone(), 8, 66), (Spec { slots: 33, ..few }, 8, 66), (lone_and_deep(backend, form), 33, 64)] {
+        let deep = [176, 541].map(|tiles| (lone_and_deep(backend, form, tiles), 33, 64));
+        for (spec, least, most) in [(few.clone(), 8, 66), (Spec { slots: 33, ..few }, 8, 66)].into_iter().chain(deep) {
             let run = |pauses: bool| {
                 let mut model = Model::new(backend, &spec);
                 let mut rng = Rng(6);

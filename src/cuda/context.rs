@@ -2,8 +2,8 @@
 
 use super::args::{
     LSW_EXPAND90_SHARED, LSW_FEW_SHARED, LSW_GATE_SHARED_MANY, LSW_GATE_SHARED_TILE, LSW_LINEAR_SHARED_MAX, LSW_LINEAR_THREADS,
-    LSW_SHRINK90_SHARED, LSW_SMALL_PANELS, LSW_SMALL_SHARED, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT, LSW_SWITCH_THREADS_16BIT,
-    LSW_SWITCH_THREADS_32BIT, LSW_SWITCH90_SHARED, LswTakeArgs,
+    LSW_SHRINK90_SHARED, LSW_SMALL_LONG, LSW_SMALL_PANELS, LSW_SMALL_SHARED, LSW_SWITCH_SHARED_16BIT, LSW_SWITCH_SHARED_32BIT,
+    LSW_SWITCH_THREADS_16BIT, LSW_SWITCH_THREADS_32BIT, LSW_SWITCH90_SHARED, LswTakeArgs,
 };
 use super::images::{BUILT_WITH, IMAGES};
 use super::launch::{Grid, launch};
@@ -139,6 +139,7 @@ pub(super) struct Switch {
     pub large: Function,
     pub small: Function,
     pub small_and_deep: Function,
+    pub small_and_long: Function,
 }
 
 impl Hopper {
@@ -164,6 +165,7 @@ pub(super) fn by_dtype(dtype: DType) -> usize {
 
 /// Shared memory of the Hopper switch of small sets, whose own begins at a multiple of 1,024.
 pub(super) const SMALL_SHARED: u32 = 1024 + LSW_SMALL_SHARED + LSW_SMALL_PANELS;
+pub(super) const LONG_SHARED: u32 = 1024 + LSW_SMALL_SHARED + LSW_SMALL_LONG;
 
 /// Threads and shared memory of the switch's blocks, by the same index.
 pub(super) const SWITCH_THREADS: [u32; 3] = [LSW_SWITCH_THREADS_32BIT, LSW_SWITCH_THREADS_16BIT, LSW_SWITCH_THREADS_16BIT];
@@ -207,10 +209,12 @@ impl Modules {
             let large = self.function("switch_sm90", &format!("switch_{suffix}_sm90"))?;
             let small = self.function("switch_small_sm90", &format!("switch_small_{suffix}_sm90"))?;
             let small_and_deep = self.function("switch_small_sm90", &format!("switch_small_deep_{suffix}_sm90"))?;
+            let small_and_long = self.function("switch_small_sm90", &format!("switch_small_long_{suffix}_sm90"))?;
             allow_shared(large, LSW_SWITCH90_SHARED)?;
             allow_shared(small, SMALL_SHARED)?;
             allow_shared(small_and_deep, SMALL_SHARED)?;
-            Ok(Switch { large, small, small_and_deep })
+            allow_shared(small_and_long, LONG_SHARED)?;
+            Ok(Switch { large, small, small_and_deep, small_and_long })
         };
         let switch = [switch("f16")?, switch("bf16")?];
         let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;

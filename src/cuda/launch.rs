@@ -2,7 +2,7 @@
 
 use super::apply_dense::SHRINK_SPLITS;
 use super::args::*;
-use super::context::{Apply, DeviceStream, Few, Function, SMALL_SHARED, SWITCH_SHARED, SWITCH_THREADS, driver};
+use super::context::{Apply, DeviceStream, Few, Function, LONG_SHARED, SMALL_SHARED, SWITCH_SHARED, SWITCH_THREADS, driver};
 use crate::error::Result;
 use cudarc::driver::sys;
 use std::ffi::c_void;
@@ -123,6 +123,7 @@ pub(crate) fn warm(stream: &DeviceStream) -> Result<()> {
             for small in [switch.small, switch.small_and_deep] {
                 launch_dependent(stream, small, one(LSW_SMALL_THREADS, SMALL_SHARED), &LswSwitchArgs::default())?;
             }
+            launch_dependent(stream, switch.small_and_long, one(LSW_SMALL_THREADS, LONG_SHARED), &LswSwitchArgs::default())?;
         }
         for dense in stream.device().hopper.iter().map(|hopper| hopper.apply) {
             for (function, blocks) in dense.shrink.into_iter().zip(SHRINK_SPLITS) {

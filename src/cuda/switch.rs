@@ -1,11 +1,11 @@
 //! The switch set's device tables and its launch.
 
 use super::args::{
-    LSW_MAX_K, LSW_PATH_ALL, LSW_PATH_BOXES, LSW_PATH_OTHERS, LSW_SMALL_TARGETS, LSW_SMALL_THREADS, LSW_SWITCH_RUN, LSW_SWITCH90_GROUPS,
-    LSW_SWITCH90_SHARED, LSW_SWITCH90_THREADS, LSW_SWITCH90_TILE, LSW_UNKNOWN, LSW_WEIGHT_ALIGNED, LSW_WEIGHT_BLOCKS, LSW_WEIGHT_BOXES,
-    LswCurrentArgs, LswMap, LswMerged, LswSwitchArgs, LswSwitchState, LswTarget,
+    LSW_MAX_K, LSW_PATH_ALL, LSW_PATH_BOXES, LSW_PATH_OTHERS, LSW_SMALL_HELD, LSW_SMALL_SLOTS, LSW_SMALL_TARGETS, LSW_SMALL_THREADS,
+    LSW_SWITCH_RUN, LSW_SWITCH90_GROUPS, LSW_SWITCH90_SHARED, LSW_SWITCH90_THREADS, LSW_SWITCH90_TILE, LSW_UNKNOWN, LSW_WEIGHT_ALIGNED,
+    LSW_WEIGHT_BLOCKS, LSW_WEIGHT_BOXES, LswCurrentArgs, LswMap, LswMerged, LswSwitchArgs, LswSwitchState, LswTarget,
 };
-use super::context::{DeviceStream, Function, SMALL_SHARED, SWITCH_SHARED, SWITCH_THREADS, by_dtype};
+use super::context::{DeviceStream, Function, LONG_SHARED, SMALL_SHARED, SWITCH_SHARED, SWITCH_THREADS, by_dtype};
 use super::launch::{Grid, launch, launch_dependent};
 use super::memory::DeviceMemory;
 use super::{Device, flags};
@@ -61,6 +61,8 @@ struct Path {
     run: u32,
     /// The kernel for small sets, whose grid above is its largest: what of a rank its panels may have. None: another kernel.
     panel_depth: Option<u32>,
+    /// The same for launches of many tiles and few deep products, where there is one.
+    long: Option<Function>,
 }
 
 /// Tiles a multiprocessor up to which a set is small: what such a kernel loses a tile comes to what it saves a launch. Ranks beyond a panel
@@ -173,16 +175,25 @@ impl State {
                 // since B's panels stay for a block's tiles.
                 let is_deep = path.panel_depth == Some(64);
                 let halves = to.last - to.first == 1 && tiles * 8 > most * if is_deep { 5 } else { 6 } && tiles <= most;
-                let blocks = match (halves, is_deep) {
-                    (true, true) => tiles.div_ceil(u64::from(SMALL_BLOCKS)),
-                    (true, false) => most / u64::from(SMALL_BLOCKS),
+                // Launches that follow one another then share the multiprocessors evenly where each has a block for every one of them: a few
+                // with nothing to do are better than a few multiprocessors that get two of a later launch.
+                let (half, even) = (tiles.div_ceil(u64::from(SMALL_BLOCKS)), most / u64::from(SMALL_BLOCKS));
+                let blocks = match (halves, is_deep && half * 16 < even * 15) {
+                    (true, true) => half,
+                    (true, false) => even,
                     _ => tiles.min(most),
                 };
-                let grid = Grid { blocks: blocks as u32, ..path.grid };
+                // With several tiles for each place it is not trips that count: a block has a multiprocessor to itself, and B in its registers.
+                let products = if set.in_place { 2 * to.k } else { to.k };
+                let long = path.long.filter(|_| tiles > 2 * most && products <= LSW_SMALL_HELD);
+                let (function, grid) = match long {
+                    Some(function) => (function, Grid { blocks: even as u32, shared: LONG_SHARED, ..path.grid }),
+                    None => (path.function, Grid { blocks: blocks as u32, ..path.grid }),
+                };
                 if tiles > 0 {
                     // SAFETY: as below. Before it waits, the kernel reads the tables and the route, all of them there by then, which it reads
                     // again afterwards; and adapters in slots, which nobody writes.
-                    unsafe { launch_dependent(stream, path.function, grid, &LswSwitchArgs { run: halves.into(), ..args(path) }) }?;
+                    unsafe { launch_dependent(stream, function, grid, &LswSwitchArgs { run: halves.into(), ..args(path) }) }?;
                 }
                 continue;
             }
@@ -224,12 +235,15 @@ fn paths(device: &Device, plan: &SetPlan) -> Vec<Path> {
         let is_small = plan.kernels == SwitchKernels::Best && plan.targets.len() <= LSW_SMALL_TARGETS as usize && tiles <= most;
         if is_small {
             let grid = Grid { blocks: SMALL_BLOCKS * hopper.processors, threads: LSW_SMALL_THREADS, shared: SMALL_SHARED };
+            let is_long =
+                depth == 64 && plan.bank.slots() <= u64::from(LSW_SMALL_SLOTS) && boxes.iter().all(|t| super::maps::has_blocks(&t.weight));
+            let long = is_long.then_some(function.small_and_long);
             let function = if depth == 64 { function.small_and_deep } else { function.small };
-            paths.push(Path { path: LSW_PATH_BOXES, function, grid, run: 0, panel_depth: Some(depth) });
+            paths.push(Path { path: LSW_PATH_BOXES, function, grid, run: 0, panel_depth: Some(depth), long });
         } else {
             let blocks = tiles.clamp(1, u64::from(hopper.processors)) as u32;
             let grid = Grid { blocks, threads: LSW_SWITCH90_THREADS, shared: LSW_SWITCH90_SHARED };
-            paths.push(Path { path: LSW_PATH_BOXES, function: function.large, grid, run: 0, panel_depth: None });
+            paths.push(Path { path: LSW_PATH_BOXES, function: function.large, grid, run: 0, panel_depth: None, long: None });
         }
     }
     if !others.is_empty() {
@@ -239,7 +253,7 @@ fn paths(device: &Device, plan: &SetPlan) -> Vec<Path> {
         let path = if boxes.is_empty() { LSW_PATH_ALL } else { LSW_PATH_OTHERS };
         // Long runs share more of A; short ones share out better what is little.
         let run = if tiles >= RUNS_A_BLOCK * u64::from(blocks * LSW_SWITCH_RUN) { LSW_SWITCH_RUN } else { 1 };
-        paths.push(Path { path, function: device.kernels.switch[by_dtype(dtype)], grid, run, panel_depth: None });
+        paths.push(Path { path, function: device.kernels.switch[by_dtype(dtype)], grid, run, panel_depth: None, long: None });
     }
     paths
 }
