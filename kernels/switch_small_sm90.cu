@@ -449,7 +449,7 @@ __device__ __forceinline__ void store_weight(const Shared& s, unsigned char* gra
 }
 
 // Panels of A where B's stay.
-struct Ring {
+struct Passing {
     uint32_t used;  // panels, ever
 
     // The panel of a product, which is the n-th ever.
@@ -503,7 +503,7 @@ __device__ __forceinline__ bool is_last(const Shared& s, const Tile& tile) {
 }
 
 // As add_products.
-template <class T> __device__ __forceinline__ void add_held(Shared& s, Ring& ring, const Tile& tile, float (&sum)[64]) {
+template <class T> __device__ __forceinline__ void add_held(Shared& s, Passing& passing, const Tile& tile, float (&sum)[64]) {
     constexpr uint64_t kRows = static_cast<uint64_t>(1024 >> 4 | 1 << 30) << 32;  // eight rows of 128 bytes, swizzled over that width
     constexpr uint64_t kB = kRows | 1 << 16, kA = kRows | (kHalf >> 4) << 16;
     const int group = __shfl_sync(kFullWarp, threadIdx.x / 128, 0);
@@ -516,7 +516,7 @@ template <class T> __device__ __forceinline__ void add_held(Shared& s, Ring& rin
             __syncthreads();
             load_weight<T>(s, held_panel(s, group), tile);
         }
-        const uint32_t place = ring.open(s);
+        const uint32_t place = passing.open(s);
         const uint64_t b = kB + (shared_address(held_panel(s, p)) + group * kHalf >> 4), a = kA + (shared_address(s.weight[place]) >> 4);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -527,11 +527,11 @@ template <class T> __device__ __forceinline__ void add_held(Shared& s, Ring& rin
             wgmma_commit();
             wgmma_wait<0>(product);
             if (h == 1) {
-                ring.close(s);
+                passing.close(s);
                 Tile of = tile;
                 uint32_t ahead = p + kPlaces;
                 if (ahead >= s.products) ahead -= s.products, s.run.go_on(of);
-                if (of.index < s.run.end) Ring::bring(s, ahead, of.col, ring.used + kPlaces - 1);
+                if (of.index < s.run.end) Passing::bring(s, ahead, of.col, passing.used + kPlaces - 1);
             }
 #pragma unroll
             for (int e = 0; e < 32; ++e) sum[32 * h + e] = fmaf(coefficient, product[e], sum[32 * h + e]);
@@ -737,8 +737,8 @@ template <int kDepth, class T> __device__ __forceinline__ bool switch_tiles(cons
 template <class T> __device__ __forceinline__ bool switch_held(const LswSwitchArgs& args, Shared& s) {
     const Run& run = s.run;
     Tile tile = run.first;
-    Ring ring{s.used};
-    for (uint32_t i = 0; i < kPlaces; ++i) Ring::bring(s, i, tile.col, ring.used + i);
+    Passing passing{s.used};
+    for (uint32_t i = 0; i < kPlaces; ++i) Passing::bring(s, i, tile.col, passing.used + i);
     bring_b<T>(s, tile.row);
     Tile next = tile;
 #pragma unroll 1
@@ -750,7 +750,7 @@ template <class T> __device__ __forceinline__ bool switch_held(const LswSwitchAr
         uint32_t arrived = 0;
         float sum[64];
         Rows rows;
-        add_held<T>(s, ring, tile, sum);
+        add_held<T>(s, passing, tile, sum);
         const bool is_first = tile.index == run.first.index, is_guess = is_first && s.is_guess;
         uint2 now;
         if (is_guess) now = look_again(args, s);
@@ -766,7 +766,7 @@ template <class T> __device__ __forceinline__ bool switch_held(const LswSwitchAr
         prefetch_weight<T>(run, next);
         if (is_guess && !is_final(s, now)) {
             // Those of the next tile are on their way.
-            for (uint32_t i = 0; i < kPlaces && tile.index + 1 < run.end; ++i) ring.open(s), ring.close(s);
+            for (uint32_t i = 0; i < kPlaces && tile.index + 1 < run.end; ++i) passing.open(s), passing.close(s);
             is_done = false;
             break;
         }
@@ -783,7 +783,7 @@ template <class T> __device__ __forceinline__ bool switch_held(const LswSwitchAr
     }
     if (is_done) record(args, s);
     __syncthreads();
-    if (threadIdx.x == 0) s.used = ring.used;
+    if (threadIdx.x == 0) s.used = passing.used;
     return is_done;
 }
 
@@ -887,8 +887,6 @@ template <class T> struct Long {
                 for (int h = 0; h < 2; ++h) {
                     uint32_t (&words)[4] = chunks[p][i][h];
                     transpose(words);
-#pragma unroll
-                    for (int w = 0; w < 4; ++w) words[w] = opaque(words[w]);  // or it would be selected anew for each product
                     b[p][2 * h][i] = words[0], b[p][2 * h][2 + i] = words[1], b[p][2 * h + 1][i] = words[2], b[p][2 * h + 1][2 + i] = words[3];
                 }
             }
