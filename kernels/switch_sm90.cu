@@ -12,7 +12,7 @@
 //                       memory (ldmatrix, add in f32, one rounding, stmatrix); where ranks are deep, B in registers (add_held)
 //   weights   (warps 2, 3) a consumer's granules of W: each is brought by the copy engine, and written back when it is done
 //
-// The product of a tile starts before its W arrives, and W runs one to five tiles ahead. A block takes a few tiles in a row, and B stays in
+// The product of a tile starts before its W arrives, and W runs one to four tiles ahead. A block takes a few tiles in a row, and B stays in
 // shared memory for that run; where a target has more panels than can stay, the rest passes through A's ring, tile by tile. A and B are what
 // other blocks read again, W is not: L2 is told to evict them last.
 //
@@ -264,9 +264,9 @@ __device__ void meet_target(const LswSwitchArgs& args, Shared& s, uint32_t targe
 }
 
 // One thread. Memory likes all blocks close together, and the last blocks want tiles too. So a block grabs few tiles where it can, and nothing
-// comes further ahead than it must: A by a tile and a half, and W, where the consumers have time to spare, by the next tile alone. Where they
-// have not, W makes up for their hurry at the begin of a run: in place, and where panels are small, by up to five tiles. Deep ranks need B to
-// stay for longer.
+// comes further ahead than it must: A by a tile and a half where ranks are shallow, and W, where the consumers have time to spare, by the next
+// tile alone. Where they have not, W makes up for their hurry at the begin of a run: in place, and where panels are small, by up to four tiles.
+// Deep ranks need B to stay for longer.
 __device__ void lay_out(const LswSwitchArgs& args, Shared& s, uint32_t total, uint32_t blocks) {
     Geometry& g = s.geometry;
     const bool is_deep = g.most_ranks > kDeep, is_light = !is_deep && g.most_panels <= kLight;

@@ -183,7 +183,9 @@ impl State {
                     (true, false) => even,
                     _ => tiles.min(most),
                 };
-                // With several tiles for each place it is not trips that count: a block has a multiprocessor to itself, and B in its registers.
+                // With several tiles for each place it is not trips that count: a block has a multiprocessor to itself, and B in its registers. A
+                // product is one adapter here, as a set of so many tiles is small only with ranks up to 64. Where there are more than k
+                // tells (adapters that leave, of a longer route), the block finds that out itself.
                 let products = if set.in_place { 2 * to.k } else { to.k };
                 let long = path.long.filter(|_| tiles > 2 * most && products <= LSW_SMALL_HELD);
                 let (function, grid) = match long {
