@@ -178,10 +178,6 @@ struct Divisor {
 
 __device__ __forceinline__ uint32_t tiles_of(uint32_t n) { return (n + kTile - 1) / kTile; }
 
-__device__ __forceinline__ const LswMap* map_of_a(const LswSwitchArgs& args, uint64_t target, uint32_t slot) {
-    return reinterpret_cast<const LswMap*>(args.factor_maps) + 2 * (target * args.slots + slot);
-}
-
 // One warp: the target's sum, from what each lane has read of it. kLong: of a long launch.
 template <bool kLong> __device__ __forceinline__ void find_terms(const LswSwitchArgs& args, Shared& s, uint32_t target) {
     const uint32_t lane = threadIdx.x % 32;
@@ -248,7 +244,7 @@ template <bool kLong> __device__ __forceinline__ void find_terms(const LswSwitch
         if (first + lane < count) {
             Term& t = s.terms[first + lane];
             t.begin = products + end - own;
-            const LswMap* map = map_of_a(args, target, t.slot);
+            const LswMap* map = factor_maps(args, target * args.slots + t.slot);
             for (uint32_t p = t.begin; p < products + end; ++p) {
                 s.coefficients[p] = t.coefficient;
                 if (p < kHeld) s.boxes[p] = {map, static_cast<int>(64 * (p - t.begin)), panel_depth(t.rank)};
@@ -787,10 +783,6 @@ template <class T> __device__ __forceinline__ bool switch_held(const LswSwitchAr
     return is_done;
 }
 
-__device__ __forceinline__ const LswMap* map_of_weight(const LswSwitchArgs& args, uint64_t target) {
-    return reinterpret_cast<const LswMap*>(args.target_maps) + 2 * target;
-}
-
 // A chunk of 8 elements, of which the first `left` exist; the rest is zero. kWhole: all or none of them do; no branch.
 template <bool kWhole, class T> __device__ __forceinline__ void load_words(uint32_t (&x)[4], const T* from, int left) {
     if constexpr (kWhole) {
@@ -855,7 +847,7 @@ template <class T> struct Long {
             Barrier& full = s.weight_full[n % kStages][group];
             store_wait_read();
             full.arrive_expecting(kGranule);
-            load_blocks(granule(n % kStages), map_of_weight(args, s.run.target) + 1, tile.col / 64, tile.row + 64 * group, full);
+            load_blocks(granule(n % kStages), target_maps(args, s.run.target) + 1, tile.col / 64, tile.row + 64 * group, full);
         }
         __syncwarp();
     }
@@ -960,7 +952,7 @@ template <class T> struct Long {
         fence_async_shared();
         sync_group(group);
         if (threadIdx.x % 128 < 32 && elect_one()) {
-            store_blocks(map_of_weight(args, s.run.target), tile.col / 64, tile.row + 64 * group, to);
+            store_blocks(target_maps(args, s.run.target), tile.col / 64, tile.row + 64 * group, to);
             store_commit();
         }
         __syncwarp();
@@ -1044,8 +1036,8 @@ template <int kDepth, class T, bool kLong = false> __device__ __forceinline__ vo
     uint32_t at = kMayHold ? ~0u : blockIdx.x;
     while (enter_run<kMayHold>(args, s, at)) {
         if (threadIdx.x < 32) find_terms<kLong>(args, s, s.run.target);
-        else if (kMayHold && threadIdx.x - 32 < args.slots) fence_tensor_map(map_of_a(args, s.run.target, threadIdx.x - 32));
-        else if (kLong && threadIdx.x >= kThreads - 2) fence_tensor_map(map_of_weight(args, s.run.target) + threadIdx.x % 2);
+        else if (kMayHold && threadIdx.x - 32 < args.slots) fence_tensor_map(factor_maps(args, s.run.target * args.slots + threadIdx.x - 32));
+        else if (kLong && threadIdx.x >= kThreads - 2) fence_tensor_map(target_maps(args, s.run.target) + threadIdx.x % 2);
         if (kMayHold) fence_async_shared();
         __syncthreads();
         bool is_done;

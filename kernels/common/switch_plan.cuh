@@ -26,6 +26,15 @@ __device__ __forceinline__ uint32_t& merged_count(const LswSwitchArgs& args, uin
 __device__ __forceinline__ const LswTarget& target_of(const LswSwitchArgs& args, uint64_t target) {
     return reinterpret_cast<const LswTarget*>(args.targets)[target];
 }
+
+// Tensor maps of a factor's A and B, and of a target's W and W_base.
+__device__ __forceinline__ const LswMap* factor_maps(const LswSwitchArgs& args, uint32_t factor) {
+    return reinterpret_cast<const LswMap*>(args.factor_maps) + 2 * static_cast<uint64_t>(factor);
+}
+__device__ __forceinline__ const LswMap* target_maps(const LswSwitchArgs& args, uint64_t target) {
+    return reinterpret_cast<const LswMap*>(args.target_maps) + 2 * target;
+}
+
 // Whether this launch serves a target: where two paths share a set, each takes its own.
 __device__ __forceinline__ bool serves(const LswSwitchArgs& args, uint64_t target) {
     return args.path == LSW_PATH_ALL || ((target_of(args, target).flags & LSW_WEIGHT_BOXES) != 0) == (args.path == LSW_PATH_BOXES);
