@@ -199,13 +199,6 @@ static_assert(sizeof(Shared) + 1024 <= LSW_SWITCH90_SHARED, "the host asks for t
 
 __device__ __forceinline__ uint32_t tile_count(const LswTarget& t) { return ((t.rows + kTile - 1) / kTile) * ((t.cols + kTile - 1) / kTile); }
 
-__device__ __forceinline__ const LswMap* factor_maps(const LswSwitchArgs& args, uint32_t factor) {
-    return reinterpret_cast<const LswMap*>(args.factor_maps) + 2 * static_cast<uint64_t>(factor);
-}
-__device__ __forceinline__ const LswMap* target_maps(const LswSwitchArgs& args, uint64_t target) {
-    return reinterpret_cast<const LswMap*>(args.target_maps) + 2 * target;
-}
-
 __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t x) {
     for (int step = 1; step < 32; step *= 2) {
         const uint32_t below = __shfl_up_sync(kFullWarp, x, step);
