@@ -335,13 +335,15 @@ __device__ __forceinline__ void all_come() {
     __syncthreads();
 }
 
+constexpr uint64_t kRows = static_cast<uint64_t>(1024 >> 4 | 1 << 30) << 32;  // of a descriptor: eight rows of 128 bytes, swizzled over that width
+
 // The sum of a tile, 64 rows a warpgroup. Its first batch is there; `brings`: but not yet on its way is the one behind it. In the end it is
 // there.
 template <int kDepth, class T>
 __device__ __forceinline__ void add_products(const Shared& s, Panels<kDepth>& panels, uint32_t products, bool brings, float (&sum)[64]) {
     constexpr uint32_t kMode = kDepth == 64 ? 1 : kDepth == 32 ? 2 : 3;  // of B's swizzle
     constexpr uint64_t kB = static_cast<uint64_t>(kDepth * 16 >> 4 | kMode << 30) << 32 | 1 << 16;
-    constexpr uint64_t kA = static_cast<uint64_t>(1024 >> 4 | 1 << 30) << 32 | (kDepth * 128 >> 4) << 16;
+    constexpr uint64_t kA = kRows | (kDepth * 128 >> 4) << 16;
     const int group = __shfl_sync(kFullWarp, threadIdx.x / 128, 0);
 #pragma unroll
     for (int i = 0; i < 64; ++i) sum[i] = 0.0f;
@@ -500,7 +502,6 @@ __device__ __forceinline__ bool is_last(const Shared& s, const Tile& tile) {
 
 // As add_products.
 template <class T> __device__ __forceinline__ void add_held(Shared& s, Passing& passing, const Tile& tile, float (&sum)[64]) {
-    constexpr uint64_t kRows = static_cast<uint64_t>(1024 >> 4 | 1 << 30) << 32;  // eight rows of 128 bytes, swizzled over that width
     constexpr uint64_t kB = kRows | 1 << 16, kA = kRows | (kHalf >> 4) << 16;
     const int group = __shfl_sync(kFullWarp, threadIdx.x / 128, 0);
 #pragma unroll
@@ -605,6 +606,12 @@ template <class T> __device__ __forceinline__ void prefetch_weight(const Run& ru
     const int row = tile.row + threadIdx.x / 2, col = tile.col + threadIdx.x % 2 * 64;
     if (tile.index < run.end && row < t.rows && col < t.cols) prefetch(reinterpret_cast<const T*>(t.base) + row * t.base_stride + col);
 }
+// The same with a block's first tiles of a target: one, or two where the host says so.
+template <class T> __device__ __forceinline__ void prefetch_weights(const LswSwitchArgs& args, const Run& run) {
+    Tile tile = run.first;
+#pragma unroll 1
+    for (uint32_t i = 0; i <= args.run; ++i, run.go_on(tile)) prefetch_weight<T>(run, tile);
+}
 
 // The block: on to the target that a tile belongs to, if there is one; ~0: to that of its first. The set's own table never changes.
 // kInRow: a block's tiles are neighbours.
@@ -690,11 +697,7 @@ template <int kDepth, class T> __device__ __forceinline__ bool switch_tiles(cons
     panels.half = 0, panels.product = 0, panels.tile = run.first;
     if (!s.is_changed || s.products == 0) panels.tile.index = run.end;
     bring_panels<kDepth, T>(s, panels);
-    if (has_work(args, s)) {
-        Tile next = tile;
-#pragma unroll 1
-        for (uint32_t i = 0; i <= args.run; ++i, run.go_on(next)) prefetch_weight<T>(run, next);
-    }
+    if (has_work(args, s)) prefetch_weights<T>(args, run);
     bring_panels<kDepth, T>(s, panels);
     if (has_work(args, s) && !s.is_guess) load_weight<T>(s, s.weight[threadIdx.x / 128], tile);
     all_come();
@@ -736,9 +739,7 @@ template <class T> __device__ __forceinline__ bool switch_held(const LswSwitchAr
     Passing passing{s.used};
     for (uint32_t i = 0; i < kPlaces; ++i) Passing::bring(s, i, tile.col, passing.used + i);
     bring_b<T>(s, tile.row);
-    Tile next = tile;
-#pragma unroll 1
-    for (uint32_t i = 0; i <= args.run; ++i, run.go_on(next)) prefetch_weight<T>(run, next);
+    prefetch_weights<T>(args, run);
     all_come();
     bool is_done = true;
 #pragma unroll 1
@@ -757,7 +758,7 @@ template <class T> __device__ __forceinline__ bool switch_held(const LswSwitchAr
             break;
         }
         rows.load<T>(run.matrix, tile);
-        next = tile;
+        Tile next = tile;
         run.go_on(next);
         prefetch_weight<T>(run, next);
         if (is_guess && !is_final(s, now)) {
@@ -783,7 +784,8 @@ template <class T> __device__ __forceinline__ bool switch_held(const LswSwitchAr
     return is_done;
 }
 
-// A chunk of 8 elements, of which the first `left` exist; the rest is zero. kWhole: all or none of them do; no branch.
+// A chunk of 8 elements, of which the first `left` exist; the rest is zero. kWhole: all or none of them do; no branch. Else by elements, through
+// L1, where the first one leaves the others: nobody writes an adapter in a slot, so that a line of it cannot be old.
 template <bool kWhole, class T> __device__ __forceinline__ void load_words(uint32_t (&x)[4], const T* from, int left) {
     if constexpr (kWhole) {
         asm volatile(
@@ -900,7 +902,6 @@ template <class T> struct Long {
         return {shared_address(held_panel(s, place)) >> 4 | 1 << 16, static_cast<uint32_t>(s.boxes[product].depth)};
     }
     __device__ __forceinline__ void multiply(float (&product)[32], const uint32_t (&rows)[4][4], const Panel& panel, int side) {
-        constexpr uint64_t kRows = static_cast<uint64_t>(1024 >> 4 | 1 << 30) << 32;  // eight rows of 128 bytes, swizzled over that width
         const uint32_t sixteen = (panel.depth == 16 ? 4096 : 2048) >> 4, thirtytwo = (panel.depth == 64 ? 4096 : 8192) >> 4;
         const uint32_t a = panel.address + side * (panel.depth * 128 >> 4);
         wgmma_fence();
@@ -965,9 +966,7 @@ template <class T> struct Long {
         Tile tile = run.first;
 #pragma unroll 1
         for (uint32_t i = 0; i < kLongPlaces - kLate; ++i) bring();
-        Tile next = tile;
-#pragma unroll 1
-        for (uint32_t i = 0; i <= args.run; ++i, run.go_on(next)) prefetch_weight<T>(run, next);
+        prefetch_weights<T>(args, run);
         bool is_done = true;
         load_b(tile.row);
 #pragma unroll 1
@@ -985,7 +984,7 @@ template <class T> struct Long {
                 const bool is_guess = s.is_guess;
                 uint2 now{};
                 if (is_guess) now = look_again(args, s);
-                next = tile;
+                Tile next = tile;
                 run.go_on(next);
                 bring_weight(tile, added);
                 bring_weight(next, added + 1);
