@@ -185,9 +185,10 @@ impl State {
                 };
                 // With several tiles for each place it is not trips that count: a block has a multiprocessor to itself, and B in its registers. A
                 // product is one adapter here, as a set of so many tiles is small only with ranks up to 64. Where there are more than k
-                // tells (adapters that leave, of a longer route), the block finds that out itself.
+                // tells (adapters that leave, of a longer route), the block finds that out itself. From base without a route there are none: a
+                // copy is better off with blocks in all places.
                 let products = if set.in_place { 2 * to.k } else { to.k };
-                let long = path.long.filter(|_| tiles > 2 * most && products <= LSW_SMALL_HELD);
+                let long = path.long.filter(|_| tiles > 2 * most && products <= LSW_SMALL_HELD && (products > 0 || set.in_place));
                 let (function, grid) = match long {
                     Some(function) => (function, Grid { blocks: even as u32, shared: LONG_SHARED, ..path.grid }),
                     None => (path.function, Grid { blocks: blocks as u32, ..path.grid }),
