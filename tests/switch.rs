@@ -40,6 +40,20 @@ impl Pair {
             grid.set_bits(&vec![nan; grid.rows * grid.cols]);
         }
     }
+
+    /// -1, 0 and 1: all sums with them are exact where coefficients are powers of two.
+    fn make_whole(&mut self, rng: &mut Rng) {
+        for (grid, exact) in [(&mut self.a, &mut self.exact_a), (&mut self.b, &mut self.exact_b)] {
+            let bits = whole_numbers(rng, grid, 1);
+            grid.set_bits(&bits);
+            *exact = Exact::new(grid.dtype, grid.rows, grid.cols, &bits);
+        }
+    }
+}
+
+/// Bits for a matrix, of numbers from -most to most.
+fn whole_numbers(rng: &mut Rng, of: &Grid, most: usize) -> Vec<u32> {
+    (0..of.rows * of.cols).map(|_| encode(of.dtype, rng.below(2 * most + 1) as f64 - most as f64)).collect()
 }
 
 /// A model with all that it lends to its bank and set, which come first so that they are dropped first.
@@ -92,6 +106,14 @@ impl Model {
     }
 
     pub fn with_bank_memory(backend: &Backend, spec: &Spec, memory: StateMemory) -> Self {
+        let mut model = Self::without_adapters(backend, spec, memory);
+        for slot in 0..spec.slots {
+            model.refill(slot);
+        }
+        model
+    }
+
+    fn without_adapters(backend: &Backend, spec: &Spec, memory: StateMemory) -> Self {
         let mut rng = Rng(spec.seed);
         let bases: Vec<Grid> = spec.shapes.iter().map(|&(o, i)| grid(backend, &mut rng, spec, o, i, 1.0)).collect();
         let weights: Vec<Grid> = bases.iter().map(|base| initial_weight(backend, &mut rng, spec, base)).collect();
@@ -100,12 +122,8 @@ impl Model {
             spec.shapes.iter().map(|&(o, i)| TargetShape { out_features: o as u64, in_features: i as u64, rank_cap: cap }).collect();
         let bank = AdapterBank::new(&backend.stream, spec.dtype, spec.slots as u64, &shapes, memory).unwrap();
         let set = set_over(backend, spec, &bank, StateMemory::allocate(), &weights, &bases).unwrap();
-        let pairs = (0..spec.slots).map(|_| Vec::new()).collect();
-        let mut model = Self { set, bank, spec: spec.clone(), weights, bases, pairs, backend: backend.clone(), rng };
-        for slot in 0..spec.slots {
-            model.refill(slot);
-        }
-        model
+        let pairs = (0..spec.slots).map(|_| spec.shapes.iter().map(|_| None).collect()).collect();
+        Self { set, bank, spec: spec.clone(), weights, bases, pairs, backend: backend.clone(), rng }
     }
 
     /// More weights, and another set over them, on the same bank and bases.
@@ -125,6 +143,13 @@ impl Model {
         self.enqueue_slot(slot, &pairs);
         self.backend.synchronize(); // the former pairs' memory is freed here
         self.pairs[slot] = pairs;
+    }
+
+    /// Gives a slot an adapter for each target, made by the target's number and shape.
+    fn fill(&mut self, slot: usize, mut pair: impl FnMut(&mut Self, usize, (usize, usize)) -> Pair) {
+        let shapes = self.spec.shapes.clone();
+        let pairs = shapes.into_iter().enumerate().map(|(t, shape)| Some(pair(self, t, shape))).collect();
+        self.set_slot(slot, pairs);
     }
 
     fn enqueue_slot(&mut self, slot: usize, pairs: &[Option<Pair>]) {
@@ -152,6 +177,18 @@ impl Model {
         let exact_a = Exact::new(spec.dtype, rank, i, &a.bits());
         let exact_b = Exact::new(spec.dtype, o, rank, &b.bits());
         Pair { a, b, exact_a, exact_b, scale }
+    }
+
+    /// With A and B at multiples of 16 bytes, or just beside.
+    fn pair_at(&mut self, o: usize, i: usize, rank: usize, aligned: [bool; 2]) -> Pair {
+        let dtype = self.spec.dtype;
+        let mut values = |rows: usize, cols: usize, aligned: bool| {
+            let layout = Layout { stride: (cols + 1).next_multiple_of(8) + usize::from(!aligned), shift: usize::from(!aligned) };
+            let bits = self.rng.bits(dtype, rows * cols, 0.5);
+            (Grid::with_gap(&self.backend, dtype, rows, cols, layout, 0xff, &bits), Exact::new(dtype, rows, cols, &bits))
+        };
+        let ((a, exact_a), (b, exact_b)) = (values(rank, i, aligned[0]), values(o, rank, aligned[1]));
+        Pair { a, b, exact_a, exact_b, scale: 0.5 }
     }
 
     /// Values that depend on `rng` alone, wherever the model's layout puts them.
@@ -371,15 +408,7 @@ fn one_operand_is_aligned(backend: &Backend) {
             let spec = Spec { shapes: vec![(o, i)], max_rank: 100, ..small(dtype, Form::FromBase) };
             let mut model = Model::new(backend, &spec);
             for slot in 0..4 {
-                let matrix = |rng: &mut Rng, rows: usize, cols: usize, aligned: bool| {
-                    let layout = Layout { stride: (cols + 1).next_multiple_of(8) + usize::from(!aligned), shift: usize::from(!aligned) };
-                    let grid = Grid::with_gap(backend, dtype, rows, cols, layout, 0xff, &rng.bits(dtype, rows * cols, 0.5));
-                    let exact = Exact::new(dtype, rows, cols, &grid.bits());
-                    (grid, exact)
-                };
-                let (a, exact_a) = matrix(&mut model.rng, rank, i, slot % 2 == 0);
-                let (b, exact_b) = matrix(&mut model.rng, o, rank, slot % 2 == 1);
-                model.set_slot(slot, vec![Some(Pair { a, b, exact_a, exact_b, scale: 0.5 })]);
+                model.fill(slot, |model, _, (o, i)| model.pair_at(o, i, rank, [slot % 2 == 0, slot % 2 == 1]));
             }
             let (ids, gates) = ([0, 1, 2, 3], [0.5, -1.0, 0.25, 2.0]);
             model.to(&ids, &gates);
@@ -677,6 +706,127 @@ fn deep_ranks_of_small_sets(backend: &Backend) {
             model.to(ids, gates);
             let what = format!("{dtype}, {form:?}, {cols} columns, ids {ids:?}");
             if form == Form::InPlace { drift.assert_holds(&model, ids, gates, &what) } else { model.assert_holds(ids, gates, &what) }
+        }
+    }
+}
+
+/// Targets of one tile and of a few among some of more than a hundred: on a GPU 546 tiles, which on Hopper are a small set whose launches are
+/// long, where there are up to four panels of deep ranks. A block has five tiles there, of up to five targets.
+fn long(backend: &Backend, dtype: DType, form: Form) -> Spec {
+    let wide = if backend.cuda.is_some() { 131 * 128 } else { 2 * 128 };
+    let first = [(5, wide), (1, 64), (2, 128), (70, 64), (1, 128), (3, 64), (40, 384), (133, 192), (3, wide), (129, 128)];
+    let others = [(2, 64), (4, wide), (1, 64), (1, 64), (130, 64), (2, wide + 64), (3, 256)];
+    Spec { shapes: [&first[..], &others[..]].concat(), max_rank: 64, ..small(dtype, form) }
+}
+
+/// One panel each. At every third target A of slot 1 is nothing for the copy engine, so that blocks of a long launch go from sums whose B they
+/// hold to such that they cannot hold, and back; at every other B of slot 2 comes by elements.
+fn fill_long(model: &mut Model) {
+    for (slot, rank) in [64, 40, 36, 33].into_iter().enumerate() {
+        model.fill(slot, |model, t, (o, i)| model.pair_at(o, i, rank, [slot != 1 || t % 3 != 2, slot != 2 || t % 2 == 0]));
+    }
+}
+
+fn long_launches_hold_b_in_part(backend: &Backend) {
+    for (dtype, form) in [(DType::Bf16, Form::FromBase), (DType::F16, Form::InPlace)] {
+        let spec = long(backend, dtype, form);
+        let mut model = Model::without_adapters(backend, &spec, StateMemory::allocate());
+        fill_long(&mut model);
+        let routes: [(&[i32], &[f32]); 5] = [
+            (&[0, 1], &[0.25, -1.0]),
+            (&[2, 3], &[0.5, 2.0]),
+            (&[2, 1], &[-0.75, 1.0]),
+            (&[3, 0, 2, 1], &[0.75, 1.5, -0.5, 0.125]),
+            (&[0, 3], &[1.0, 0.5]),
+        ];
+        let mut drift = Drift::new(&spec);
+        for (ids, gates) in routes {
+            model.to(ids, gates);
+            let what = format!("{dtype}, {form:?}, ids {ids:?}");
+            if form == Form::InPlace { drift.assert_holds(&model, ids, gates, &what) } else { model.assert_holds(ids, gates, &what) }
+        }
+    }
+}
+
+/// Slots above those that a warp reads at once, up to the last that a long launch knows. One of them gets other adapters of the same ranks
+/// between two launches, so that nothing but their places tells them from the old ones.
+fn high_slots_of_long_launches(backend: &Backend) {
+    for (dtype, form, slots, ids) in [
+        (DType::F16, Form::FromBase, 33, [5, 32, 31, 0]),
+        (DType::Bf16, Form::FromBase, 222, [33, 221, 127, 32]),
+        (DType::Bf16, Form::InPlace, 222, [190, 221, 64, 33]),
+    ] {
+        let spec = Spec { slots, ..long(backend, dtype, form) };
+        let mut model = Model::without_adapters(backend, &spec, StateMemory::allocate());
+        let fill = |model: &mut Model, entry: usize| {
+            let rank = [64, 40, 36, 33][entry];
+            model.fill(ids[entry] as usize, |model, _, (o, i)| model.pair(o, i, rank, 0.5, 0.3));
+        };
+        (0..4).for_each(|entry| fill(&mut model, entry));
+        let mut drift = Drift::new(&spec);
+        let mut to = |model: &mut Model, ids: &[i32], gates: &[f32]| {
+            model.to(ids, gates);
+            let what = format!("{dtype}, {form:?}, {slots} slots, ids {ids:?}");
+            if form == Form::InPlace { drift.assert_holds(model, ids, gates, &what) } else { model.assert_holds(ids, gates, &what) }
+        };
+        to(&mut model, &ids[2..], &[0.5, 2.0]);
+        to(&mut model, &ids[..2], &[0.25, -1.0]);
+        if form == Form::InPlace {
+            to(&mut model, &[], &[]);
+        }
+        fill(&mut model, 1);
+        to(&mut model, &ids[..2], &[0.25, -1.0]);
+        to(&mut model, &ids[1..3], &[-0.75, 1.5]);
+        assert!(model.set.odd(&backend.stream).unwrap().is_none());
+    }
+}
+
+/// From base whatever W held is gone. In place, too, W has its bits again where every sum is exact; one of the routes that leave is of more
+/// panels than a block can hold.
+fn unmerging_long_sets(backend: &Backend) {
+    for (dtype, form) in [(DType::F16, Form::FromBase), (DType::Bf16, Form::InPlace)] {
+        let ranks = [64, 40, 36, 33, 8, 17];
+        let spec = Spec { slots: ranks.len(), k_max: ranks.len(), ..long(backend, dtype, form) };
+        let mut model = Model::without_adapters(backend, &spec, StateMemory::allocate());
+        let mut rng = Rng(15);
+        for (base, weight) in model.bases.iter_mut().zip(&mut model.weights) {
+            let bits = whole_numbers(&mut rng, base, 8);
+            base.set_bits(&bits);
+            if form == Form::InPlace {
+                weight.set_bits(&bits);
+            }
+        }
+        for (slot, rank) in ranks.into_iter().enumerate() {
+            model.fill(slot, |model, _, (o, i)| {
+                let mut pair = model.pair_at(o, i, rank, [true; 2]);
+                pair.make_whole(&mut rng);
+                pair
+            });
+        }
+        let routes: [(&[i32], &[f32]); 3] =
+            [(&[0, 1], &[2.0, -1.0]), (&[4, 2, 5, 0, 1, 3], &[2.0, -1.0, -2.0, 1.0, 2.0, -2.0]), (&[3], &[1.0])];
+        for (ids, gates) in routes {
+            for is_empty_route in [false, true] {
+                let what = format!("{dtype}, {form:?}, ids {ids:?}");
+                model.to(ids, gates);
+                for (t, weight) in model.weights.iter().enumerate() {
+                    let (exact, _) = model.exact(t, &model.list(t, ids, gates));
+                    assert!(weight.values() == exact.x, "{what}: target {t}");
+                }
+                if form == Form::FromBase {
+                    for weight in &mut model.weights {
+                        let nan = encode(dtype, f64::NAN);
+                        weight.set_bits(&vec![nan; weight.rows * weight.cols]);
+                    }
+                }
+                if is_empty_route {
+                    model.to(&[-1], &[1.0]);
+                } else {
+                    model.set.unmerge(&backend.stream).unwrap();
+                    backend.synchronize();
+                }
+                assert!(model.all_bits() == model.base_bits(), "{what}: unmerged");
+            }
         }
     }
 }
@@ -1013,30 +1163,47 @@ fn launches_in_a_row(backend: &Backend) {
                         model.set_slot(slot, vec![Some(pair)]);
                     }
                 }
-                let (experts, k) = (4, 2);
-                let mut rng = Rng(5);
-                let logits: Vec<Grid> = (0..12)
-                    .map(|_| Grid::new(backend, DType::F32, 1, experts, Layout::dense(experts), &rng.bits(DType::F32, experts, 3.0)))
-                    .collect();
-                let mut ids = Grid::new(backend, DType::I32, 1, k, Layout::dense(k), &[0, 1]);
-                let mut gates = Grid::poisoned(backend, DType::F32, 1, k, Layout::dense(k));
-                backend.synchronize();
-                for step in [0, 1, 1, 2, 3, 0, 4, 5, 5, 6, 7, 8, 9, 10, 11, 10] {
-                    let options = RouteOptions::default();
-                    route(&backend.stream, &options, &logits[step].mat(), &mut ids.mat_mut(), &mut gates.mat_mut()).unwrap();
-                    if pauses {
-                        backend.synchronize();
-                    }
-                    model.set.to(&backend.stream, &ids.mat(), &gates.mat()).unwrap();
-                    if pauses {
-                        backend.synchronize();
-                    }
-                }
-                backend.synchronize();
-                model.all_bits()
+                after_launches(&mut model, pauses)
             };
             assert_eq!(run(false), run(true), "{form:?}, {} slots, {} targets", spec.slots, spec.shapes.len());
         }
+    }
+}
+
+/// What the weights hold behind a row of routes and switches.
+fn after_launches(model: &mut Model, pauses: bool) -> Vec<Vec<u32>> {
+    let (backend, experts, k) = (model.backend.clone(), 4, 2);
+    let mut rng = Rng(5);
+    let logits: Vec<Grid> =
+        (0..12).map(|_| Grid::new(&backend, DType::F32, 1, experts, Layout::dense(experts), &rng.bits(DType::F32, experts, 3.0))).collect();
+    let mut ids = Grid::new(&backend, DType::I32, 1, k, Layout::dense(k), &[0, 1]);
+    let mut gates = Grid::poisoned(&backend, DType::F32, 1, k, Layout::dense(k));
+    backend.synchronize();
+    for step in [0, 1, 1, 2, 3, 0, 4, 5, 5, 6, 7, 8, 9, 10, 11, 10] {
+        let options = RouteOptions::default();
+        route(&backend.stream, &options, &logits[step].mat(), &mut ids.mat_mut(), &mut gates.mat_mut()).unwrap();
+        if pauses {
+            backend.synchronize();
+        }
+        model.set.to(&backend.stream, &ids.mat(), &gates.mat()).unwrap();
+        if pauses {
+            backend.synchronize();
+        }
+    }
+    backend.synchronize();
+    model.all_bits()
+}
+
+/// The same with long launches over several targets, of some of which B cannot be held: what a block begins with is another target's, with
+/// one tile of it or more, and what it has brought for the wrong route may be more or less than what the right one needs.
+fn long_launches_in_a_row(backend: &Backend) {
+    for form in [Form::FromBase, Form::InPlace] {
+        let run = |pauses: bool| {
+            let mut model = Model::without_adapters(backend, &long(backend, DType::Bf16, form), StateMemory::allocate());
+            fill_long(&mut model);
+            after_launches(&mut model, pauses)
+        };
+        assert!(run(false) == run(true), "{form:?}");
     }
 }
 
@@ -1090,6 +1257,7 @@ fn refills_in_a_row(backend: &Backend) {
 on_paths!(
     blocks_go_on_to_other_targets,
     launches_in_a_row,
+    long_launches_in_a_row,
     refills_in_a_row,
     from_base_matches_oracle,
     in_place_matches_oracle,
@@ -1108,6 +1276,9 @@ on_paths!(
     many_targets,
     runs_of_tiles,
     deep_ranks_of_small_sets,
+    long_launches_hold_b_in_part,
+    high_slots_of_long_launches,
+    unmerging_long_sets,
     deep_ranks,
     deep_and_shallow_targets,
     runs_of_tiles_downwards,
