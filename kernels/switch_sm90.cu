@@ -9,17 +9,18 @@
 //   panels    (warp 1)  per product: A [<= 64, 128], by the copy engine
 //   loaders   (warps 4 to 7)  and B [128, <= 64], by plain copies, each warp every fourth
 //   consumers (2 x 128) each 64 rows: wgmma into `product`, sum += coefficient * product; then W's granule is changed in place in shared
-//                       memory (ldmatrix, add in f32, one rounding, stmatrix); where ranks are deep, B in registers (add_held)
+//                       memory (ldmatrix, add in f32, one rounding, stmatrix); where ranks are deep, each 64 columns, A in registers (add_held)
 //   weights   (warps 2, 3) a consumer's granules of W: each is brought by the copy engine, and written back when it is done
 //
 // The product of a tile starts before its W arrives, and W runs one to four tiles ahead. A block takes a few tiles in a row, and B stays in
-// shared memory for that run; where a target has more panels than can stay, the rest passes through A's ring, tile by tile. A and B are what
-// other blocks read again, W is not: L2 is told to evict them last.
+// shared memory for that run; where a target has more panels than can stay, the rest passes through A's ring, tile by tile. Where ranks are deep,
+// a run goes down a column of tiles, A stays in registers, and B passes: a strip of blocks side by side then works on the same rows of W, whole
+// ones. A and B are what other blocks read again, W is not: L2 is told to evict them last.
 //
 // A consumer is bound by the latency of its own instructions, not by the tensor cores: two warps a scheduler, and a term is a chain of wait,
 // product, fmas. So the scheduler works out all that a product needs, descriptors and places included, and whatever a consumer still has to
-// do it does while a product runs. Where it holds B, its 64 rows are two halves of 64 columns: one is scaled while the other's product runs,
-// and W, whose place is wanted for the tile after the next one, is changed as soon as a tile's products are over.
+// do it does while a product runs. Where ranks are deep it is bound by panels, and by the power that tensor cores take of the clock: there one
+// wgmma of 128 columns beats two of 64 that take turns.
 //
 // Why it is right:
 // - Both operands come as PEFT stores them. B [out, rank] is K-major, A [rank, in] is N-major: wgmma takes both layouts by descriptor.
@@ -28,14 +29,16 @@
 // - An adapter whose own rows are not aligned comes through plain loads into the same swizzled places (load_slowly), so that a refill
 //   never changes which launch serves a target.
 // - Exactness and the order of sums are those of switch.cu, but that the tensor cores sum in another grouping, and that where the consumers
-//   hold B terms ascend by magnitude and share an accumulator, which rounds each twice at every later one. Which it is depends on a target's
+//   hold A terms ascend by magnitude and share an accumulator, which rounds each twice at every later one. Which it is depends on a target's
 //   own terms alone, and so do its bits from base: where panels lie, and how many tiles make a run, does not show in them.
 // - The last block to leave the queue records. Only schedulers read the old record, and by then all of them are done with it.
 //
 // Memory order first: blocks take tiles from one counter, so that all SMs work close together in memory (long private strips cost 6-10%). What a
-// run of tiles saves on B it can lose there: two or three tiles are best until the ranks add up to more than 128, 8 to 32 beyond. And what comes
-// further ahead than the consumers need is lost there too.
+// run of tiles saves on B it can lose there: two or three tiles are best until the ranks add up to more than 128, 8 or, downwards, 32 beyond. And
+// what comes further ahead than the consumers need is lost there too.
 // Every layout assumption is asserted where it is used.
+#include <stddef.h>
+
 #include "args.h"
 #include "common/num.cuh"
 #include "common/ptx_sm90.cuh"
@@ -50,30 +53,32 @@ constexpr int kGroups = LSW_SWITCH90_GROUPS;
 constexpr int kArea = 13 * kGranule;        // bytes for granules of W and panels of A and B
 constexpr uint32_t kMostGranules = 10, kGranules = 6, kFewestGranules = 4;
 static_assert(kMostGranules % kConsumers == 0 && kGranules % kConsumers == 0 && kFewestGranules % kConsumers == 0,
-              "a place stays with one consumer: who waits at a barrier sees all its phases");
+              "a place stays with one consumer, or with both: who waits at a barrier sees all its phases");
 constexpr uint32_t kMostPanels = (kArea - kGranules * kGranule) / (16 * 256);  // of the smallest
-constexpr uint32_t kFewestStay = 4;         // panels of B, of the largest
+constexpr uint32_t kDeepStay = 4;           // panels of B, of the largest, that stay
+constexpr uint32_t kHeldPlaces = 8;         // for panels, where the consumers hold A
+__host__ __device__ constexpr uint32_t slots_of(uint32_t granules, uint32_t depth) { return (kArea - granules * kGranule) / (depth * 256); }
+static_assert(slots_of(kFewestGranules, 64) >= kDeepStay + 4 && slots_of(kGranules, 64) >= 4,
+              "at a run's begin a consumer that holds A waits for the third and fourth place before it gives the first one back");
+static_assert(slots_of(kMostGranules, 16) / 2 >= kDeepStay && slots_of(kGranules, 32) / 2 >= kDeepStay &&
+                  slots_of(kFewestGranules, 64) / 2 >= kDeepStay,
+              "up to so many panels of B stay, by plain copies, in every launch (lay_out); only others need their maps fenced (meet_target)");
 constexpr uint32_t kLoaders = 4;            // warps
 constexpr uint32_t kLight = 3;              // panels of a tile, up to which its consumers have time to spare
 constexpr uint32_t kLightGrab = 2, kGrab = 3, kDeepGrab = 8;  // tiles that a block takes at a time
-constexpr uint32_t kHeldGrab = 16, kLongHeldGrab = 32;  // where the consumers hold B: all of it, a part
+constexpr uint32_t kHeldRun = 32;           // tiles one below the other, where the consumers hold A: a power of two
 constexpr uint32_t kDeep = 128;                // a sum of ranks beyond which panels are scarcer than granules
-constexpr int kEntries = 6;                 // tiles between the scheduler and the slowest role
-constexpr uint32_t kEnd = ~0u;
+constexpr uint32_t kEntries = 6;                 // tiles between the scheduler and the slowest role
 
 // A block starts with 128 registers a thread and can only share these out: asking for one more waits for ever.
-constexpr int kProducerRegisters = 48, kLoaderRegisters = 32, kConsumerRegisters = 216;
+constexpr int kProducerRegisters = 40, kLoaderRegisters = 24, kConsumerRegisters = 224;
 static_assert(128 * kProducerRegisters + 128 * kLoaderRegisters + 256 * kConsumerRegisters <= 512 * 128, "registers of a block");
 
 static_assert(kThreads == 512 && kTile == 128, "two warpgroups of producers, two of consumers of 64 rows each");
 
-// Panels of B that consumers hold in registers, a target's first ones. Each number has code of its own, where an index is a constant; so
-// have eight panels, of which the last one is not held.
-constexpr uint32_t kMostHeld = 6, kStraight = 8, kStraightHeld = 7;
-__device__ __forceinline__ uint32_t held_of(uint32_t panels) {
-    if (panels == kStraight) return kStraightHeld;
-    return panels < 4 ? panels : panels < kMostHeld ? 4 : kMostHeld;
-}
+// Panels of A that consumers hold in registers, a target's first ones. Each number has code of its own, where an index is a constant.
+constexpr uint32_t kMostHeld = 8;
+__device__ __forceinline__ uint32_t held_of(uint32_t panels) { return panels < 4 ? panels : panels < 6 ? 4 : panels < kMostHeld ? 6 : kMostHeld; }
 
 // What a target's sum has of one adapter.
 struct alignas(16) Term {
@@ -87,6 +92,15 @@ struct alignas(16) Term {
     __device__ uint32_t flags() const { return rank_and_flags >> 16; }
     __device__ uint32_t depth() const { return panel_depth(rank()); }
     __device__ uint32_t panels() const { return rank() <= 64 ? 1 : (rank() + 63) / 64; }
+};
+
+// A place in the ring of entries, and its parity, in one register.
+struct EntryRing {
+    uint32_t at = 0;
+
+    __device__ __forceinline__ uint32_t slot() const { return at < kEntries ? at : at - kEntries; }
+    __device__ __forceinline__ uint32_t parity() const { return at >= kEntries; }
+    __device__ __forceinline__ void advance() { at = at + 1 == 2 * kEntries ? 0 : at + 1; }
 };
 
 // Of a product: what all roles ask. Bits from 0: steps of 16 of the rank, whether it adds to what the term's last panel left, whether it ends
@@ -115,13 +129,13 @@ struct alignas(16) Product {
     Plan plan;
     uint32_t b_low[kConsumers];
     // For those who bring the panels.
-    uint32_t factor, b_stride;
     const void* b;
+    uint32_t factor;
     uint16_t k, rank;  // the panel begins at k
     uint16_t depth, flags;
+    uint32_t b_stride;
 };
-
-constexpr uint32_t kRowsOf128 = 1024 >> 4 | 1 << 30;  // a descriptor's upper word: eight rows of 128 bytes, swizzled over that width
+static_assert(offsetof(Product, plan) == 12 && offsetof(Product, factor) == 32 && offsetof(Product, depth) == 40, "read as four words");
 
 __device__ __forceinline__ uint64_t rows_of_128(uint32_t low) { return static_cast<uint64_t>(kRowsOf128) << 32 | low; }
 
@@ -132,29 +146,31 @@ struct Work {
     Plan plan;
     uint32_t b_low;
 
+    __device__ float factor() const { return plan.ends_term() ? coefficient : 1.0f; }
     __device__ uint64_t b() const { return static_cast<uint64_t>(b_high) << 32 | b_low; }
     __device__ uint64_t a() const { return rows_of_128(a_low); }
 };
 
 // A tile on its way through the roles, or a part of one that has more products than fit: only the last part ends the tile.
 struct alignas(16) Header {
-    uint32_t target;  // kEnd: there are no more
+    uint32_t target;
     int row, col;
-    // Products, rows of the matrix in the tile, first products in straight code (0: B is not held), ends a run, ends the tile, begins a run,
-    // LSW_WEIGHT_BLOCKS.
-    uint32_t packed;
+    uint32_t packed;  // of the target, its kind; products; rows of the matrix in the tile; and two flags
 
-    __device__ static uint32_t pack(uint32_t products, uint32_t rows, uint32_t straight, bool ends_run, bool ends_tile, bool begins_run,
-                                    bool blocks) {
-        return products | rows << 8 | straight << 16 | ends_run << 28 | ends_tile << 29 | begins_run << 30 | static_cast<uint32_t>(blocks) << 31;
+    // Of a target: first products whose A the consumers hold, whether each of its terms has two of them, LSW_WEIGHT_BLOCKS. Of no target: the end.
+    __device__ static uint32_t kind(uint32_t held, bool pairs, bool blocks) { return held << 16 | pairs << 24 | blocks << 25; }
+    static constexpr uint32_t kEnds = 1u << 31;
+    __device__ static uint32_t pack(uint32_t kind, uint32_t products, uint32_t rows, bool ends_tile, bool begins_run) {
+        return kind | products | rows << 8 | ends_tile << 29 | begins_run << 30;
     }
     __device__ uint32_t products() const { return packed & 0xff; }
     __device__ int rows() const { return packed >> 8 & 0xff; }
-    __device__ uint32_t straight() const { return packed >> 16 & 0xff; }
-    __device__ bool ends_run() const { return packed >> 28 & 1; }
+    __device__ uint32_t held() const { return packed >> 16 & 0xff; }
+    __device__ bool pairs() const { return packed >> 24 & 1; }
+    __device__ bool blocks() const { return packed >> 25 & 1; }
     __device__ bool ends_tile() const { return packed >> 29 & 1; }
     __device__ bool begins_run() const { return packed >> 30 & 1; }
-    __device__ bool blocks() const { return packed >> 31; }
+    __device__ bool is_end() const { return packed & kEnds; }
 };
 constexpr uint32_t kProducts = 32;  // of an entry: one for each of the scheduler's lanes
 static_assert(kProducts < 256 && kTile < 256 && kMostPanels < 256, "packed");
@@ -169,11 +185,12 @@ struct Geometry {
     uint32_t panel_bytes;  // A [depth, 128] or B [128, depth]
     uint32_t granules;     // of W in flight, at the area's begin
     uint32_t panels;       // the address behind them
-    uint32_t stays;        // panels behind them, of B, for a run of tiles: a target's first ones, or those after the held ones
+    uint32_t stays;        // panels behind them, of B, for a run of tiles: the first ones of a target whose A is not held
     uint32_t passes;       // and behind those, for one tile: of A, and of B where there is no place to stay
     uint32_t most_ranks, most_panels;  // that a target may need
     uint32_t least_steps, most_steps;  // of a product
-    uint32_t may_hold, may_not;  // whether the consumers may come to hold B of a target; whether they may not of another
+    uint32_t has_unaligned;      // of an adapter, A or B
+    uint32_t may_hold, may_not;  // whether the consumers may come to hold A of a target; whether they may not of another
     uint32_t grab;         // consecutive tiles that a block takes at a time
 };
 
@@ -194,10 +211,24 @@ struct Shared {
     uint32_t group[kGroups + 1];  // tiles of the changed targets before each group of 32
 
     __device__ unsigned char* panels() { return area + geometry.granules * kGranule; }
+    __device__ unsigned char* panel(uint32_t place) { return panels() + place * geometry.panel_bytes; }
 };
 static_assert(sizeof(Shared) + 1024 <= LSW_SWITCH90_SHARED, "the host asks for this much shared memory");
 
-__device__ __forceinline__ uint32_t tile_count(const LswTarget& t) { return ((t.rows + kTile - 1) / kTile) * ((t.cols + kTile - 1) / kTile); }
+// How tiles that hold A are numbered: column by column in strips of one height. Columns begin at multiples of a power of two, as runs do.
+struct Strips {
+    uint32_t count, height, pitch;
+    __device__ __forceinline__ explicit Strips(uint32_t down)
+        : count((down + kHeldRun - 1) / kHeldRun), height((down + count - 1) / count), pitch(height > 1 ? 2u << (31 - __clz(height - 1)) : 1) {}
+};
+
+// Tiles of a target; where consumers may hold A, of a target of whole strips.
+__device__ __forceinline__ uint32_t tile_count(const LswTarget& t, bool in_strips) {
+    const uint32_t down = (t.rows + kTile - 1) / kTile, across = (t.cols + kTile - 1) / kTile;
+    if (!in_strips) return down * across;
+    const Strips strips(down);
+    return strips.count * strips.pitch * across;
+}
 
 __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t x) {
     for (int step = 1; step < 32; step *= 2) {
@@ -208,11 +239,11 @@ __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t x) {
 }
 
 // Tiles that a target needs under the new route.
-__device__ __forceinline__ uint32_t changed_tiles(const LswSwitchArgs& args, const Route& route, uint32_t target) {
-    return is_changed(args, route, target) ? tile_count(target_of(args, target)) : 0;
+__device__ __forceinline__ uint32_t changed_tiles(const LswSwitchArgs& args, const Route& route, uint32_t target, bool in_strips) {
+    return is_changed(args, route, target) ? tile_count(target_of(args, target), in_strips) : 0;
 }
 
-// B is held where a target's ranks are deep and each of its panels is 64 of a rank, the last 16 of them in part: less would waste registers.
+// A is held where a target's ranks are deep and each of its panels is 64 of a rank, the last 16 of them in part: less would waste registers.
 __device__ __forceinline__ bool is_whole(uint32_t rank) { return (rank + 15) / 16 % 4 == 0; }
 
 // What a changed target asks of the geometry. Also: its tensor maps may have been written since this SM last saw them. A fence takes long, so
@@ -225,8 +256,18 @@ __device__ void meet_target(const LswSwitchArgs& args, Shared& s, uint32_t targe
             const LswFactor& f = factor(args, target, slot);
             if (f.rank > 0) visit(f, factor_maps(args, target * args.slots + slot));
         };
-        for (uint32_t e = 0; e < s.route.count; ++e) at(s.route.slot[e]);
+        // As in lane_terms, but that a term whose coefficient does not count may be among them.
         const uint32_t held = args.in_place ? merged_count(args, target) : 0;
+        for (uint32_t e = 0; e < s.route.count; ++e) {
+            const int slot = s.route.slot[e];
+            const float coefficient = s.route.gate[e] * factor(args, target, slot).scale;
+            bool changes = true;
+            for (uint32_t i = 0; i < held; ++i) {
+                const LswMerged& m = merged(args, target)[i];
+                changes = changes && !(m.slot == slot && m.coefficient == coefficient);
+            }
+            if (changes) at(slot);
+        }
         for (uint32_t e = 0; e < held; ++e) {
             const int slot = merged(args, target)[e].slot;
             bool stays = false;
@@ -244,8 +285,9 @@ __device__ void meet_target(const LswSwitchArgs& args, Shared& s, uint32_t targe
         most_steps = max(most_steps, (min(full, f.rank) + 15) / 16);
     });
     each([&](const LswFactor& f, const LswMap* maps) {
+        if (~f.flags & (LSW_A_ALIGNED | LSW_B_ALIGNED)) s.geometry.has_unaligned = 1;
         if (f.flags & LSW_A_ALIGNED) fence_tensor_map(maps);
-        if (f.flags & LSW_B_ALIGNED && (panels > kFewestStay || depth == 64)) fence_tensor_map(maps + 1);
+        if (f.flags & LSW_B_ALIGNED && (panels > kDeepStay || depth == 64)) fence_tensor_map(maps + 1);
     });
     atomicMax(&s.geometry.depth, depth);
     atomicMax(&s.geometry.most_ranks, ranks);
@@ -259,39 +301,43 @@ __device__ void meet_target(const LswSwitchArgs& args, Shared& s, uint32_t targe
 // One thread. Memory likes all blocks close together, and the last blocks want tiles too. So a block grabs few tiles where it can, and nothing
 // comes further ahead than it must: A by a tile and a half where ranks are shallow, and W, where the consumers have time to spare, by the next
 // tile alone. Where they have not, W makes up for their hurry at the begin of a run: in place, and where panels are small, by up to four tiles.
-// Deep ranks need B to stay for longer.
+// Deep ranks need longer runs.
 __device__ void lay_out(const LswSwitchArgs& args, Shared& s, uint32_t total, uint32_t blocks) {
     Geometry& g = s.geometry;
     const bool is_deep = g.most_ranks > kDeep, is_light = !is_deep && g.most_panels <= kLight;
     g.panel_bytes = g.depth * 256;
-    const bool is_held = g.may_hold && !g.may_not, is_all_held = is_held && g.most_panels == held_of(g.most_panels);
-    g.granules = is_deep || is_light ? kFewestGranules : args.in_place && g.depth == 16 ? kMostGranules : kGranules;
+    const bool is_held = g.may_hold && !g.may_not;
+    const bool is_short = is_held ? g.most_panels > 4 : is_deep || is_light;  // of places for panels, or not in need of W
+    g.granules = is_short ? kFewestGranules : args.in_place && g.depth == 16 ? kMostGranules : kGranules;
     g.panels = shared_address(s.panels());
-    const uint32_t slots = min(kMostPanels, (kArea - g.granules * kGranule) / g.panel_bytes);
+    const uint32_t slots = min(kMostPanels, slots_of(g.granules, g.depth));
     if (is_held) {
-        g.stays = min(kFewestStay, g.most_panels - held_of(g.most_panels));
+        g.stays = 0;
     } else if (g.depth == 64 && !is_light) {
-        g.stays = kFewestStay;
+        g.stays = kDeepStay;
     } else {
         g.stays = slots - max(1u, min(slots / 2, (3 * g.most_panels + 1) / 2));
     }
-    g.passes = slots - g.stays;
+    g.passes = is_held ? min(slots, kHeldPlaces) : slots - g.stays;
     const uint32_t unheld = is_deep ? kDeepGrab : is_light ? kLightGrab : kGrab;
-    const uint32_t most = !is_held ? unheld : is_all_held ? kHeldGrab : kLongHeldGrab;
-    g.grab = max(1u, min(most, (total + blocks - 1) / blocks));
+    g.grab = max(1u, min(is_held ? kHeldRun : unheld, (total + blocks - 1) / blocks));
 }
 
 // All threads: the tiles of each group of 32 targets, then their prefix sum, and the geometry. Ends with a barrier.
 __device__ void plan(const LswSwitchArgs& args, Shared& s) {
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (uint32_t g = warp; g < s.groups; g += kThreads / 32) {
-        const uint32_t target = args.first + 32 * g + lane;
-        const uint32_t tiles = changed_tiles(args, s.route, target);
-        if (tiles > 0) meet_target(args, s, target);
-        const uint32_t sum = __reduce_add_sync(kFullWarp, tiles);
-        if (lane == 0) s.group[g + 1] = sum;
-    }
-    __syncthreads();
+    auto count = [&](bool in_strips, auto meet) {
+        for (uint32_t g = warp; g < s.groups; g += kThreads / 32) {
+            const uint32_t target = args.first + 32 * g + lane;
+            const uint32_t tiles = changed_tiles(args, s.route, target, in_strips);
+            if (tiles > 0) meet(target);
+            const uint32_t sum = __reduce_add_sync(kFullWarp, tiles);
+            if (lane == 0) s.group[g + 1] = sum;
+        }
+        __syncthreads();
+    };
+    count(false, [&](uint32_t target) { meet_target(args, s, target); });
+    if (s.geometry.may_hold) count(true, [](uint32_t) {});
     if (warp == 0) {
         uint32_t carry = 0;
         for (uint32_t g = lane; g < (s.groups + 31) / 32 * 32; g += 32) {
@@ -306,24 +352,35 @@ __device__ void plan(const LswSwitchArgs& args, Shared& s) {
 
 // Where the scheduler is: its target, of which it keeps everything that a tile needs, so that a tile costs it no access to global memory.
 struct Cursor {
-    uint32_t group = kEnd, target = kEnd;
+    uint32_t group = ~0u, target = 0;
     uint32_t before_lane = 0, lane_tiles = 0;  // of this lane's target in the group
     uint32_t start = 0, end = 0;               // the target's tiles
     uint32_t panels = 0;                       // of A, and as many of B, over its staged terms
-    uint32_t held = 0;                         // those of B, the first, that the consumers hold for a run of tiles
+    uint32_t held = 0;                         // those of A, the first, that the consumers hold for a run of tiles
+    uint32_t kind = 0;                         // for the header
     int rows = 0, cols = 0;                    // of the target
-    bool blocks = false;
-    int row = 0, col = 0;  // of the tile
+    int row = 0, col = 0;                      // of the tile
+    int end_row = 0;                           // of its strip, where A is held
 
     __device__ void locate(uint32_t tile) {
         const uint32_t across = (cols + kTile - 1) / kTile, index = tile - start;
-        row = index / across * kTile, col = index % across * kTile;
+        if (held == 0) {
+            row = index / across * kTile, col = index % across * kTile;
+            return;
+        }
+        const Strips strips((rows + kTile - 1) / kTile);
+        const uint32_t column = index / strips.pitch, top = column / across * strips.height;
+        row = (top + index % strips.pitch) * kTile, col = column % across * kTile;
+        end_row = min(rows, static_cast<int>(top + strips.height) * kTile);
     }
-    __device__ void step() {
+    // From the tile before it.
+    __device__ void step(uint32_t tile) {
+        if (held > 0) return locate(tile);
         col += kTile;
         if (col >= cols) col = 0, row += kTile;
     }
-    __device__ bool ends_row() const { return col + kTile >= cols; }
+    __device__ bool exists() const { return row < (held == 0 ? rows : end_row); }
+    __device__ bool ends_run() const { return held == 0 ? col + kTile >= cols : row + kTile >= end_row; }
 };
 
 __device__ __forceinline__ Term make_term(const LswSwitchArgs& args, uint32_t target, int slot, float coefficient) {
@@ -359,7 +416,7 @@ __device__ void seek(const LswSwitchArgs& args, Shared& s, Cursor& at, uint32_t 
     }
     if (g != at.group) {
         at.group = g;
-        at.lane_tiles = changed_tiles(args, s.route, args.first + 32 * g + lane);
+        at.lane_tiles = changed_tiles(args, s.route, args.first + 32 * g + lane, s.geometry.may_hold);
         at.before_lane = s.group[g] + warp_inclusive_sum(at.lane_tiles) - at.lane_tiles;
     }
     const uint32_t owner = __ffs(__ballot_sync(kFullWarp, at.before_lane <= tile && tile < at.before_lane + at.lane_tiles)) - 1;
@@ -368,17 +425,17 @@ __device__ void seek(const LswSwitchArgs& args, Shared& s, Cursor& at, uint32_t 
     at.end = at.start + __shfl_sync(kFullWarp, at.lane_tiles, owner);
     const LswTarget& t = target_of(args, at.target);
     at.rows = t.rows, at.cols = t.cols;
-    at.blocks = t.flags & LSW_WEIGHT_BLOCKS;
     const LaneTerms terms = lane_terms(args, s.route, at.target);
     uint32_t ranks = 0;
-    bool whole = true;
+    bool whole = true, pairs = true;
     for (const int slot : {terms.enter_slot, terms.leave_slot}) {
         const uint32_t rank = slot < 0 ? 0 : factor(args, at.target, slot).rank;
-        ranks += rank, whole = whole && is_whole(rank);
+        ranks += rank, whole = whole && is_whole(rank), pairs = pairs && (rank == 0 || (rank > 64 && rank <= 128));
     }
+    pairs = __all_sync(kFullWarp, pairs);
     const bool by_size = __all_sync(kFullWarp, whole) && __reduce_add_sync(kFullWarp, ranks) > kDeep;
     __syncwarp();  // the last publish has read what was staged
-    // Where consumers hold B: ascending by magnitude, equal ones as they come. So no quotient is above 1, and nothing overflows.
+    // Where consumers hold A: ascending by magnitude, equal ones as they come. So no quotient is above 1, and nothing overflows.
     auto key = [](int slot, float coefficient, uint32_t at) {
         return slot < 0 ? ~0ull : static_cast<uint64_t>(__float_as_uint(fabsf(coefficient))) << 32 | at;
     };
@@ -399,6 +456,7 @@ __device__ void seek(const LswSwitchArgs& args, Shared& s, Cursor& at, uint32_t 
     stage(by_size ? before_leave : terms.leave_at, terms.leave_slot, terms.leave);
     at.panels = __reduce_add_sync(kFullWarp, panels);
     at.held = by_size ? held_of(at.panels) : 0;
+    at.kind = Header::kind(at.held, pairs, t.flags & LSW_WEIGHT_BLOCKS);
     __syncwarp();
     // Each but the last by the quotient of its coefficient and the next one's.
     for (uint32_t i = 0; by_size && i + 1 < terms.count; i += 32) {
@@ -411,22 +469,24 @@ __device__ void seek(const LswSwitchArgs& args, Shared& s, Cursor& at, uint32_t 
     if (lane < at.panels) s.described[lane] = describe(s, lane);
 }
 
-// Where panels find their places: passing ones go round and round, those of a run begin where the last run's ended.
+// Where panels find their places: passing ones go round and round, those of a run begin where the last run's ended. A product's first place,
+// its plan's A, is of the panel that comes for every tile: where A is held, B's.
 struct Places {
     Ring passing, staying, run;
 
-    // Passing panels of a tile before those of its product `index`.
-    __device__ __forceinline__ static uint32_t passed(const Geometry& g, uint32_t held, uint32_t index, bool begins_run) {
-        const uint32_t kept = held + g.stays;
+    // Passing panels of a tile before those of its product `index`. Held ones come where a run begins, others have a place of their own to stay,
+    // if any, or come along.
+    __device__ __forceinline__ static uint32_t passed(uint32_t held, uint32_t stays, uint32_t index, bool begins_run) {
+        const uint32_t kept = held + stays;
         return index + (begins_run ? min(index, held) : 0) + max(index, kept) - kept;
     }
-    // Of the product that comes as number `index` of its tile. A held one has no place for B but at the beginning of a run: it says A's.
+    // Of the product that comes as number `index` of its tile. A held panel has no place but at the beginning of a run: it says the first's.
     __device__ __forceinline__ void give(Product& p, const Geometry& g, uint32_t held, uint32_t index, bool begins_run, bool ends_run) const {
-        const bool is_held = index < held, stays = !is_held && index < held + g.stays, comes = is_held ? begins_run : !stays;
-        const uint32_t before = passed(g, held, index, begins_run);
+        const bool is_held = index < held, stays = held == 0 && index < g.stays, comes = is_held ? begins_run : !stays;
+        const uint32_t before = passed(held, held == 0 ? g.stays : 0, index, begins_run);
         Ring a = passing, b = stays ? run : passing;
         a.advance(before);
-        b.advance(stays ? index - held : before + comes);
+        b.advance(stays ? index : before + comes);
         const uint32_t a_slot = g.stays + a.slot, b_slot = stays ? b.slot : g.stays + b.slot, frees_b = comes || (stays && ends_run);
         p.a_low += g.panels + a_slot * g.panel_bytes >> 4;
         for (uint32_t c = 0; c < kConsumers; ++c) p.b_low[c] += g.panels + b_slot * g.panel_bytes >> 4;
@@ -435,14 +495,14 @@ struct Places {
 };
 
 // One warp: a tile becomes an entry of the ring, or several.
-__device__ void publish(Shared& s, Ring& ring, Places& places, const Cursor& at, bool begins_run, bool ends_run) {
-    const uint32_t lane = threadIdx.x % 32, stays = s.geometry.stays;
-    if (begins_run && stays > 0) places.run = places.staying, places.staying.advance(min(max(at.panels, at.held) - at.held, stays));
+__device__ void publish(Shared& s, EntryRing& ring, Places& places, const Cursor& at, bool begins_run, bool ends_run) {
+    const uint32_t lane = threadIdx.x % 32, stays = at.held == 0 ? s.geometry.stays : 0;
+    if (begins_run && stays > 0) places.run = places.staying, places.staying.advance(min(at.panels, stays));
     uint32_t left = at.panels;
     do {
         const uint32_t count = min(left, kProducts);
-        s.entry_empty[ring.slot].wait(ring.parity ^ 1);
-        Entry& entry = s.entry[ring.slot];
+        s.entry_empty[ring.slot()].wait(ring.parity() ^ 1);
+        Entry& entry = s.entry[ring.slot()];
         if (lane < count) {
             const uint32_t index = at.panels - left + lane;
             Product product = index < kProducts ? s.described[lane] : describe(s, index);
@@ -451,19 +511,19 @@ __device__ void publish(Shared& s, Ring& ring, Places& places, const Cursor& at,
         }
         left -= count;
         if (lane == 0) {
-            const uint32_t rows = min(at.rows - at.row, kTile), straight = at.held > 0 && at.panels == kStraight ? kStraight : at.held;
-            entry.header = {at.target, at.row, at.col, Header::pack(count, rows, straight, ends_run, left == 0, begins_run, at.blocks)};
+            const uint32_t rows = min(at.rows - at.row, kTile);
+            entry.header = {at.target, at.row, at.col, Header::pack(at.kind, count, rows, left == 0, begins_run)};
         }
-        s.entry_full[ring.slot].arrive();  // each lane for what it wrote
+        s.entry_full[ring.slot()].arrive();  // each lane for what it wrote
         ring.advance();
     } while (left > 0);
-    places.passing.advance(Places::passed(s.geometry, at.held, at.panels, begins_run));
+    places.passing.advance(Places::passed(at.held, stays, at.panels, begins_run));
 }
 
 // Waits for the next entry.
-__device__ __forceinline__ const Entry& next_entry(Shared& s, const Ring& ring) {
-    s.entry_full[ring.slot].wait(ring.parity);
-    return s.entry[ring.slot];
+__device__ __forceinline__ const Entry& next_entry(Shared& s, const EntryRing& ring) {
+    s.entry_full[ring.slot()].wait(ring.parity());
+    return s.entry[ring.slot()];
 }
 
 // `rows` x 128 elements as two blocks of 64 columns: in one box where the map knows blocks.
@@ -476,30 +536,31 @@ __device__ __forceinline__ void load_pair(unsigned char* to, const LswMap* map, 
 
 __device__ void run_scheduler(const LswSwitchArgs& args, Shared& s) {
     const bool leader = threadIdx.x % 32 == 0;
-    const uint32_t total = s.group[s.groups], grab = s.geometry.grab;
-    Ring entries(kEntries);
+    const uint32_t grab = s.geometry.grab;
+    EntryRing entries;
     const Ring staying(s.geometry.stays);
     Places places{Ring(s.geometry.passes), staying, staying};
     Cursor at;
     uint32_t taken = blockIdx.x;
     bool begins_run = true;
-    while (taken * grab < total) {
+    while (taken * grab < s.group[s.groups]) {
         uint32_t next = 0;
         if (leader) next = gridDim.x + atomicAdd(&state(args)->next_tile, 1);
-        const uint32_t end = min(total, (taken + 1) * grab);
+        const uint32_t end = min(s.group[s.groups], (taken + 1) * grab);
         bool jumps = true;
         for (uint32_t tile = taken * grab; tile < end; ++tile) {
             if (tile < at.start || tile >= at.end) seek(args, s, at, tile), jumps = true;
-            jumps ? at.locate(tile) : at.step();
+            jumps ? at.locate(tile) : at.step(tile);
             jumps = false;
-            if (args.in_place && at.panels == 0) continue;
-            const bool ends_run = tile + 1 == end || at.ends_row();
+            if (!at.exists() || (args.in_place && at.panels == 0)) continue;
+            const bool ends_run = tile + 1 == end || at.ends_run();
             publish(s, entries, places, at, begins_run, ends_run);
             begins_run = ends_run;
         }
         taken = __shfl_sync(kFullWarp, next, 0);
     }
-    at.target = kEnd, at.panels = at.held = 0;
+    at = {};
+    at.kind = Header::kEnds;
     publish(s, entries, places, at, false, false);
 
     uint32_t is_last = 0;
@@ -513,12 +574,13 @@ __device__ void run_scheduler(const LswSwitchArgs& args, Shared& s) {
     if (leader) state(args)->next_tile = 0, state(args)->blocks_done = 0;
 }
 
-// One warp: element by element what a box copy would bring of a matrix that is not aligned. `place` gives an element's byte in the panel.
+// One warp: element by element what a box copy would bring of a matrix that is not aligned, of 2^bits columns. `place` gives an element's byte in
+// the panel.
 template <class T, class Place>
-__device__ void load_slowly(unsigned char* panel, const T* from, uint64_t stride, int rows, int cols, int valid_rows, int valid_cols, Place place) {
+__device__ void load_slowly(unsigned char* panel, const T* from, uint64_t stride, int rows, int bits, int valid_rows, int valid_cols, Place place) {
 #pragma unroll 1
-    for (int i = threadIdx.x % 32; i < rows * cols; i += 32) {
-        const int row = i / cols, col = i % cols;
+    for (int i = threadIdx.x % 32; i < rows << bits; i += 32) {
+        const int row = i >> bits, col = i & (1 << bits) - 1;
         const bool exists = row < valid_rows && col < valid_cols;
         *reinterpret_cast<T*>(panel + place(row, col)) = exists ? from[row * stride + col] : from_float<T>(0.0f);
     }
@@ -526,13 +588,14 @@ __device__ void load_slowly(unsigned char* panel, const T* from, uint64_t stride
 
 // A walk of one warp over the entries: `visit(tile, product)` for each product of those tiles that `wants` wants.
 template <class Wants, class Visit> __device__ __forceinline__ void for_each_product(Shared& s, Wants wants, Visit visit) {
-    for (Ring entries(kEntries);; entries.advance()) {
+    for (EntryRing entries;; entries.advance()) {
         const Entry& entry = next_entry(s, entries);
-        const Header tile = entry.header;
-        if (tile.target == kEnd) return;
-        const uint32_t products = wants(tile) ? tile.products() : 0;
-        for (uint32_t i = 0; i < products; ++i) visit(tile, entry.products[i]);
-        s.entry_empty[entries.slot].arrive();  // each lane for what it read
+        const Header& tile = entry.header;
+        if (tile.is_end()) return;
+        if (wants(tile)) {
+            for (uint32_t i = 0; i < tile.products(); ++i) visit(tile, entry.products[i]);
+        }
+        s.entry_empty[entries.slot()].arrive();  // each lane for what it read
     }
 }
 
@@ -541,45 +604,82 @@ template <class T> __device__ void load_a_slowly(const LswSwitchArgs& args, unsi
     const LswFactor& f = reinterpret_cast<const LswFactor*>(args.factors)[p.factor];
     const T* a = reinterpret_cast<const T*>(f.a) + static_cast<uint64_t>(p.k) * f.a_stride + tile.col;
     const int depth = p.depth;
-    load_slowly(panel, a, f.a_stride, depth, kTile, p.rank - p.k, static_cast<int>(target_of(args, tile.target).cols) - tile.col,
+    load_slowly(panel, a, f.a_stride, depth, 7, p.rank - p.k, static_cast<int>(target_of(args, tile.target).cols) - tile.col,
                 [&](int row, int col) { return col / 64 * depth * 128 + swizzle(row * 128 + col % 64 * 2, 7); });
 }
 template <class T> __device__ void load_b_slowly(unsigned char* panel, const Header& tile, const Product& p) {
     const T* b = static_cast<const T*>(p.b) + static_cast<uint64_t>(tile.row) * p.b_stride + p.k;
     const int depth = p.depth;
-    load_slowly(panel, b, p.b_stride, kTile, depth, tile.rows(), p.rank - p.k,
+    load_slowly(panel, b, p.b_stride, kTile, 31 - __clz(depth), tile.rows(), p.rank - p.k,
                 [&](int row, int col) { return swizzle((row * depth + col) * 2, depth / 8 - 1); });
 }
 
-// One warp: A [depth, 128] of every tile, as two blocks of 64 columns, and each panel of B that has no place to stay.
-template <class T> __device__ void run_panels(const LswSwitchArgs& args, Shared& s) {
+// A panel by the copy engine: A [depth, 128], as two blocks of 64 columns, or B [128, depth].
+struct Box {
+    const LswMap* map;
+    int col, row, depth;
+    bool is_a, blocks;
+
+    __device__ __forceinline__ Box(const LswSwitchArgs& args, uint32_t factor, int k, int depth, const Header& tile, bool is_a)
+        : map(factor_maps(args, factor) + !is_a), col(is_a ? tile.col : k), row(is_a ? k : tile.row), depth(depth), is_a(is_a), blocks(tile.blocks()) {}
+    __device__ __forceinline__ void load(unsigned char* panel, Barrier& full) const {
+        full.arrive_expecting(depth * 256);
+        if (is_a) return load_pair(panel, map, blocks, col, row, depth, full, kEvictLast);
+        load_box(panel, map, col, row, full, kEvictLast);
+    }
+};
+
+// A consumer waits for every instruction between a free place and its load, so what a load needs is read before.
+
+// One thread, where no A is held and the copy engine can bring all: of each product A, and B, where it has no place to stay.
+__device__ void bring_boxes(const LswSwitchArgs& args, Shared& s) {
     const uint32_t panel_bytes = s.geometry.panel_bytes, stays = s.geometry.stays;
-    // Into a place: by one lane's `load`, or by all lanes `slowly`.
-    auto bring = [&](uint32_t slot, uint32_t parity, bool by_box, int depth, auto load, auto slowly) {
-        unsigned char* panel = s.panels() + slot * panel_bytes;
-        Barrier& full = s.panel_full[slot];
-        s.panel_empty[slot].wait(parity ^ 1);
-        if (!by_box) {
-            slowly(panel);
-            fence_async_shared();
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) full.arrive();
-        } else if (elect_one()) {
-            full.arrive_expecting(depth * 256);
-            load(panel, full);
+    unsigned char* panels = s.panels();
+    for (EntryRing entries;; entries.advance()) {
+        const Entry& entry = next_entry(s, entries);
+        const Header tile = entry.header;
+        if (tile.is_end()) return;
+        const uint32_t products = tile.products();
+        auto bring = [&](uint32_t slot, uint32_t parity, const Box& box) {
+            s.panel_empty[slot].wait(parity ^ 1);
+            box.load(panels + slot * panel_bytes, s.panel_full[slot]);
+        };
+        Plan next = entry.products[0].plan;
+        int4 next_words = reinterpret_cast<const int4*>(entry.products)[2];
+        for (uint32_t i = 0; i < products; ++i) {
+            const Plan plan = next;
+            const int4 words = next_words;
+            const Product& behind = entry.products[min(i + 1, products - 1)];
+            next = behind.plan, next_words = reinterpret_cast<const int4*>(&behind)[2];
+            const int k = words.y & 0xffff, depth = words.z & 0xffff;
+            bring(plan.a_slot(), plan.a_parity(), Box(args, words.x, k, depth, tile, true));
+            if (plan.b_slot() >= stays) bring(plan.b_slot(), plan.b_parity(), Box(args, words.x, k, depth, tile, false));
         }
-        __syncwarp();
-    };
+        s.entry_empty[entries.slot()].arrive(32);
+    }
+}
+
+// One warp, for all others; where A is held, of each product B comes, and A for a run of tiles or with it.
+template <class T> __device__ void bring_panels(const LswSwitchArgs& args, Shared& s) {
     for_each_product(s, [](const Header&) { return true; }, [&](const Header& tile, const Product& p) {
-        const LswMap* maps = factor_maps(args, p.factor);
-        const int depth = p.depth, k = p.k;
-        bring(p.plan.a_slot(), p.plan.a_parity(), p.flags & LSW_A_ALIGNED, depth,
-              [&](unsigned char* panel, Barrier& full) { load_pair(panel, maps, tile.blocks(), tile.col, k, depth, full, kEvictLast); },
-              [&](unsigned char* panel) { load_a_slowly<T>(args, panel, tile, p); });
-        if (p.plan.b_slot() < stays || !p.plan.has_b()) return;
-        bring(p.plan.b_slot(), p.plan.b_parity(), p.flags & LSW_B_ALIGNED, depth,
-              [&](unsigned char* panel, Barrier& full) { load_box(panel, maps + 1, k, tile.row, full, kEvictLast); },
-              [&](unsigned char* panel) { load_b_slowly<T>(panel, tile, p); });
+        const uint32_t places = p.plan.b_slot() < s.geometry.stays || !p.plan.has_b() ? 1 : 2;
+#pragma unroll 1
+        for (uint32_t i = 0; i < places; ++i) {
+            const bool is_a = (tile.held() > 0) == i, by_box = p.flags & (is_a ? LSW_A_ALIGNED : LSW_B_ALIGNED);
+            const uint32_t slot = i > 0 ? p.plan.b_slot() : p.plan.a_slot(), parity = i > 0 ? p.plan.b_parity() : p.plan.a_parity();
+            const Box box(args, p.factor, p.k, p.depth, tile, is_a);
+            unsigned char* panel = s.panel(slot);
+            s.panel_empty[slot].wait(parity ^ 1);
+            if (!by_box) {
+                is_a ? load_a_slowly<T>(args, panel, tile, p) : load_b_slowly<T>(panel, tile, p);
+                fence_async_shared();
+                __syncwarp();
+                if (threadIdx.x % 32 == 0) s.panel_full[slot].arrive();
+            } else if (elect_one()) {
+                box.load(panel, s.panel_full[slot]);
+            }
+            __syncwarp();
+        }
     });
 }
 
@@ -596,11 +696,7 @@ template <class T> __device__ __forceinline__ void load_b(unsigned char* panel, 
     uint32_t at = lane * 16;
 #pragma unroll 8
     for (int m = first; m < kTile; m += step, at += 512, from += stride) {
-        if (m < rows) {
-            copy16_partly(to + swizzle(at, mask), from, bytes, kEvictLast);
-        } else {
-            *reinterpret_cast<int4*>(panel + swizzle(at, mask)) = int4{};
-        }
+        copy16_partly(to + swizzle(at, mask), m < rows ? from : static_cast<const T*>(p.b), m < rows ? bytes : 0, kEvictLast);
     }
     copy_commit();
     copy_wait<0>();
@@ -608,11 +704,10 @@ template <class T> __device__ __forceinline__ void load_b(unsigned char* panel, 
 
 // Four warps: each has every fourth place of B that stays, and fills it when a run begins.
 template <class T> __device__ void run_loaders(Shared& s, uint32_t loader) {
-    const uint32_t panel_bytes = s.geometry.panel_bytes, stays = s.geometry.stays;
     for_each_product(s, [](const Header& tile) { return tile.begins_run(); }, [&](const Header& tile, const Product& p) {
         const uint32_t slot = p.plan.b_slot();
-        if (slot >= stays || slot % kLoaders != loader) return;
-        unsigned char* panel = s.panels() + slot * panel_bytes;
+        if (slot >= s.geometry.stays || slot % kLoaders != loader) return;
+        unsigned char* panel = s.panel(slot);
         s.panel_empty[slot].wait(p.plan.b_parity() ^ 1);
         if (p.flags & LSW_B_ALIGNED) {
             load_b<T>(panel, tile, p);
@@ -621,27 +716,28 @@ template <class T> __device__ void run_loaders(Shared& s, uint32_t loader) {
         }
         fence_async_shared();
         __syncwarp();
-        if (threadIdx.x % 32 == 0) s.panel_full[slot].arrive();
+        if (threadIdx.x % 32 == 0) s.panel_full[p.plan.b_slot()].arrive();
     });
 }
 
 // One thread for each consumer: brings its granules of W, as far ahead as there are places, and has them stored when they are done.
 __device__ void run_weights(const LswSwitchArgs& args, Shared& s, int consumer) {
     Header(&moving)[kMostGranules] = s.moving;
-    Ring entries(kEntries), coming(s.geometry.granules, consumer), going = coming;
+    EntryRing entries;
+    Ring coming(s.geometry.granules, consumer), going = coming;
     const uint32_t all = s.geometry.granules / kConsumers;
     uint32_t places = all;
     auto next_tile = [&] {
         for (;;) {
             const Header tile = next_entry(s, entries).header;
-            s.entry_empty[entries.slot].arrive();
+            s.entry_empty[entries.slot()].arrive();
             entries.advance();
-            if (tile.target == kEnd || tile.ends_tile()) return tile;
+            if (tile.is_end() || tile.ends_tile()) return tile;
         }
     };
     // What a load or a store needs is read before its place is free: a place that waits is lacking in what is in flight.
     for (Header next = next_tile();;) {
-        for (; next.target != kEnd && places > 0; next = next_tile()) {
+        for (; !next.is_end() && places > 0; next = next_tile()) {
             moving[coming.slot] = next;
             Barrier& full = s.weight_full[coming.slot];
             full.arrive_expecting(kGranule);
@@ -700,14 +796,17 @@ __device__ __forceinline__ Work take(const Product& product, int consumer) {
     return {a_low, b_high, __int_as_float(coefficient), {plan}, all(b_low)};
 }
 
-// A consumer's way through the entries: 64 rows of W's tile, in registers from when its last product runs.
-struct Consumer {
+// A consumer's way through the entries: its granule of W's tile, in registers from when its last product runs; or, where some targets' A is held
+// (kShares), 64 columns of both, so that both consumers must see all phases of both granules.
+template <bool kShares> struct Consumer {
     Shared& s;
     const int consumer;
     const bool leader = threadIdx.x % 32 == 0;
-    Ring entries{kEntries}, weights{s.geometry.granules, static_cast<uint32_t>(consumer)};
-    Header tile;     // of the entry, not all of it
-    uint32_t index;  // of the entry's next product
+    EntryRing entries;
+    Ring weights{s.geometry.granules, static_cast<uint32_t>(consumer)};
+    uint32_t packed;  // of the entry that is about to be opened, as the leader has read it
+    Header tile;      // of the entry: nothing but what is packed
+    uint32_t index;   // of the entry's next product
     Work next;
     bool is_ready;  // whether its panels are there
     unsigned char* granule;
@@ -716,20 +815,17 @@ struct Consumer {
     // In two parts: what is read takes its time.
     __device__ __forceinline__ void begin_open() {
         const Entry& entry = next_entry(s, entries);
-        if (leader) tile.target = entry.header.target, tile.packed = entry.header.packed;
-        index = 0;
+        if (leader) packed = entry.header.packed;
     }
-    __device__ __forceinline__ void end_open() {
-        tile.target = __shfl_sync(kFullWarp, tile.target, 0), tile.packed = __shfl_sync(kFullWarp, tile.packed, 0);
-    }
-    __device__ __forceinline__ void open() { begin_open(), end_open(); }
+    __device__ __forceinline__ void end_open() { tile.packed = __shfl_sync(kFullWarp, packed, 0); }
+    __device__ __forceinline__ void open() { begin_open(), end_open(), index = 0; }
     __device__ __forceinline__ void close() {
-        s.entry_empty[entries.slot].arrive_if(leader);
+        s.entry_empty[entries.slot()].arrive_if(leader);
         entries.advance();
     }
     __device__ __forceinline__ bool ends_entry() const { return index == tile.products(); }
     __device__ __forceinline__ void look() {
-        next = take(s.entry[entries.slot].products[index++], consumer);
+        next = take(s.entry[entries.slot()].products[index++], consumer);
         const Plan& p = next.plan;
         is_ready = test_both(s.panel_full[p.b_slot()], p.b_parity(), s.panel_full[p.a_slot()], p.a_parity());
     }
@@ -744,6 +840,7 @@ struct Consumer {
     __device__ __forceinline__ void wait_weight() {
         granule = s.area + weights.slot * kGranule;
         s.weight_full[weights.slot].wait(weights.parity);
+        if (kShares) s.weight_full[weights.slot ^ 1].wait(weights.parity);
     }
     __device__ __forceinline__ void take_weight(Fragment<kTile>& weight) {
         wait_weight();
@@ -752,14 +849,15 @@ struct Consumer {
     __device__ __forceinline__ void give_weight() {
         fence_async_shared();
         __syncwarp();
-        s.weight_done[weights.slot].arrive_if(leader);
+        const uint32_t lane = threadIdx.x % 32;  // two arrive: one at each granule, or for the other consumer, which does not use this one
+        s.weight_done[kShares ? weights.slot ^ lane & 1 : weights.slot].arrive_if(lane < kConsumers);
         weights.advance(kConsumers);
     }
 };
 
 // Tiles of one kind. Under a product its successor is looked up; under a tile's last one W's fragment is taken; under the next tile's first
 // one the sum is added to it. kSteps: those of every product of this launch, 0 where they differ. kHolds: whether the other kind may follow.
-template <class T, int kSteps, bool kHolds> __device__ __forceinline__ void add(Consumer& c) {
+template <class T, int kSteps, bool kHolds> __device__ __forceinline__ void add(Consumer<kHolds>& c) {
     float sum[64], product[64] = {};
     Fragment<kTile> weight;
     auto issue = [&] {
@@ -797,7 +895,7 @@ template <class T, int kSteps, bool kHolds> __device__ __forceinline__ void add(
         }
         c.close();
         c.open();
-        const bool goes_on = c.tile.products() > 0 && !(kHolds && c.tile.straight() > 0);
+        const bool goes_on = c.tile.products() > 0 && !(kHolds && c.tile.held() > 0);
         if (goes_on) c.look();
         c.take_weight(weight);
         finish(work);
@@ -812,202 +910,157 @@ template <class T, int kSteps, bool kHolds> __device__ __forceinline__ void add(
     }
 }
 
-// Tiles of deep ranks: B's first panels stay in registers for a run of tiles, as wgmma's first operand; what else there is comes from shared
-// memory. That leaves registers for one accumulator, whose halves take turns. Coefficients ascend in magnitude, and after each term but the
-// last the accumulator is multiplied by the quotient of its coefficient and the next one's, so that the last coefficient is all that is
-// missing in the end. What falls below 2^-149 of the last coefficient on the way is lost.
+// Tiles of deep ranks: A's first panels stay in registers for a run of tiles one below the other, as wgmma's first operand, so the product is
+// W's transpose: a consumer has 64 columns. Coefficients ascend in magnitude, and after each term but the last the accumulator is multiplied
+// by the quotient of its coefficient and the next one's, so that the last coefficient is all that is missing in the end. What falls below
+// 2^-149 of the last coefficient on the way is lost.
 //
 // Shared memory is busy with panels, and whoever reads it waits 100 cycles and more; so does whoever hears of it by shuffle before it issues. So
-// of the products in straight code only a tile's first one is read, a product ahead: the leader reads its words, and tells them when the left
-// half before it is issued. The others' panels of A follow in the ring (Places::passed; behind each, where a run begins, the panel of B that is
-// held from there on), and their coefficients are those of the run.
+// of the products whose A is held only the place of a tile's first one is read, a tile ahead. The others' panels of B follow in the ring
+// (Places::passed; behind each, where a run begins, the panel of A that is held from there on), and their coefficients are those of the run.
 //
 // ptxas serialises all wgmma where it loses track of what runs: nothing runs over a branch that joins another way or over the end of a loop,
 // and whoever reads an accumulator has waited by its name.
-template <class T, int kHeld, int kCount> __device__ __forceinline__ void add_held(Consumer& c) {
+template <class T, int kHeld, int kPer> __device__ __forceinline__ void add_held(Consumer<true>& c) {
     Shared& s = c.s;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     uint32_t held[kHeld][4][4] = {};
-    float sums[2][32] = {};
-    float coefficients[kCount] = {};  // of a run's first products
-    uint32_t scales = 0;              // a bit each: whether it ends a term
-    constexpr int kStaying = kCount - kHeld;
-    constexpr int kHalves = kHeld <= 4 ? 2 : 1;  // of W's tile that there are registers for at a time
-    Plan staying[kStaying + 1]{};  // of those whose B stays
-    uint32_t staying_low[kStaying + 1] = {};
-    const uint32_t stays = s.geometry.stays, panels = s.geometry.panels >> 4 | 64 * 128 >> 4 << 16;
+    float sum[64] = {};
+    float factors = 0.0f;  // lane i has that of the sum after a run's product i
+    const uint32_t stays = s.geometry.stays, panels = s.geometry.panels >> 4;
     Ring passing(s.geometry.passes);
-    Work now{}, next{};     // products that are read: on its way, and what comes then
-    bool is_ready = false;  // whether the panels of `next` are there
-    int4 words{};           // of the next one, as the leader has read them
-    uint32_t b_low = 0;
+    Plan plan{};              // of a tile's first product, as the leader has read it
     bool has_weight = false;  // the last tile's, with the sum: the fence that gives it back waits for its stores, so a product runs before
     auto fetch = [&] {
-        const Product& p = s.entry[c.entries.slot].products[c.index++];
-        if (c.leader) words = reinterpret_cast<const int4&>(p), b_low = p.b_low[c.consumer];
+        if (c.leader) plan = s.entry[c.entries.slot()].products[0].plan;
     };
-    auto tell = [&] {
-        auto all = [](auto word) { return __shfl_sync(kFullWarp, word, 0); };
-        const int coefficient = __shfl_sync(kFullWarp, words.z, threadIdx.x >> 10);  // as in `take`
-        const uint32_t a_low = all(words.x), plan = all(words.w), b = all(b_low);
-        next = {a_low, kRowsOf128, __int_as_float(coefficient), {plan}, b};
-    };
-    auto test_panels = [&] {
-        const Plan& p = next.plan;
-        is_ready = test_both(s.panel_full[p.b_slot()], p.b_parity(), s.panel_full[p.a_slot()], p.a_parity());
-    };
-    auto wait_panels = [&] {
-        const Plan& p = now.plan;
-        if (!is_ready) wait_both(s.panel_full[p.b_slot()], p.b_parity(), s.panel_full[p.a_slot()], p.a_parity());
-    };
-    // The same over the end of an entry: whether what comes is of the same tile. It may be of another kind, and then is not looked at.
-    auto fetch_behind = [&] {
-        bool goes_on = true;
-        if (c.ends_entry()) {
-            goes_on = !c.tile.ends_tile();
-            c.close();
-            c.begin_open();
-        }
-        fetch();
-        return goes_on;
-    };
-    auto tell_behind = [&](bool goes_on) {
-        c.end_open();
-        tell();
-        if (goes_on || c.tile.straight() == kCount) test_panels();
-    };
-    auto hold = [&](uint32_t (&b)[4][4], uint32_t place) {
-        const int lane = threadIdx.x % 32, row = 64 * c.consumer + threadIdx.x / 32 % 4 * 16 + lane % 16;
-        unsigned char* panel = s.panels() + place * s.geometry.panel_bytes;
+    // A^T [64, 64] of a panel: of warp w its 16 columns.
+    auto hold = [&](uint32_t (&a)[4][4], uint32_t place) {
+        const unsigned char* panel = s.panel(place) + c.consumer * kHalf;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) ldmatrix4(b[i], panel + swizzle(row * 128 + (2 * i + lane / 16) * 16, 7));
+        for (int i = 0; i < 4; ++i) {
+            ldmatrix4_transposed(a[i], panel + swizzle((16 * i + lane / 16 * 8 + lane % 8) * 128 + (2 * warp + lane / 8 % 2) * 16, 7));
+        }
         __syncwarp();
         s.panel_empty[place].arrive_if(c.leader);
     };
-    auto multiply_held = [&](int half, const uint32_t (&b)[4][4], uint64_t a, bool adds) {
-        wgmma_fence();
+    auto scale = [&](float coefficient) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) wgmma(sums[half], b[k], a + (half * kHalf + 2048 * k >> 4), adds || k > 0, T{});
-        wgmma_commit();
-    };
-    auto multiply_shared = [&](int half, uint64_t b, uint64_t a) {
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) wgmma(sums[half], b + (32 * k >> 4), a + (half * kHalf + 2048 * k >> 4), true, T{});
-        wgmma_commit();
-    };
-    auto scale = [&](float (&sum)[32], float coefficient) {
-#pragma unroll
-        for (int j = 0; j < 32; ++j) sum[j] *= coefficient;
+        for (int j = 0; j < 64; ++j) sum[j] *= coefficient;
     };
 
-    fetch(), tell(), test_panels();
-    now = next;
+    fetch();
     do {
-        const bool begins = c.tile.begins_run(), frees = c.tile.ends_run();
+        plan.bits = __shfl_sync(kFullWarp, plan.bits, 0);
+        passing.slot = plan.a_slot() - stays, passing.parity = plan.a_parity();
+        const bool begins = c.tile.begins_run();
         if (begins) {
-            scales = 0;
 #pragma unroll
-            for (int i = 0; i < kCount; ++i) {
-                const Work work = take(s.entry[c.entries.slot].products[i], c.consumer);
-                coefficients[i] = work.coefficient, scales |= work.plan.ends_term() << i;
-                if (i >= kHeld) staying[i - kHeld] = work.plan, staying_low[i - kHeld] = work.b_low;
+            for (int i = 0; i < kHeld; ++i) {
+                const Work work = take(s.entry[c.entries.slot()].products[i], c.consumer);
+                if (lane == i) factors = work.factor();
             }
         }
-        passing.slot = now.plan.a_slot() - stays, passing.parity = now.plan.a_parity();
-        c.index = kCount;
-        bool goes_on = true;
         Plan last{};  // what the last product leaves
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-            const bool ends = i == kCount - 1;
-            if (ends) goes_on = fetch_behind();
-            if (i > 0) {
-                wgmma_wait<1>(sums[0]);
-                if (scales >> (i - 1) & 1) scale(sums[0], coefficients[i - 1]);
+        for (int i = 0; i < kHeld; ++i) {
+            if (i > 0) passing.advance();
+            const uint32_t place = stays + passing.slot;
+            s.panel_full[place].wait(passing.parity);
+            if (begins) {
                 passing.advance();
                 s.panel_full[stays + passing.slot].wait(passing.parity);
-            } else {
-                wait_panels();
+                hold(held[i], stays + passing.slot);
             }
-            const uint32_t place = stays + passing.slot;
-            const uint64_t a = rows_of_128(panels + place * (64 * 256 >> 4));
-            if (i < kHeld) {
-                if (begins) {
-                    passing.advance();
-                    s.panel_full[stays + passing.slot].wait(passing.parity);
-                    hold(held[i], stays + passing.slot);
-                }
-                multiply_held(0, held[i], a, i > 0);
-            } else {
-                const Plan& plan = staying[i - kHeld];
-                if (begins) s.panel_full[plan.b_slot()].wait(plan.b_parity());
-                multiply_shared(0, rows_of_128(staying_low[i - kHeld]), a);
-            }
-            if (ends) tell_behind(goes_on);
-            if (i > 0) {
-                wgmma_wait<1>(sums[1]);
+            const bool begins_term = i % kPer == 0;  // of those that all have kPer panels
+            if (i > 0 && begins_term) {
+                const float factor = __shfl_sync(kFullWarp, factors, i - 1);
+                wgmma_wait<0>(sum);
                 c.release(last);
-                if (scales >> (i - 1) & 1) scale(sums[1], coefficients[i - 1]);
-            } else if (has_weight) {
-                c.give_weight();
+                scale(factor);
             }
-            if (i < kHeld) {
-                multiply_held(1, held[i], a, i > 0);
-                last = Plan::leaves(place, 0, false);
-            } else {
-                multiply_shared(1, rows_of_128(staying_low[i - kHeld]), a);
-                last = Plan::leaves(place, staying[i - kHeld].b_slot(), frees);
+            const uint64_t b = rows_of_128(panels + place * (64 * 256 >> 4) | 1 << 16);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < 4; ++k) wgmma_k_major(sum, held[i][k], b + (32 * k >> 4), i + k > 0, T{});
+            wgmma_commit();
+            if (i == 0 && has_weight) c.give_weight();
+            if (!begins_term) {
+                wgmma_wait<1>();
+                c.release(last);
+            }
+            last = Plan::leaves(place, 0, false);
+        }
+        c.index = kHeld;
+        float factor = __shfl_sync(kFullWarp, factors, kHeld - 1);
+        if (kHeld > 3) {
+            while (!c.ends_entry() || !c.tile.ends_tile()) {
+                if (c.ends_entry()) c.close(), c.open();
+                c.look();
+                wgmma_wait<0>(sum);
+                c.release(last);
+                scale(factor);
+                c.wait_ready();
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < 4; ++k) wgmma_m_major(sum, c.next.b() + (2048 * k >> 4), c.next.a() + (32 * k >> 4), true, T{});
+                wgmma_commit();
+                factor = c.next.factor(), last = c.next.plan;
             }
         }
-        float factor = coefficients[kCount - 1];
-        if (kCount > 3 && kCount < kStraight) {
-            bool ends_term = scales >> (kCount - 1) & 1;
-            while (goes_on) {
-                now = next;
-                goes_on = fetch_behind();
-                wgmma_wait<0>(sums[0]), wgmma_wait<0>(sums[1]);
-                c.release(last);
-                if (ends_term) scale(sums[0], factor), scale(sums[1], factor);
-                wait_panels();
-                multiply_shared(0, now.b(), now.a()), multiply_shared(1, now.b(), now.a());
-                tell_behind(goes_on);
-                factor = now.coefficient, last = now.plan, ends_term = last.ends_term();
-            }
-        }
-        now = next;
-        wgmma_wait<0>(sums[0]), wgmma_wait<0>(sums[1]);
-        c.release(last);  // A's place does not wait for W
+        c.close();
+        c.begin_open();
+        fetch();
+        wgmma_wait<0>(sum);
+        c.release(last);  // B's place does not wait for W
+        c.end_open();
         c.wait_weight();
+        unsigned char* granules = c.granule - c.consumer * kGranule;
+        // W's transpose, 32 of its rows at a time.
 #pragma unroll
-        for (int first = 0; first < 2; first += kHalves) {
-            Fragment<64> weight[kHalves];
+        for (int first = 0; first < kTile / 16; first += 2) {
+            uint32_t words[2][4];
+            auto at = [&](int j) {
+                const int row = 16 * (first + j) + lane / 16 * 8 + lane % 8;
+                return granules + row / 64 * kGranule + c.consumer * kHalf + swizzle(row % 64 * 128 + (2 * warp + lane / 8 % 2) * 16, 7);
+            };
 #pragma unroll
-            for (int i = 0; i < kHalves; ++i) weight[i].load(c.granule + (first + i) * kHalf);
+            for (int j = 0; j < 2; ++j) ldmatrix4_transposed(words[j], at(j));
 #pragma unroll
-            for (int i = 0; i < kHalves; ++i) weight[i].template add_and_store<T>(c.granule + (first + i) * kHalf, sums[first + i], factor);
+            for (int j = 0; j < 2; ++j) {
+                add_to<T>(words[j], sum + 8 * (first + j), factor);
+                stmatrix4_transposed(at(j), words[j]);
+            }
         }
         has_weight = true;
-    } while (c.tile.straight() == kCount);
+    } while (c.tile.held() == kHeld && c.tile.pairs() == (kPer > 1));
     c.give_weight();
     c.index = 0;  // another kind looks at the first product itself
 }
 
+template <class T> __device__ __forceinline__ void add_any_held(Consumer<true>& c) {
+    const uint32_t held = c.tile.held();
+    if (c.tile.pairs()) {
+        if (held == 4) return add_held<T, 4, 2>(c);
+        if (held == 6) return add_held<T, 6, 2>(c);
+        return add_held<T, kMostHeld, 2>(c);
+    }
+    if (held == 3) return add_held<T, 3, 1>(c);
+    if (held == 4) return add_held<T, 4, 1>(c);
+    if (held == 6) return add_held<T, 6, 1>(c);
+    add_held<T, kMostHeld, 1>(c);
+}
+
 template <class T, int kSteps, bool kHolds = false> __device__ __forceinline__ void run_consumer(Shared& s, int consumer) {
-    for (Consumer c(s, consumer); c.tile.target != kEnd;) {
+    for (Consumer<kHolds> c(s, consumer); !c.tile.is_end();) {
         if (c.tile.products() == 0) {  // what is base is copied
             Fragment<kTile> weight;
             c.take_weight(weight);
             c.give_weight();
             c.close();
             c.open();
-        } else if (kHolds && c.tile.straight() == 3) {
-            add_held<T, 3, 3>(c);
-        } else if (kHolds && c.tile.straight() == 4) {
-            add_held<T, 4, 4>(c);
-        } else if (kHolds && c.tile.straight() == kMostHeld) {
-            add_held<T, kMostHeld, kMostHeld>(c);
-        } else if (kHolds && c.tile.straight() == kStraight) {
-            add_held<T, kStraightHeld, kStraight>(c);
+        } else if (kHolds && c.tile.held() > 0) {
+            if constexpr (kHolds) add_any_held<T>(c);
         } else {
             add<T, kSteps, kHolds>(c);
         }
@@ -1015,12 +1068,12 @@ template <class T, int kSteps, bool kHolds = false> __device__ __forceinline__ v
 }
 
 __device__ void init_barriers(Shared& s) {
-    for (int i = 0; i < kEntries; ++i) {
+    for (uint32_t i = 0; i < kEntries; ++i) {
         s.entry_full[i].init(32);                            // the scheduler's lanes
         s.entry_empty[i].init(32 * (1 + kLoaders) + 2 + 8);  // those of panels and loaders; weights; consumers' warps
     }
     for (uint32_t i = 0; i < kMostPanels; ++i) s.panel_full[i].init(1), s.panel_empty[i].init(8);  // who brings it; consumers
-    for (uint32_t i = 0; i < kMostGranules; ++i) s.weight_full[i].init(1), s.weight_done[i].init(4);
+    for (uint32_t i = 0; i < kMostGranules; ++i) s.weight_full[i].init(1), s.weight_done[i].init(8);
     fence_barrier_init();
 }
 
@@ -1044,7 +1097,13 @@ template <class T> __device__ __forceinline__ void switch_all(const LswSwitchArg
     if (warp < 4) {
         give_registers<kProducerRegisters>();
         if (warp == 0) run_scheduler(args, s);
-        if (warp == 1) run_panels<T>(args, s);
+        if (warp == 1) {
+            if (s.geometry.may_hold || s.geometry.has_unaligned) {
+                bring_panels<T>(args, s);
+            } else if (elect_one()) {
+                bring_boxes(args, s);
+            }
+        }
         if (warp >= 2 && elect_one()) run_weights(args, s, warp - 2);
     } else if (warp < 8) {
         give_registers<kLoaderRegisters>();

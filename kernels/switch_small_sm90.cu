@@ -335,7 +335,7 @@ __device__ __forceinline__ void all_come() {
     __syncthreads();
 }
 
-constexpr uint64_t kRows = static_cast<uint64_t>(1024 >> 4 | 1 << 30) << 32;  // of a descriptor: eight rows of 128 bytes, swizzled over that width
+constexpr uint64_t kRows = static_cast<uint64_t>(kRowsOf128) << 32;  // of a descriptor
 
 // The sum of a tile, 64 rows a warpgroup. Its first batch is there; `brings`: but not yet on its way is the one behind it. In the end it is
 // there.

@@ -831,12 +831,12 @@ fn unmerging_long_sets(backend: &Backend) {
     }
 }
 
-/// Ranks of whole panels, more than 128 together: the Hopper kernel holds the first three, four, six or (of eight) seven panels of B in
-/// registers, up to four more stay in shared memory and the rest passes through it, with more products than an entry has in the end. Over
-/// several tiles in a row, with coefficients in no order, and routes of which some are not deep; what is not finite shows from base and is
-/// healed.
+/// Ranks of whole panels, more than 128 together: the Hopper kernel holds the first three, four, six or eight panels of A in registers, with
+/// code of its own where each adapter has two of them, and the rest passes through shared memory, with more products than an entry has in the
+/// end. Over several tiles in a row, and several down a column in strips of which the last one is lower, with coefficients in no order, and
+/// routes of which some are not deep; what is not finite shows from base and is healed.
 fn deep_ranks(backend: &Backend) {
-    let cases: [(usize, usize, &[usize]); 7] = [
+    let cases: [(usize, usize, &[usize]); 13] = [
         (5, 54_400, &[64, 64, 50]),
         (5, 27_200, &[128, 128]),
         (5, 27_200, &[128, 64, 127]),
@@ -844,12 +844,19 @@ fn deep_ranks(backend: &Backend) {
         (5, 27_200, &[256, 256]),
         (5, 27_200, &[128, 64, 256, 192, 64]),
         (130, 320, &[256, 256, 256, 256, 256, 256, 256, 256, 256]),
+        (27_205, 8, &[64, 64, 50]),
+        (27_205, 8, &[128, 127]),
+        (27_205, 8, &[128, 128, 115]),
+        (27_205, 8, &[128, 128, 127, 128]),
+        (27_205, 8, &[128, 114, 128, 128, 128]),
+        (27_205, 8, &[128, 64, 256, 192, 64]),
     ];
     for (dtype, form, (rows, cols, ranks)) in
         [(DType::Bf16, Form::FromBase), (DType::F16, Form::InPlace)].iter().flat_map(|&(d, f)| cases.map(|c| (d, f, c)))
     {
-        // Width is for runs of tiles, which the CPU does not know.
-        let (cols, k) = (if backend.cuda.is_some() { cols } else { cols / 16 }, ranks.len());
+        // Width and height are for runs of tiles, which the CPU does not know.
+        let shorter = |n: usize| if backend.cuda.is_some() || n < 1_000 { n } else { n / 16 };
+        let (rows, cols, k) = (shorter(rows), shorter(cols), ranks.len());
         let spec = Spec { shapes: vec![(rows, cols)], max_rank: 256, slots: k, k_max: k, ..small(dtype, form) };
         let mut model = Model::new(backend, &spec);
         for (slot, &rank) in ranks.iter().enumerate() {

@@ -52,6 +52,10 @@ struct Barrier {
     __device__ __forceinline__ void arrive() {
         asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&word)) : "memory");
     }
+    // As many arrivals.
+    __device__ __forceinline__ void arrive(uint32_t count) {
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&word)), "r"(count) : "memory");
+    }
     __device__ __forceinline__ void arrive_if(bool condition) {
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %1, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(shared_address(&word)),
                      "r"(static_cast<uint32_t>(condition))

@@ -156,63 +156,78 @@ template <int kPending, int kSize> __device__ __forceinline__ void wgmma_wait(fl
     for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// d (64 x 128, f32) = or += a (64 x 16, K-major) b (16 x 128, N-major), both in shared memory by descriptor.
-#define LSW_WGMMA(TYPE, N_MAJOR)                                                                                                           \
-    asm volatile(                                                                                                                          \
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"                                                                                   \
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE                                                                       \
-        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "  \
-        "%27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "    \
-        "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, add, 1, 1, 0, " N_MAJOR ";\n}\n"                           \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]),          \
-          "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]),             \
-          "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),             \
-          "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]),             \
-          "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]),             \
-          "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]),             \
-          "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])              \
-        : "l"(a), "l"(b), "r"(add))
-__device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, int add, __nv_bfloat16) { LSW_WGMMA("bf16", "1"); }
-__device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, int add, __half) { LSW_WGMMA("f16", "1"); }
-// The same of a K-major b.
-__device__ __forceinline__ void wgmma_k_major(float (&d)[64], uint64_t a, uint64_t b, int add, __nv_bfloat16) { LSW_WGMMA("bf16", "0"); }
+// d (f32, of 64 rows) = or += a (64 x 16) b, of 16 rows: `AB` names the operands, `MAJORS` says of those in shared memory, by descriptor, which
+// are M-major and N-major and not K-major.
+#define LSW_D32                                                                                                                          \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, "                \
+    "%25, %26, %27, %28, %29, %30, %31"
+#define LSW_D64                                                                                                                          \
+    LSW_D32 ", "                                                                                                                         \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, "                \
+    "%55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define LSW_SUMS_32                                                                                                                      \
+    "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]),              \
+    "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]),                 \
+    "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),                 \
+    "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+#define LSW_SUMS_64                                                                                                                      \
+    LSW_SUMS_32,                                                                                                                         \
+    "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]),                 \
+    "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]),                 \
+    "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]),                 \
+    "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+#define LSW_WGMMA(N, D, TYPE, AB, ADD, MAJORS)                                                                                            \
+    "{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n"                                                                                  \
+    "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" D "}, " AB ", add, 1, 1, " MAJORS ";\n}\n"
 
-// d (64 x 64, f32) = or += a b, b of 16 x 64: a by descriptor, or in registers: of warp w's 16 rows what ldmatrix4 gives of [16, 16].
-#define LSW_WGMMA_HALF(TYPE)                                                                                                               \
-    asm volatile(                                                                                                                          \
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                                                                                   \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                                                                        \
-        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "  \
-        "%27, %28, %29, %30, %31}, %32, %33, add, 1, 1, 0, 1;\n}\n"                                                                        \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),                      \
-          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),              \
-          "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]),             \
-          "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                                                                  \
-        : "l"(a), "l"(b), "r"(add))
-__device__ __forceinline__ void wgmma(float (&d)[32], uint64_t a, uint64_t b, int add, __nv_bfloat16) { LSW_WGMMA_HALF("bf16"); }
-__device__ __forceinline__ void wgmma(float (&d)[32], uint64_t a, uint64_t b, int add, __half) { LSW_WGMMA_HALF("f16"); }
-#define LSW_WGMMA_HELD(TYPE, N_MAJOR)                                                                                                      \
-    asm volatile(                                                                                                                          \
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"                                                                                   \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                                                                        \
-        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "  \
-        "%27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, add, 1, 1, " N_MAJOR ";\n}\n"                                                \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),                      \
-          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),              \
-          "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]),             \
-          "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                                                                  \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
-__device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int add, __nv_bfloat16) { LSW_WGMMA_HELD("bf16", "1"); }
-__device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int add, __half) { LSW_WGMMA_HELD("f16", "1"); }
-// The same of a K-major b.
-__device__ __forceinline__ void wgmma_k_major(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int add, __nv_bfloat16) {
-    LSW_WGMMA_HELD("bf16", "0");
-}
-__device__ __forceinline__ void wgmma_k_major(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int add, __half) { LSW_WGMMA_HELD("f16", "0"); }
+// Of b's 128 columns, both in shared memory.
+#define LSW_WGMMA_SHARED(NAME, T, TYPE, MAJORS)                                                                                           \
+    __device__ __forceinline__ void NAME(float (&d)[64], uint64_t a, uint64_t b, int add, T) {                                            \
+        asm volatile(LSW_WGMMA("128", LSW_D64, TYPE, "%64, %65", "%66", MAJORS) : LSW_SUMS_64 : "l"(a), "l"(b), "r"(add));                \
+    }
+LSW_WGMMA_SHARED(wgmma, __nv_bfloat16, "bf16", "0, 1")
+LSW_WGMMA_SHARED(wgmma, __half, "f16", "0, 1")
+LSW_WGMMA_SHARED(wgmma_k_major, __nv_bfloat16, "bf16", "0, 0")
+LSW_WGMMA_SHARED(wgmma_m_major, __nv_bfloat16, "bf16", "1, 0")
+LSW_WGMMA_SHARED(wgmma_m_major, __half, "f16", "1, 0")
+// Of its 64 columns.
+#define LSW_WGMMA_SHARED_HALF(T, TYPE)                                                                                                    \
+    __device__ __forceinline__ void wgmma(float (&d)[32], uint64_t a, uint64_t b, int add, T) {                                           \
+        asm volatile(LSW_WGMMA("64", LSW_D32, TYPE, "%32, %33", "%34", "0, 1") : LSW_SUMS_32 : "l"(a), "l"(b), "r"(add));                 \
+    }
+LSW_WGMMA_SHARED_HALF(__nv_bfloat16, "bf16")
+LSW_WGMMA_SHARED_HALF(__half, "f16")
+
+// a in registers, of warp w's 16 rows what ldmatrix4 gives of [16, 16]. Of b's 64 columns.
+#define LSW_WGMMA_HELD(NAME, T, TYPE, N_MAJOR)                                                                                            \
+    __device__ __forceinline__ void NAME(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int add, T) {                                \
+        asm volatile(LSW_WGMMA("64", LSW_D32, TYPE, "{%32, %33, %34, %35}, %36", "%37", N_MAJOR)                                          \
+                     : LSW_SUMS_32                                                                                                        \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                                                     \
+    }
+LSW_WGMMA_HELD(wgmma, __nv_bfloat16, "bf16", "1")
+LSW_WGMMA_HELD(wgmma, __half, "f16", "1")
+LSW_WGMMA_HELD(wgmma_k_major, __nv_bfloat16, "bf16", "0")
+LSW_WGMMA_HELD(wgmma_k_major, __half, "f16", "0")
+// Of its 128 columns.
+#define LSW_WGMMA_HELD_WIDE(T, TYPE)                                                                                                      \
+    __device__ __forceinline__ void wgmma_k_major(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int add, T) {                       \
+        asm volatile(LSW_WGMMA("128", LSW_D64, TYPE, "{%64, %65, %66, %67}, %68", "%69", "0")                                             \
+                     : LSW_SUMS_64                                                                                                        \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                                                     \
+    }
+LSW_WGMMA_HELD_WIDE(__nv_bfloat16, "bf16")
+LSW_WGMMA_HELD_WIDE(__half, "f16")
 
 // Four 8x8 matrices of 16-bit elements, registers to shared memory; addresses as for ldmatrix4.
 __device__ __forceinline__ void stmatrix4(void* row, const uint32_t (&r)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(r[0]), "r"(r[1]),
+                 "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+// The same of their transposes; addresses as for ldmatrix4_transposed.
+__device__ __forceinline__ void stmatrix4_transposed(void* row, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(r[0]), "r"(r[1]),
                  "r"(r[2]), "r"(r[3])
                  : "memory");
 }

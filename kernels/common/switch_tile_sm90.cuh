@@ -12,6 +12,9 @@ constexpr int kGranule = 2 * kHalf;  // bytes: 64 rows of W's tile, its left and
 // Columns of the rank that one panel holds: the smallest box that a small rank fits in. The host encodes the maps by the same rule.
 __device__ __forceinline__ int panel_depth(uint32_t rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : 64; }
 
+// The upper word of wgmma's descriptor of eight rows of 128 bytes, swizzled over that width.
+constexpr uint32_t kRowsOf128 = 1024 >> 4 | 1 << 30;
+
 // The copy engine's swizzle of rows of 32, 64 or 128 bytes: the mask is that of their 16-byte chunks, 1, 3 or 7.
 __device__ __forceinline__ uint32_t swizzle(uint32_t at, uint32_t mask) { return at ^ (at >> 7 & mask) << 4; }
 
@@ -27,6 +30,15 @@ struct Ring {
     }
 };
 
+// Eight of W + coefficient * sum, one rounding.
+template <class T> __device__ __forceinline__ void add_to(uint32_t (&words)[4], const float* sum, float coefficient) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 old = unpack(words[i], T{});
+        words[i] = pack({fmaf(coefficient, sum[2 * i], old.x), fmaf(coefficient, sum[2 * i + 1], old.y)}, T{});
+    }
+}
+
 // A warp's part of a granule. Lane l has rows l / 4 and l / 4 + 8 of its warp's 16, columns 2 (l % 4) + {0, 1} of each 8: the layout of
 // wgmma's accumulators and of ldmatrix.
 template <int kColumns> struct Fragment {
@@ -40,15 +52,11 @@ template <int kColumns> struct Fragment {
 #pragma unroll
         for (int j = 0; j < kColumns / 16; ++j) ldmatrix4(words[j], place(granule, j));
     }
-    // W + coefficient * sum, one rounding.
+    // W + coefficient * sum.
     template <class T> __device__ __forceinline__ void add_and_store(unsigned char* granule, const float* sum, float coefficient) {
 #pragma unroll
         for (int j = 0; j < kColumns / 16; ++j) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float2 old = unpack(words[j][i], T{});
-                words[j][i] = pack({fmaf(coefficient, sum[8 * j + 2 * i], old.x), fmaf(coefficient, sum[8 * j + 2 * i + 1], old.y)}, T{});
-            }
+            add_to<T>(words[j], sum + 8 * j, coefficient);
             stmatrix4(place(granule, j), words[j]);
         }
     }
