@@ -62,11 +62,12 @@ static_assert(slots_of(kFewestGranules, 64) >= kDeepStay + 4 && slots_of(kGranul
               "at a run's begin a consumer that holds A waits for the third and fourth place before it gives the first one back");
 static_assert(slots_of(kMostGranules, 16) / 2 >= kDeepStay && slots_of(kGranules, 32) / 2 >= kDeepStay &&
                   slots_of(kFewestGranules, 64) / 2 >= kDeepStay,
-              "up to so many panels of B stay, by plain copies, in every launch (lay_out); only others need their maps fenced (meet_target)");
+              "up to so many panels of B stay, by plain copies, where a target is not of depth 64 (lay_out); of others maps are fenced (meet_target)");
 constexpr uint32_t kLoaders = 4;            // warps
 constexpr uint32_t kLight = 3;              // panels of a tile, up to which its consumers have time to spare
 constexpr uint32_t kLightGrab = 2, kGrab = 3, kDeepGrab = 8;  // tiles that a block takes at a time
-constexpr uint32_t kHeldRun = 32;           // tiles one below the other, where the consumers hold A: a power of two
+constexpr uint32_t kHeldRun = 32;           // tiles one below the other, where the consumers hold A
+static_assert((kHeldRun & (kHeldRun - 1)) == 0, "runs begin with columns (Strips)");
 constexpr uint32_t kDeep = 128;                // a sum of ranks beyond which panels are scarcer than granules
 constexpr uint32_t kEntries = 6;                 // tiles between the scheduler and the slowest role
 
@@ -104,7 +105,7 @@ struct EntryRing {
 };
 
 // Of a product: what all roles ask. Bits from 0: steps of 16 of the rank, whether it adds to what the term's last panel left, whether it ends
-// the term, whether B's place is free afterwards, parities and places of A and B.
+// the term, whether B's place is free afterwards, parities and places of A and B. (Where A is held: of B and A.)
 struct Plan {
     uint32_t bits;
 
@@ -123,7 +124,7 @@ struct Plan {
 
 // One panel of B times one of A, as the scheduler works it out.
 struct alignas(16) Product {
-    // For the consumers: words of wgmma's descriptors, of B one for each consumer.
+    // For the consumers: words of wgmma's descriptors, of B one for each consumer. (Where A is held: of B; of A.)
     uint32_t a_low, b_high;
     float coefficient;
     Plan plan;
@@ -157,7 +158,7 @@ struct alignas(16) Header {
     int row, col;
     uint32_t packed;  // of the target, its kind; products; rows of the matrix in the tile; and two flags
 
-    // Of a target: first products whose A the consumers hold, whether each of its terms has two of them, LSW_WEIGHT_BLOCKS. Of no target: the end.
+    // Of a target: first products whose A the consumers hold, whether each of its terms has two products, LSW_WEIGHT_BLOCKS. Of no target: the end.
     __device__ static uint32_t kind(uint32_t held, bool pairs, bool blocks) { return held << 16 | pairs << 24 | blocks << 25; }
     static constexpr uint32_t kEnds = 1u << 31;
     __device__ static uint32_t pack(uint32_t kind, uint32_t products, uint32_t rows, bool ends_tile, bool begins_run) {
@@ -215,7 +216,8 @@ struct Shared {
 };
 static_assert(sizeof(Shared) + 1024 <= LSW_SWITCH90_SHARED, "the host asks for this much shared memory");
 
-// How tiles that hold A are numbered: column by column in strips of one height. Columns begin at multiples of a power of two, as runs do.
+// How tiles that hold A are numbered: column by column in strips of one height. In a target columns begin at multiples of a power of two, so that
+// the runs of a large launch take whole ones; numbers in between name no tile.
 struct Strips {
     uint32_t count, height, pitch;
     __device__ __forceinline__ explicit Strips(uint32_t down)
@@ -260,7 +262,7 @@ __device__ void meet_target(const LswSwitchArgs& args, Shared& s, uint32_t targe
         const uint32_t held = args.in_place ? merged_count(args, target) : 0;
         for (uint32_t e = 0; e < s.route.count; ++e) {
             const int slot = s.route.slot[e];
-            const float coefficient = s.route.gate[e] * factor(args, target, slot).scale;
+            const float coefficient = coefficient_of(factor(args, target, slot), s.route.gate[e]);
             bool changes = true;
             for (uint32_t i = 0; i < held; ++i) {
                 const LswMerged& m = merged(args, target)[i];
@@ -621,7 +623,8 @@ struct Box {
     bool is_a, blocks;
 
     __device__ __forceinline__ Box(const LswSwitchArgs& args, uint32_t factor, int k, int depth, const Header& tile, bool is_a)
-        : map(factor_maps(args, factor) + !is_a), col(is_a ? tile.col : k), row(is_a ? k : tile.row), depth(depth), is_a(is_a), blocks(tile.blocks()) {}
+        : map(factor_maps(args, factor) + !is_a), col(is_a ? tile.col : k), row(is_a ? k : tile.row), depth(depth), is_a(is_a),
+          blocks(tile.blocks()) {}
     __device__ __forceinline__ void load(unsigned char* panel, Barrier& full) const {
         full.arrive_expecting(depth * 256);
         if (is_a) return load_pair(panel, map, blocks, col, row, depth, full, kEvictLast);
@@ -797,7 +800,7 @@ __device__ __forceinline__ Work take(const Product& product, int consumer) {
 }
 
 // A consumer's way through the entries: its granule of W's tile, in registers from when its last product runs; or, where some targets' A is held
-// (kShares), 64 columns of both, so that both consumers must see all phases of both granules.
+// (kShares), 64 columns of both. There both consumers must see all phases of both granules, whatever the target.
 template <bool kShares> struct Consumer {
     Shared& s;
     const int consumer;
@@ -972,7 +975,7 @@ template <class T, int kHeld, int kPer> __device__ __forceinline__ void add_held
                 s.panel_full[stays + passing.slot].wait(passing.parity);
                 hold(held[i], stays + passing.slot);
             }
-            const bool begins_term = i % kPer == 0;  // of those that all have kPer panels
+            const bool begins_term = i % kPer == 0;  // kPer = 1: or goes on with one, after a factor of 1
             if (i > 0 && begins_term) {
                 const float factor = __shfl_sync(kFullWarp, factors, i - 1);
                 wgmma_wait<0>(sum);

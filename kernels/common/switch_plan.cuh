@@ -43,9 +43,12 @@ __device__ __forceinline__ bool serves(const LswSwitchArgs& args, uint64_t targe
 // In place a coefficient must leave W able to come back: not finite, or so large that the difference of two could overflow, is zero.
 __device__ __forceinline__ bool usable(const LswSwitchArgs& args, float c) { return !args.in_place || fabsf(c) < 0x1p126f; }
 
+// Rounded, whatever it is used in: the same bits as those that are held mean that nothing changes.
+__device__ __forceinline__ float coefficient_of(const LswFactor& f, float gate) { return __fmul_rn(gate, f.scale); }
+
 // Whether entry e of the route concerns a target, and with which coefficient.
 __device__ __forceinline__ bool applies(const LswSwitchArgs& args, const LswFactor& f, float gate, float& c) {
-    c = gate * f.scale;
+    c = coefficient_of(f, gate);
     return f.rank > 0 && c != 0.0f && usable(args, c);
 }
 
@@ -95,7 +98,7 @@ __device__ inline void report_odd(const LswSwitchArgs& args, const Route& route,
     uint32_t odd = verdict == Verdict::kStale ? LSW_STALE_MERGE : 0;
     for (uint32_t e = 0; e < route.count; ++e) {
         const LswFactor& f = factor(args, target, route.slot[e]);
-        const float c = route.gate[e] * f.scale;
+        const float c = coefficient_of(f, route.gate[e]);
         if (f.rank > 0 && !(is_finite(c) && usable(args, c))) odd |= LSW_ODD_COEFFICIENT;
     }
     if (odd) atomicOr(&state(args)->status, odd);
