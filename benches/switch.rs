@@ -34,7 +34,7 @@ impl Change {
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for (name, form) in FORMS {
-        for rank in [8, 16, 32, 64, 128] {
+        for rank in [8, 16, 32, 64, 128, 256] {
             cases.push(case(format!("switch/7b/r{rank}/k2/{name}/bf16"), llama(DType::Bf16, form, &[rank]), Change::All));
         }
         for dtype in [DType::F16, DType::F32] {

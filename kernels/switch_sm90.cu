@@ -15,7 +15,8 @@
 // The product of a tile starts before its W arrives, and W runs one to four tiles ahead. A block takes a few tiles in a row, and B stays in
 // shared memory for that run; where a target has more panels than can stay, the rest passes through A's ring, tile by tile. Where ranks are deep,
 // a run goes down a column of tiles, A stays in registers, and B passes: a strip of blocks side by side then works on the same rows of W, whole
-// ones. A and B are what other blocks read again, W is not: L2 is told to evict them last.
+// ones. Of more panels than fit there, A of the next few stays in shared memory. A and B are what other blocks read again, W is not: L2 is told to
+// evict them last.
 //
 // A consumer is bound by the latency of its own instructions, not by the tensor cores: two warps a scheduler, and a term is a chain of wait,
 // product, fmas. So the scheduler works out all that a product needs, descriptors and places included, and whatever a consumer still has to
@@ -51,17 +52,19 @@ constexpr int kThreads = LSW_SWITCH90_THREADS;
 constexpr int kConsumers = 2;  // warpgroups
 constexpr int kGroups = LSW_SWITCH90_GROUPS;
 constexpr int kArea = 13 * kGranule;        // bytes for granules of W and panels of A and B
-constexpr uint32_t kMostGranules = 10, kGranules = 6, kFewestGranules = 4;
-static_assert(kMostGranules % kConsumers == 0 && kGranules % kConsumers == 0 && kFewestGranules % kConsumers == 0,
+constexpr uint32_t kMostGranules = 10, kGranules = 6, kFewGranules = 4, kFewestGranules = 2;
+static_assert(kMostGranules % kConsumers == 0 && kGranules % kConsumers == 0 && kFewGranules % kConsumers == 0 &&
+                  kFewestGranules % kConsumers == 0,
               "a place stays with one consumer, or with both: who waits at a barrier sees all its phases");
 constexpr uint32_t kMostPanels = (kArea - kGranules * kGranule) / (16 * 256);  // of the smallest
 constexpr uint32_t kDeepStay = 4;           // panels of B, of the largest, that stay
-constexpr uint32_t kHeldPlaces = 8;         // for panels, where the consumers hold A
+constexpr uint32_t kHeldPlaces = 8;         // for panels that pass, where the consumers hold A
+constexpr uint32_t kHeldStay = 6;           // panels of A that stay, where there are more than the consumers can hold
 __host__ __device__ constexpr uint32_t slots_of(uint32_t granules, uint32_t depth) { return (kArea - granules * kGranule) / (depth * 256); }
-static_assert(slots_of(kFewestGranules, 64) >= kDeepStay + 4 && slots_of(kGranules, 64) >= 4,
+static_assert(slots_of(kFewGranules, 64) >= kDeepStay + 4 && slots_of(kGranules, 64) >= 4 && slots_of(kFewestGranules, 64) >= kHeldStay + 4,
               "at a run's begin a consumer that holds A waits for the third and fourth place before it gives the first one back");
 static_assert(slots_of(kMostGranules, 16) / 2 >= kDeepStay && slots_of(kGranules, 32) / 2 >= kDeepStay &&
-                  slots_of(kFewestGranules, 64) / 2 >= kDeepStay,
+                  slots_of(kFewGranules, 64) / 2 >= kDeepStay,
               "up to so many panels of B stay, by plain copies, where a target is not of depth 64 (lay_out); of others maps are fenced (meet_target)");
 constexpr uint32_t kLoaders = 4;            // warps
 constexpr uint32_t kLight = 3;              // panels of a tile, up to which its consumers have time to spare
@@ -77,9 +80,13 @@ static_assert(128 * kProducerRegisters + 128 * kLoaderRegisters + 256 * kConsume
 
 static_assert(kThreads == 512 && kTile == 128, "two warpgroups of producers, two of consumers of 64 rows each");
 
-// Panels of A that consumers hold in registers, a target's first ones. Each number has code of its own, where an index is a constant.
-constexpr uint32_t kMostHeld = 8;
-__device__ __forceinline__ uint32_t held_of(uint32_t panels) { return panels < 4 ? panels : panels < 6 ? 4 : panels < kMostHeld ? 6 : kMostHeld; }
+// Panels of A that consumers hold in registers, a target's first ones, of `per` a term: whole terms. Each number has code of its own, where an
+// index is a constant.
+constexpr uint32_t kFewHeld = 6, kMostHeld = 8;
+__device__ __forceinline__ uint32_t held_of(uint32_t panels, uint32_t per) {
+    if (panels < kFewHeld) return min(panels, 4);
+    return panels < kMostHeld || per == 3 ? kFewHeld : kMostHeld;
+}
 
 // What a target's sum has of one adapter.
 struct alignas(16) Term {
@@ -105,7 +112,8 @@ struct EntryRing {
 };
 
 // Of a product: what all roles ask. Bits from 0: steps of 16 of the rank, whether it adds to what the term's last panel left, whether it ends
-// the term, whether B's place is free afterwards, parities and places of A and B. (Where A is held: of B and A.)
+// the term, whether B's place is free afterwards, parities and places of A and B, and whether the warp of panels fills both. (Where A is held: of
+// B and A.)
 struct Plan {
     uint32_t bits;
 
@@ -116,8 +124,8 @@ struct Plan {
     __device__ uint32_t a_parity() const { return bits >> 6 & 1; }
     __device__ uint32_t b_parity() const { return bits >> 7 & 1; }
     __device__ uint32_t a_slot() const { return bits >> 8 & 0xff; }
-    __device__ uint32_t b_slot() const { return bits >> 16; }
-    __device__ bool has_b() const { return a_slot() != b_slot(); }  // else it is in registers
+    __device__ uint32_t b_slot() const { return bits >> 16 & 0xff; }
+    __device__ bool brings_both() const { return bits >> 24; }
     // What a product leaves when it is over: A's place, and maybe B's.
     __device__ static Plan leaves(uint32_t a_slot, uint32_t b_slot, bool frees_b) { return {frees_b << 5 | a_slot << 8 | b_slot << 16}; }
 };
@@ -158,22 +166,23 @@ struct alignas(16) Header {
     int row, col;
     uint32_t packed;  // of the target, its kind; products; rows of the matrix in the tile; and two flags
 
-    // Of a target: first products whose A the consumers hold, whether each of its terms has two products, LSW_WEIGHT_BLOCKS. Of no target: the end.
-    __device__ static uint32_t kind(uint32_t held, bool pairs, bool blocks) { return held << 16 | pairs << 24 | blocks << 25; }
+    // Of a target: first products whose A the consumers hold, products of each of its terms, LSW_WEIGHT_BLOCKS. Of no target: the end.
+    __device__ static uint32_t kind(uint32_t held, uint32_t per, bool blocks) { return held << 16 | per << 20 | blocks << 25; }
     static constexpr uint32_t kEnds = 1u << 31;
     __device__ static uint32_t pack(uint32_t kind, uint32_t products, uint32_t rows, bool ends_tile, bool begins_run) {
         return kind | products | rows << 8 | ends_tile << 29 | begins_run << 30;
     }
     __device__ uint32_t products() const { return packed & 0xff; }
     __device__ int rows() const { return packed >> 8 & 0xff; }
-    __device__ uint32_t held() const { return packed >> 16 & 0xff; }
-    __device__ bool pairs() const { return packed >> 24 & 1; }
+    __device__ uint32_t held() const { return packed >> 16 & 0xf; }
+    __device__ uint32_t per() const { return packed >> 20 & 0xf; }
     __device__ bool blocks() const { return packed >> 25 & 1; }
     __device__ bool ends_tile() const { return packed >> 29 & 1; }
     __device__ bool begins_run() const { return packed >> 30 & 1; }
     __device__ bool is_end() const { return packed & kEnds; }
 };
-constexpr uint32_t kProducts = 32;  // of an entry: one for each of the scheduler's lanes
+constexpr uint32_t kProducts = 24;  // of an entry
+static_assert(kProducts <= 32 && kProducts % 2 == 0 && kProducts % 3 == 0 && kProducts % 4 == 0, "a lane's each; whole terms, where they are alike");
 static_assert(kProducts < 256 && kTile < 256 && kMostPanels < 256, "packed");
 struct Entry {
     Header header;
@@ -186,8 +195,9 @@ struct Geometry {
     uint32_t panel_bytes;  // A [depth, 128] or B [128, depth]
     uint32_t granules;     // of W in flight, at the area's begin
     uint32_t panels;       // the address behind them
-    uint32_t stays;        // panels behind them, of B, for a run of tiles: the first ones of a target whose A is not held
-    uint32_t passes;       // and behind those, for one tile: of A, and of B where there is no place to stay
+    uint32_t stays;        // panels behind them, for a run of tiles: the first ones of B; where A is held, of A, the first ones that are not
+    uint32_t passes;       // and behind those, for one tile: all others
+    uint32_t is_held;      // which of the two stay: who brings the one does not know when the other is done
     uint32_t most_ranks, most_panels;  // that a target may need
     uint32_t least_steps, most_steps;  // of a product
     uint32_t has_unaligned;      // of an adapter, A or B
@@ -308,19 +318,20 @@ __device__ void lay_out(const LswSwitchArgs& args, Shared& s, uint32_t total, ui
     Geometry& g = s.geometry;
     const bool is_deep = g.most_ranks > kDeep, is_light = !is_deep && g.most_panels <= kLight;
     g.panel_bytes = g.depth * 256;
-    const bool is_held = g.may_hold && !g.may_not;
+    const bool is_held = g.is_held = g.may_hold && !g.may_not;
     const bool is_short = is_held ? g.most_panels > 4 : is_deep || is_light;  // of places for panels, or not in need of W
-    g.granules = is_short ? kFewestGranules : args.in_place && g.depth == 16 ? kMostGranules : kGranules;
+    const bool is_deepest = is_held && g.most_panels > kMostHeld;
+    g.granules = is_deepest ? kFewestGranules : is_short ? kFewGranules : args.in_place && g.depth == 16 ? kMostGranules : kGranules;
     g.panels = shared_address(s.panels());
     const uint32_t slots = min(kMostPanels, slots_of(g.granules, g.depth));
     if (is_held) {
-        g.stays = 0;
+        g.stays = is_deepest ? min(kHeldStay, g.most_panels - kFewHeld) : 0;
     } else if (g.depth == 64 && !is_light) {
         g.stays = kDeepStay;
     } else {
         g.stays = slots - max(1u, min(slots / 2, (3 * g.most_panels + 1) / 2));
     }
-    g.passes = is_held ? min(slots, kHeldPlaces) : slots - g.stays;
+    g.passes = is_held ? min(slots - g.stays, kHeldPlaces) : slots - g.stays;
     const uint32_t unheld = is_deep ? kDeepGrab : is_light ? kLightGrab : kGrab;
     g.grab = max(1u, min(is_held ? kHeldRun : unheld, (total + blocks - 1) / blocks));
 }
@@ -428,13 +439,15 @@ __device__ void seek(const LswSwitchArgs& args, Shared& s, Cursor& at, uint32_t 
     const LswTarget& t = target_of(args, at.target);
     at.rows = t.rows, at.cols = t.cols;
     const LaneTerms terms = lane_terms(args, s.route, at.target);
-    uint32_t ranks = 0;
-    bool whole = true, pairs = true;
+    uint32_t ranks = 0, least = ~0u, most = 0;
+    bool whole = true;
     for (const int slot : {terms.enter_slot, terms.leave_slot}) {
         const uint32_t rank = slot < 0 ? 0 : factor(args, at.target, slot).rank;
-        ranks += rank, whole = whole && is_whole(rank), pairs = pairs && (rank == 0 || (rank > 64 && rank <= 128));
+        ranks += rank, whole = whole && is_whole(rank), most = max(most, (rank + 63) / 64);
+        if (rank > 0) least = min(least, (rank + 63) / 64);
     }
-    pairs = __all_sync(kFullWarp, pairs);
+    least = __reduce_min_sync(kFullWarp, least), most = __reduce_max_sync(kFullWarp, most);
+    const uint32_t per = least == most && terms.count > 1 ? most : 1;
     const bool by_size = __all_sync(kFullWarp, whole) && __reduce_add_sync(kFullWarp, ranks) > kDeep;
     __syncwarp();  // the last publish has read what was staged
     // Where consumers hold A: ascending by magnitude, equal ones as they come. So no quotient is above 1, and nothing overflows.
@@ -457,8 +470,8 @@ __device__ void seek(const LswSwitchArgs& args, Shared& s, Cursor& at, uint32_t 
     stage(by_size ? before_enter : terms.enter_at, terms.enter_slot, terms.enter);
     stage(by_size ? before_leave : terms.leave_at, terms.leave_slot, terms.leave);
     at.panels = __reduce_add_sync(kFullWarp, panels);
-    at.held = by_size ? held_of(at.panels) : 0;
-    at.kind = Header::kind(at.held, pairs, t.flags & LSW_WEIGHT_BLOCKS);
+    at.held = by_size ? held_of(at.panels, per) : 0;
+    at.kind = Header::kind(at.held, per, t.flags & LSW_WEIGHT_BLOCKS);
     __syncwarp();
     // Each but the last by the quotient of its coefficient and the next one's.
     for (uint32_t i = 0; by_size && i + 1 < terms.count; i += 32) {
@@ -468,38 +481,39 @@ __device__ void seek(const LswSwitchArgs& args, Shared& s, Cursor& at, uint32_t 
         if (has_next) s.staged[i + lane].coefficient = quotient;
         __syncwarp();
     }
-    if (lane < at.panels) s.described[lane] = describe(s, lane);
+    if (lane < min(at.panels, kProducts)) s.described[lane] = describe(s, lane);
 }
 
-// Where panels find their places: passing ones go round and round, those of a run begin where the last run's ended. A product's first place,
-// its plan's A, is of the panel that comes for every tile: where A is held, B's.
+// Where panels find their places: passing ones go round and round, those that stay for a run begin where the last run's ended. A product's first
+// place, its plan's A, is of the panel that comes for every tile: where A is held, B's.
 struct Places {
-    Ring passing, staying, run;
+    Ring passing, staying;
 
-    // Passing panels of a tile before those of its product `index`. Held ones come where a run begins, others have a place of their own to stay,
-    // if any, or come along.
-    __device__ __forceinline__ static uint32_t passed(uint32_t held, uint32_t stays, uint32_t index, bool begins_run) {
-        const uint32_t kept = held + stays;
+    // Passing panels of a tile before those of its product `index`. Held ones come where a run begins, the next have a place of their own to stay,
+    // others come along.
+    __device__ __forceinline__ static uint32_t passed(uint32_t held, uint32_t stay, uint32_t index, bool begins_run) {
+        const uint32_t kept = held + stay;
         return index + (begins_run ? min(index, held) : 0) + max(index, kept) - kept;
     }
     // Of the product that comes as number `index` of its tile. A held panel has no place but at the beginning of a run: it says the first's.
-    __device__ __forceinline__ void give(Product& p, const Geometry& g, uint32_t held, uint32_t index, bool begins_run, bool ends_run) const {
-        const bool is_held = index < held, stays = held == 0 && index < g.stays, comes = is_held ? begins_run : !stays;
-        const uint32_t before = passed(held, held == 0 ? g.stays : 0, index, begins_run);
-        Ring a = passing, b = stays ? run : passing;
+    __device__ __forceinline__ void give(Product& p, const Geometry& g, uint32_t held, uint32_t stay, uint32_t index, bool begins_run,
+                                         bool ends_run) const {
+        const uint32_t before = passed(held, stay, index, begins_run), beyond = index - held;
+        const bool is_held = index < held, stays = beyond < stay, comes = is_held ? begins_run : !stays;
+        Ring a = passing, b = stays ? staying : passing;
         a.advance(before);
-        b.advance(stays ? index : before + comes);
+        b.advance(stays ? beyond : before + comes);
         const uint32_t a_slot = g.stays + a.slot, b_slot = stays ? b.slot : g.stays + b.slot, frees_b = comes || (stays && ends_run);
         p.a_low += g.panels + a_slot * g.panel_bytes >> 4;
         for (uint32_t c = 0; c < kConsumers; ++c) p.b_low[c] += g.panels + b_slot * g.panel_bytes >> 4;
-        p.plan.bits |= frees_b << 5 | a.parity << 6 | b.parity << 7 | a_slot << 8 | b_slot << 16;
+        const uint32_t brings_both = comes || (stays && held > 0 && begins_run);
+        p.plan.bits |= frees_b << 5 | a.parity << 6 | b.parity << 7 | a_slot << 8 | b_slot << 16 | brings_both << 24;
     }
 };
 
 // One warp: a tile becomes an entry of the ring, or several.
 __device__ void publish(Shared& s, EntryRing& ring, Places& places, const Cursor& at, bool begins_run, bool ends_run) {
-    const uint32_t lane = threadIdx.x % 32, stays = at.held == 0 ? s.geometry.stays : 0;
-    if (begins_run && stays > 0) places.run = places.staying, places.staying.advance(min(at.panels, stays));
+    const uint32_t lane = threadIdx.x % 32, stay = (at.held > 0) == s.geometry.is_held ? s.geometry.stays : 0;
     uint32_t left = at.panels;
     do {
         const uint32_t count = min(left, kProducts);
@@ -507,9 +521,8 @@ __device__ void publish(Shared& s, EntryRing& ring, Places& places, const Cursor
         Entry& entry = s.entry[ring.slot()];
         if (lane < count) {
             const uint32_t index = at.panels - left + lane;
-            Product product = index < kProducts ? s.described[lane] : describe(s, index);
-            places.give(product, s.geometry, at.held, index, begins_run, ends_run);
-            entry.products[lane] = product;
+            entry.products[lane] = index < kProducts ? s.described[lane] : describe(s, index);
+            places.give(entry.products[lane], s.geometry, at.held, stay, index, begins_run, ends_run);
         }
         left -= count;
         if (lane == 0) {
@@ -519,7 +532,8 @@ __device__ void publish(Shared& s, EntryRing& ring, Places& places, const Cursor
         s.entry_full[ring.slot()].arrive();  // each lane for what it wrote
         ring.advance();
     } while (left > 0);
-    places.passing.advance(Places::passed(at.held, stays, at.panels, begins_run));
+    places.passing.advance(Places::passed(at.held, stay, at.panels, begins_run));
+    if (ends_run && stay > 0) places.staying.advance(min(at.panels - at.held, stay));
 }
 
 // Waits for the next entry.
@@ -540,8 +554,7 @@ __device__ void run_scheduler(const LswSwitchArgs& args, Shared& s) {
     const bool leader = threadIdx.x % 32 == 0;
     const uint32_t grab = s.geometry.grab;
     EntryRing entries;
-    const Ring staying(s.geometry.stays);
-    Places places{Ring(s.geometry.passes), staying, staying};
+    Places places{Ring(s.geometry.passes), Ring(s.geometry.stays)};
     Cursor at;
     uint32_t taken = blockIdx.x;
     bool begins_run = true;
@@ -636,7 +649,7 @@ struct Box {
 
 // One thread, where no A is held and the copy engine can bring all: of each product A, and B, where it has no place to stay.
 __device__ void bring_boxes(const LswSwitchArgs& args, Shared& s) {
-    const uint32_t panel_bytes = s.geometry.panel_bytes, stays = s.geometry.stays;
+    const uint32_t panel_bytes = s.geometry.panel_bytes;
     unsigned char* panels = s.panels();
     for (EntryRing entries;; entries.advance()) {
         const Entry& entry = next_entry(s, entries);
@@ -656,7 +669,7 @@ __device__ void bring_boxes(const LswSwitchArgs& args, Shared& s) {
             next = behind.plan, next_words = reinterpret_cast<const int4*>(&behind)[2];
             const int k = words.y & 0xffff, depth = words.z & 0xffff;
             bring(plan.a_slot(), plan.a_parity(), Box(args, words.x, k, depth, tile, true));
-            if (plan.b_slot() >= stays) bring(plan.b_slot(), plan.b_parity(), Box(args, words.x, k, depth, tile, false));
+            if (plan.brings_both()) bring(plan.b_slot(), plan.b_parity(), Box(args, words.x, k, depth, tile, false));
         }
         s.entry_empty[entries.slot()].arrive(32);
     }
@@ -665,7 +678,7 @@ __device__ void bring_boxes(const LswSwitchArgs& args, Shared& s) {
 // One warp, for all others; where A is held, of each product B comes, and A for a run of tiles or with it.
 template <class T> __device__ void bring_panels(const LswSwitchArgs& args, Shared& s) {
     for_each_product(s, [](const Header&) { return true; }, [&](const Header& tile, const Product& p) {
-        const uint32_t places = p.plan.b_slot() < s.geometry.stays || !p.plan.has_b() ? 1 : 2;
+        const uint32_t places = 1 + p.plan.brings_both();
 #pragma unroll 1
         for (uint32_t i = 0; i < places; ++i) {
             const bool is_a = (tile.held() > 0) == i, by_box = p.flags & (is_a ? LSW_A_ALIGNED : LSW_B_ALIGNED);
@@ -707,7 +720,7 @@ template <class T> __device__ __forceinline__ void load_b(unsigned char* panel, 
 
 // Four warps: each has every fourth place of B that stays, and fills it when a run begins.
 template <class T> __device__ void run_loaders(Shared& s, uint32_t loader) {
-    for_each_product(s, [](const Header& tile) { return tile.begins_run(); }, [&](const Header& tile, const Product& p) {
+    for_each_product(s, [](const Header& tile) { return tile.begins_run() && tile.held() == 0; }, [&](const Header& tile, const Product& p) {
         const uint32_t slot = p.plan.b_slot();
         if (slot >= s.geometry.stays || slot % kLoaders != loader) return;
         unsigned char* panel = s.panel(slot);
@@ -999,16 +1012,26 @@ template <class T, int kHeld, int kPer> __device__ __forceinline__ void add_held
         if (kHeld > 3) {
             while (!c.ends_entry() || !c.tile.ends_tile()) {
                 if (c.ends_entry()) c.close(), c.open();
-                c.look();
-                wgmma_wait<0>(sum);
-                c.release(last);
-                scale(factor);
-                c.wait_ready();
-                wgmma_fence();
 #pragma unroll
-                for (int k = 0; k < 4; ++k) wgmma_m_major(sum, c.next.b() + (2048 * k >> 4), c.next.a() + (32 * k >> 4), true, T{});
-                wgmma_commit();
-                factor = c.next.factor(), last = c.next.plan;
+                for (int i = 0; i < kPer; ++i) {
+                    c.look();
+                    if (i == 0) {
+                        wgmma_wait<0>(sum);
+                        c.release(last);
+                        scale(factor);
+                    }
+                    c.wait_ready();
+                    wgmma_fence();
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) wgmma_m_major(sum, c.next.b() + (2048 * k >> 4), c.next.a() + (32 * k >> 4), true, T{});
+                    wgmma_commit();
+                    if (i > 0) {
+                        wgmma_wait<1>();
+                        c.release(last);
+                    }
+                    last = c.next.plan;
+                }
+                factor = c.next.factor();
             }
         }
         c.close();
@@ -1036,21 +1059,23 @@ template <class T, int kHeld, int kPer> __device__ __forceinline__ void add_held
             }
         }
         has_weight = true;
-    } while (c.tile.held() == kHeld && c.tile.pairs() == (kPer > 1));
+    } while (c.tile.held() == kHeld && c.tile.per() == kPer);
     c.give_weight();
     c.index = 0;  // another kind looks at the first product itself
 }
 
 template <class T> __device__ __forceinline__ void add_any_held(Consumer<true>& c) {
-    const uint32_t held = c.tile.held();
-    if (c.tile.pairs()) {
+    const uint32_t held = c.tile.held(), per = c.tile.per();
+    if (per == 4) return add_held<T, kMostHeld, 4>(c);
+    if (per == 3) return add_held<T, kFewHeld, 3>(c);
+    if (per == 2) {
         if (held == 4) return add_held<T, 4, 2>(c);
-        if (held == 6) return add_held<T, 6, 2>(c);
+        if (held == kFewHeld) return add_held<T, kFewHeld, 2>(c);
         return add_held<T, kMostHeld, 2>(c);
     }
     if (held == 3) return add_held<T, 3, 1>(c);
     if (held == 4) return add_held<T, 4, 1>(c);
-    if (held == 6) return add_held<T, 6, 1>(c);
+    if (held == kFewHeld) return add_held<T, kFewHeld, 1>(c);
     add_held<T, kMostHeld, 1>(c);
 }
 

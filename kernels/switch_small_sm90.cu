@@ -410,12 +410,7 @@ template <class T> __device__ __forceinline__ void add_columns(unsigned char* gr
     for (int j = 0; j < 2; ++j) ldmatrix4(words[j], Fragment<128>::place(granule, 2 * n + j));
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float2 old = unpack(words[j][i], T{});
-            const int at = 8 * (2 * n + j) + 2 * i;
-            words[j][i] = pack({old.x + sum[at], old.y + sum[at + 1]}, T{});
-        }
+        add_to<T>(words[j], sum + 8 * (2 * n + j), 1.0f);
         stmatrix4(Fragment<128>::place(granule, 2 * n + j), words[j]);
     }
 }
