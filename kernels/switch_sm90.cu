@@ -12,7 +12,7 @@
 //                       memory (ldmatrix, add in f32, one rounding, stmatrix); where ranks are deep, each 64 columns, A in registers (add_held)
 //   weights   (warps 2, 3) a consumer's granules of W: each is brought by the copy engine, and written back when it is done
 //
-// The product of a tile starts before its W arrives, and W runs one to four tiles ahead. A block takes a few tiles in a row, and B stays in
+// The product of a tile starts before its W arrives, and W runs up to four tiles ahead. A block takes a few tiles in a row, and B stays in
 // shared memory for that run; where a target has more panels than can stay, the rest passes through A's ring, tile by tile. Where ranks are deep,
 // a run goes down a column of tiles, A stays in registers, and B passes: a strip of blocks side by side then works on the same rows of W, whole
 // ones. Of more panels than fit there, A of the next few stays in shared memory. A and B are what other blocks read again, W is not: L2 is told to
@@ -62,7 +62,7 @@ constexpr uint32_t kHeldPlaces = 8;         // for panels that pass, where the c
 constexpr uint32_t kHeldStay = 6;           // panels of A that stay, where there are more than the consumers can hold
 __host__ __device__ constexpr uint32_t slots_of(uint32_t granules, uint32_t depth) { return (kArea - granules * kGranule) / (depth * 256); }
 static_assert(slots_of(kFewGranules, 64) >= kDeepStay + 4 && slots_of(kGranules, 64) >= 4 && slots_of(kFewestGranules, 64) >= kHeldStay + 4,
-              "at a run's begin a consumer that holds A waits for the third and fourth place before it gives the first one back");
+              "at a run's begin, and within a term, a consumer that holds A waits for two places before it gives two others back");
 static_assert(slots_of(kMostGranules, 16) / 2 >= kDeepStay && slots_of(kGranules, 32) / 2 >= kDeepStay &&
                   slots_of(kFewGranules, 64) / 2 >= kDeepStay,
               "up to so many panels of B stay, by plain copies, where a target is not of depth 64 (lay_out); of others maps are fenced (meet_target)");
@@ -255,14 +255,17 @@ __device__ __forceinline__ uint32_t changed_tiles(const LswSwitchArgs& args, con
     return is_changed(args, route, target) ? tile_count(target_of(args, target), in_strips) : 0;
 }
 
-// A is held where a target's ranks are deep and each of its panels is 64 of a rank, the last 16 of them in part: less would waste registers.
-__device__ __forceinline__ bool is_whole(uint32_t rank) { return (rank + 15) / 16 % 4 == 0; }
+// A is held where a target's ranks are deep and all its panels large, that is of 64. An adapter's last one costs a whole one then, with zeros behind
+// its rank, which is less than A and B of every tile would; but not where there is little in it and rows of B begin in the middle of what L2 reads.
+__device__ __forceinline__ bool is_large(uint32_t rank) {
+    return panel_depth(rank) == 64 && (rank % 16 == 0 || (rank + 15) / 16 % 4 == 0);
+}
 
 // What a changed target asks of the geometry. Also: its tensor maps may have been written since this SM last saw them. A fence takes long, so
 // all threads of the block have theirs at once, and maps that will not be used have none.
 __device__ void meet_target(const LswSwitchArgs& args, Shared& s, uint32_t target) {
     for (int i = 0; i < 2; ++i) fence_tensor_map(target_maps(args, target) + i);
-    uint32_t depth = 16, ranks = 0, whole = 0, panels = 0, least_steps = ~0u, most_steps = 0;
+    uint32_t depth = 16, ranks = 0, large = 0, panels = 0, least_steps = ~0u, most_steps = 0;
     auto each = [&](auto visit) {
         auto at = [&](int slot) {
             const LswFactor& f = factor(args, target, slot);
@@ -291,7 +294,7 @@ __device__ void meet_target(const LswSwitchArgs& args, Shared& s, uint32_t targe
         const uint32_t full = panel_depth(f.rank), last = (f.rank - 1) % full + 1;
         depth = max(depth, full);
         ranks += f.rank;
-        whole += is_whole(f.rank) ? f.rank : 0;
+        large += is_large(f.rank) ? f.rank : 0;
         panels += (f.rank + full - 1) / full;
         least_steps = min(least_steps, (last + 15) / 16);
         most_steps = max(most_steps, (min(full, f.rank) + 15) / 16);
@@ -306,14 +309,14 @@ __device__ void meet_target(const LswSwitchArgs& args, Shared& s, uint32_t targe
     atomicMax(&s.geometry.most_panels, panels);
     atomicMin(&s.geometry.least_steps, least_steps);
     atomicMax(&s.geometry.most_steps, most_steps);
-    if (whole > kDeep) s.geometry.may_hold = 1;
-    if (whole <= kDeep || whole < ranks) s.geometry.may_not = 1;
+    if (large > kDeep) s.geometry.may_hold = 1;
+    if (large <= kDeep || large < ranks) s.geometry.may_not = 1;
 }
 
 // One thread. Memory likes all blocks close together, and the last blocks want tiles too. So a block grabs few tiles where it can, and nothing
 // comes further ahead than it must: A by a tile and a half where ranks are shallow, and W, where the consumers have time to spare, by the next
 // tile alone. Where they have not, W makes up for their hurry at the begin of a run: in place, and where panels are small, by up to four tiles.
-// Deep ranks need longer runs.
+// Deep ranks need longer runs; and the deepest take so long that W comes in time when the tile before it is done, and leaves its places to panels.
 __device__ void lay_out(const LswSwitchArgs& args, Shared& s, uint32_t total, uint32_t blocks) {
     Geometry& g = s.geometry;
     const bool is_deep = g.most_ranks > kDeep, is_light = !is_deep && g.most_panels <= kLight;
@@ -440,15 +443,16 @@ __device__ void seek(const LswSwitchArgs& args, Shared& s, Cursor& at, uint32_t 
     at.rows = t.rows, at.cols = t.cols;
     const LaneTerms terms = lane_terms(args, s.route, at.target);
     uint32_t ranks = 0, least = ~0u, most = 0;
-    bool whole = true;
+    bool all_large = true;
     for (const int slot : {terms.enter_slot, terms.leave_slot}) {
         const uint32_t rank = slot < 0 ? 0 : factor(args, at.target, slot).rank;
-        ranks += rank, whole = whole && is_whole(rank), most = max(most, (rank + 63) / 64);
-        if (rank > 0) least = min(least, (rank + 63) / 64);
+        if (rank == 0) continue;
+        const uint32_t panels = (rank + 63) / 64;
+        ranks += rank, all_large = all_large && is_large(rank), least = min(least, panels), most = max(most, panels);
     }
     least = __reduce_min_sync(kFullWarp, least), most = __reduce_max_sync(kFullWarp, most);
     const uint32_t per = least == most && terms.count > 1 ? most : 1;
-    const bool by_size = __all_sync(kFullWarp, whole) && __reduce_add_sync(kFullWarp, ranks) > kDeep;
+    const bool by_size = __all_sync(kFullWarp, all_large) && __reduce_add_sync(kFullWarp, ranks) > kDeep;
     __syncwarp();  // the last publish has read what was staged
     // Where consumers hold A: ascending by magnitude, equal ones as they come. So no quotient is above 1, and nothing overflows.
     auto key = [](int slot, float coefficient, uint32_t at) {

@@ -7,6 +7,7 @@ use lora_switch::{
     route,
 };
 use proptest::prelude::*;
+use std::ops::Range;
 
 /// The shape of a test model.
 #[derive(Debug, Clone)]
@@ -831,14 +832,14 @@ fn unmerging_long_sets(backend: &Backend) {
     }
 }
 
-/// Ranks of whole panels, more than 128 together: the Hopper kernel holds the first three, four, six or eight panels of A in registers, with
+/// Ranks above 32, more than 128 together: the Hopper kernel holds the first three, four, six or eight panels of A in registers, with
 /// code of its own where each adapter has two, three or four of them, and the rest comes through shared memory, with more products than an entry
 /// has in the end. With coefficients in no order, and routes of which some are not deep; what is not finite shows from base and is healed.
 fn deep_ranks(backend: &Backend) {
     let cases: [(usize, usize, &[usize]); 7] = [
         (5, 54_400, &[64, 64, 50]),
         (5, 27_200, &[128, 128]),
-        (5, 27_200, &[128, 64, 127]),
+        (5, 27_200, &[128, 64, 80]),
         (5, 27_200, &[192, 128, 64]),
         (5, 27_200, &[256, 256]),
         (5, 27_200, &[128, 64, 256, 192, 64]),
@@ -850,29 +851,31 @@ fn deep_ranks(backend: &Backend) {
 /// The same of several tiles down a column, in strips of which the last one is lower.
 fn deep_ranks_down_columns(backend: &Backend) {
     let ranks: [&[usize]; 6] =
-        [&[128, 128, 127, 128], &[64, 64, 50], &[128, 114, 128, 128, 128], &[128, 127], &[128, 128, 115], &[128, 64, 256, 192, 64]];
+        [&[128, 128, 127, 128], &[64, 48, 50], &[128, 114, 128, 80, 128], &[128, 127], &[128, 96, 115], &[128, 64, 256, 192, 48]];
     assert_deep_ranks(backend, &ranks.map(|ranks| (27_205, 8, ranks)));
 }
 
-/// More panels than the consumers hold of A: of the next six A stays in shared memory for a run. Targets of five tiles, on a GPU so many that blocks
-/// have several runs; adapters with one to four panels each, or with different numbers, some of which are nothing for the copy engine. In the end
-/// with targets between them whose A is not held, so that B stays instead.
+/// More panels than the consumers hold of A: of the next six A stays in shared memory for a run. Targets of four tiles, on a GPU so many that blocks
+/// have two runs; adapters with one to four panels each, or with different numbers, some of which are nothing for the copy engine. With targets
+/// between them whose A is not held, so that B stays instead. In the end runs as long as they become.
 fn deep_ranks_that_stay(backend: &Backend) {
-    let shapes = vec![(517, 8); if backend.cuda.is_some() { 70 } else { 2 }];
-    let all: [&[usize]; 7] = [
-        &[64; 11],
-        &[128, 114, 128, 128, 115],
-        &[192, 178, 180, 192],
-        &[192; 9],
-        &[256, 250, 241, 256],
-        &[256, 64, 192, 128],
-        &[256, 64, 192, 128, 20],
+    let count = |n: usize| if backend.cuda.is_some() { n } else { 2 };
+    let (many, long) = (vec![(389, 8); count(70)], vec![(if backend.cuda.is_some() { 4096 } else { 40 }, 8); count(132)]);
+    let cases: [(&[(usize, usize)], &[usize]); 8] = [
+        (&many, &[64; 11]),
+        (&many, &[128, 114, 96, 80, 115]),
+        (&many, &[192, 144, 160, 192]),
+        (&many, &[192; 9]),
+        (&many, &[256, 250, 208, 224]),
+        (&many, &[256, 48, 192, 96]),
+        (&many, &[256, 64, 192, 128, 20]),
+        (&long, &[192; 3]),
     ];
-    for (dtype, form, ranks) in
-        [(DType::Bf16, Form::FromBase), (DType::F16, Form::InPlace)].iter().flat_map(|&(d, f)| all.map(|ranks| (d, f, ranks)))
+    for (dtype, form, (shapes, ranks)) in
+        [(DType::Bf16, Form::FromBase), (DType::F16, Form::InPlace)].iter().flat_map(|&(d, f)| cases.map(|case| (d, f, case)))
     {
         let k = ranks.len();
-        let spec = Spec { shapes: shapes.clone(), max_rank: 256, slots: k, k_max: k, ..small(dtype, form) };
+        let spec = Spec { shapes: shapes.to_vec(), max_rank: 256, slots: k, k_max: k, ..small(dtype, form) };
         let mut model = Model::without_adapters(backend, &spec, StateMemory::allocate());
         for (slot, &rank) in ranks.iter().enumerate() {
             model.fill(slot, |model, t, (o, i)| {
@@ -882,13 +885,73 @@ fn deep_ranks_that_stay(backend: &Backend) {
         }
         let ids: Vec<i32> = (0..k as i32).collect();
         let mut drift = Drift::new(&spec);
-        // Zeros count as adapters until a launch looks closer: those of rank 64 are two in the end, and not held.
-        for (scale, count) in [(1.0, k), (-0.75, k), (1.5, 2), (0.5, 2)] {
-            let gates: Vec<f32> = (0..k).map(|e| if e < count { scale * ((e * 5 % 7) as f32 - 2.5) } else { 0.0 }).collect();
+        for scale in if k == 3 { vec![1.0] } else { vec![1.0, -0.75] } {
+            let gates: Vec<f32> = (0..k).map(|e| scale * ((e * 5 % 7) as f32 - 2.5)).collect();
             model.to(&ids, &gates);
             let what = format!("{dtype}, {form:?}, ranks {ranks:?}, scale {scale}");
             if form == Form::InPlace { drift.assert_holds(&model, &ids, &gates, &what) } else { model.assert_holds(&ids, &gates, &what) }
         }
+    }
+}
+
+/// Targets of a row in turns, on a GPU so many that a block takes tiles from the queue twice: with A held as different numbers of panels ask for,
+/// and more of it in shared memory. The last gate is zero in the end, though it counts as an adapter until a launch looks closer: then every fifth
+/// target has too few ranks left to be held, and every fifth is base again.
+fn deep_targets_of_all_kinds(backend: &Backend) {
+    let (count, cols, most) = (if backend.cuda.is_some() { 4_300 } else { 10 }, 8, 256);
+    let ranks: [[usize; 12]; 5] = [
+        [64; 12],
+        [64, 64, 0, 0, 0, 0, 0, 0, 0, 0, 0, 64],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 256],
+        [192, 192, 192, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [256, 256, 256, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    ];
+    let mut rng = Rng(16);
+    let mut grid = |rows: usize, cols: usize| {
+        let bits = rng.bits(DType::Bf16, rows * cols, 0.5);
+        Grid::new(backend, DType::Bf16, rows, cols, Layout::dense(cols), &bits)
+    };
+    let (base, weight) = (grid(count, cols), grid(count, cols));
+    let adapters: Vec<(Grid, Grid)> = (0..12).map(|_| (grid(most, cols), grid(count, most))).collect();
+    let shape = TargetShape { out_features: 1, in_features: cols as u64, rank_cap: most as u64 };
+    let bank = AdapterBank::new(&backend.stream, DType::Bf16, 12, &vec![shape; count], StateMemory::allocate()).unwrap();
+    let part = |grid: &Grid, rows: Range<u64>, cols: u64| grid.tensor().slice(rows, 0..cols).unwrap();
+    for (slot, (a, b)) in adapters.iter().enumerate() {
+        let factor = |t: u64| {
+            let rank = ranks[t as usize % 5][slot] as u64;
+            (rank > 0).then(|| Factor { a: part(a, 0..rank, cols as u64), b: part(b, t..t + 1, rank), scale: 0.5 })
+        };
+        bank.set_slot(&backend.stream, slot as u64, &(0..count as u64).map(factor).collect::<Vec<_>>()).unwrap();
+    }
+    let weights = weight.weight().split_rows(&vec![1; count]).unwrap();
+    let targets =
+        weights.into_iter().zip(0..).map(|(weight, t)| Target { weight, base: Some(part(&base, t..t + 1, cols as u64)) }).collect();
+    let options = SwitchOptions { kernels: backend.kernels, k_max: 12, ..Default::default() };
+    let mut set = SwitchSet::new(&backend.stream, &bank, targets, options).unwrap();
+
+    let exact = |g: &Grid| Exact::new(DType::Bf16, g.rows, g.cols, &g.bits());
+    let (exact_base, exact_adapters) = (exact(&base), adapters.iter().map(|(a, b)| (exact(a), exact(b))).collect::<Vec<_>>());
+    for (scale, last) in [(0.25f32, 0.5), (-0.5, 0.0)] {
+        let gates: Vec<f32> = (0..12).map(|e| if e == 11 { last } else { scale * ((e * 5 % 7) as f32 - 2.5) }).collect();
+        let (ids, device_gates) = (Grid::ids(backend, &(0..12).collect::<Vec<_>>()), Grid::floats(backend, &gates));
+        set.to(&backend.stream, &ids.mat(), &device_gates.mat()).unwrap();
+        backend.synchronize();
+        let (mut want, mut bounds) = (Vec::new(), Vec::new());
+        for t in 0..count {
+            let row = |rows: usize, x: &[f64]| Exact { rows, cols: x.len() / rows, x: x.to_vec() };
+            let pairs: Vec<(Exact, Exact, f64)> = (0..12)
+                .filter(|&slot| ranks[t % 5][slot] > 0)
+                .map(|slot| {
+                    let (rank, (a, b)) = (ranks[t % 5][slot], &exact_adapters[slot]);
+                    (row(rank, &a.x[..rank * cols]), row(1, &b.x[t * most..t * most + rank]), 0.5 * f64::from(gates[slot]))
+                })
+                .collect();
+            let terms: Vec<Term<'_>> = pairs.iter().map(|(a, b, coefficient)| Term { a, b, coefficient: *coefficient }).collect();
+            let (values, errors) = oracle::merge(&row(1, &exact_base.x[t * cols..(t + 1) * cols]), &terms);
+            want.extend(values.x);
+            bounds.extend(errors);
+        }
+        oracle::assert_close(DType::Bf16, &weight.values(), &want, &bounds, &format!("last gate {last}"));
     }
 }
 
@@ -931,12 +994,11 @@ fn assert_deep_ranks(backend: &Backend, cases: &[(usize, usize, &[usize])]) {
     }
 }
 
-/// Targets whose B the Hopper kernel holds among others, whose ranks are few (second), whole but not deep (third), or deep but not whole
-/// (fourth: as many panels as have code of their own where they are whole). From base each has the bits that it has alone, where no zero
-/// gate names another adapter either.
+/// Targets of which the Hopper kernel holds A among others, whose ranks are few (second), not deep (third), or deep with one of few among them
+/// (fourth). From base each has the bits that it has alone, where no zero gate names another adapter either.
 fn deep_and_shallow_targets(backend: &Backend) {
     let shapes = vec![(130, 320), (70, 200), (300, 264), (64, 128), (129, 72)];
-    let ranks = [[64, 8, 64, 128, 256], [128, 20, 64, 100, 256], [64, 40, 0, 256, 256], [16, 64, 256, 64, 20]];
+    let ranks = [[64, 8, 64, 128, 256], [128, 20, 64, 20, 256], [64, 40, 0, 256, 256], [16, 64, 256, 64, 20]];
     for (dtype, form) in FLOATS.into_iter().flat_map(|dtype| [(dtype, Form::FromBase), (dtype, Form::InPlace)]) {
         let spec = Spec { shapes: shapes.clone(), max_rank: 256, ..small(dtype, form) };
         let mut model = Model::new(backend, &spec);
@@ -1331,6 +1393,7 @@ on_paths!(
     deep_ranks,
     deep_ranks_down_columns,
     deep_ranks_that_stay,
+    deep_targets_of_all_kinds,
     deep_and_shallow_targets,
     runs_of_tiles_downwards,
     more_targets_than_a_launch_plans,
