@@ -112,8 +112,8 @@ struct EntryRing {
 };
 
 // Of a product: what all roles ask. Bits from 0: steps of 16 of the rank, whether it adds to what the term's last panel left, whether it ends
-// the term, whether B's place is free afterwards, parities and places of A and B, and whether the warp of panels fills both. (Where A is held: of
-// B and A.)
+// the term, whether B's place is free afterwards, parities of A and B, A's place, whether the warp of panels fills both places, and B's. (Where A
+// is held: of B and A.)
 struct Plan {
     uint32_t bits;
 
@@ -123,9 +123,9 @@ struct Plan {
     __device__ bool frees_b() const { return bits >> 5 & 1; }
     __device__ uint32_t a_parity() const { return bits >> 6 & 1; }
     __device__ uint32_t b_parity() const { return bits >> 7 & 1; }
-    __device__ uint32_t a_slot() const { return bits >> 8 & 0xff; }
-    __device__ uint32_t b_slot() const { return bits >> 16 & 0xff; }
-    __device__ bool brings_both() const { return bits >> 24; }
+    __device__ uint32_t a_slot() const { return bits >> 8 & 0x7f; }
+    __device__ bool brings_both() const { return bits >> 15 & 1; }
+    __device__ uint32_t b_slot() const { return bits >> 16; }
     // What a product leaves when it is over: A's place, and maybe B's.
     __device__ static Plan leaves(uint32_t a_slot, uint32_t b_slot, bool frees_b) { return {frees_b << 5 | a_slot << 8 | b_slot << 16}; }
 };
@@ -183,7 +183,7 @@ struct alignas(16) Header {
 };
 constexpr uint32_t kProducts = 24;  // of an entry
 static_assert(kProducts <= 32 && kProducts % 2 == 0 && kProducts % 3 == 0 && kProducts % 4 == 0, "a lane's each; whole terms, where they are alike");
-static_assert(kProducts < 256 && kTile < 256 && kMostPanels < 256, "packed");
+static_assert(kProducts < 256 && kTile < 256 && kMostPanels < 128, "packed");
 struct Entry {
     Header header;
     Product products[kProducts];
@@ -511,7 +511,7 @@ struct Places {
         p.a_low += g.panels + a_slot * g.panel_bytes >> 4;
         for (uint32_t c = 0; c < kConsumers; ++c) p.b_low[c] += g.panels + b_slot * g.panel_bytes >> 4;
         const uint32_t brings_both = comes || (stays && held > 0 && begins_run);
-        p.plan.bits |= frees_b << 5 | a.parity << 6 | b.parity << 7 | a_slot << 8 | b_slot << 16 | brings_both << 24;
+        p.plan.bits |= frees_b << 5 | a.parity << 6 | b.parity << 7 | a_slot << 8 | brings_both << 15 | b_slot << 16;
     }
 };
 
