@@ -939,8 +939,8 @@ template <class T, int kSteps, bool kHolds> __device__ __forceinline__ void add(
 // of the products whose A is held only the place of a tile's first one is read, a tile ahead. The others' panels of B follow in the ring
 // (Places::passed; behind each, where a run begins, the panel of A that is held from there on), and their coefficients are those of the run.
 //
-// ptxas serialises all wgmma where it loses track of what runs: nothing runs over a branch that joins another way or over the end of a loop,
-// and whoever reads an accumulator has waited by its name.
+// ptxas serialises all wgmma where it loses track of what runs: among held panels nothing runs over a branch that joins another way or over the end
+// of a loop, among others it is found (tests/resources.rs) to keep track; and whoever reads an accumulator has waited by its name.
 template <class T, int kHeld, int kPer> __device__ __forceinline__ void add_held(Consumer<true>& c) {
     Shared& s = c.s;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
