@@ -861,21 +861,21 @@ fn deep_ranks_down_columns(backend: &Backend) {
 fn deep_ranks_that_stay(backend: &Backend) {
     let count = |n: usize| if backend.cuda.is_some() { n } else { 2 };
     let (many, long) = (vec![(389, 8); count(70)], vec![(if backend.cuda.is_some() { 2048 } else { 40 }, 8); count(132)]);
-    let cases: [(&[(usize, usize)], &[usize]); 8] = [
-        (&many, &[64; 11]),
-        (&many, &[192; 9]),
-        (&many, &[128, 114, 96, 80, 115]),
-        (&many, &[192, 144, 160, 192]),
-        (&many, &[256, 250, 208, 224]),
-        (&many, &[256, 48, 192, 96]),
-        (&many, &[256, 64, 192, 128, 20]),
-        (&long, &[192; 3]),
+    let cases = [
+        (&many, &[64; 11][..]),
+        (&many, &[192; 9][..]),
+        (&many, &[128, 114, 96, 80, 115][..]),
+        (&many, &[192, 144, 160, 192][..]),
+        (&many, &[256, 250, 208, 224][..]),
+        (&many, &[256, 48, 192, 96][..]),
+        (&many, &[256, 64, 192, 128, 20][..]),
+        (&long, &[192; 3][..]),
     ];
     let from_base = cases.iter().map(|case| (DType::Bf16, Form::FromBase, case));
     let in_place = cases[2..7].iter().map(|case| (DType::F16, Form::InPlace, case));
     for (dtype, form, &(shapes, ranks)) in from_base.chain(in_place) {
         let k = ranks.len();
-        let spec = Spec { shapes: shapes.to_vec(), max_rank: 256, slots: k, k_max: k, ..small(dtype, form) };
+        let spec = Spec { shapes: shapes.clone(), max_rank: 256, slots: k, k_max: k, ..small(dtype, form) };
         let mut model = Model::without_adapters(backend, &spec, StateMemory::allocate());
         for (slot, &rank) in ranks.iter().enumerate() {
             model.fill(slot, |model, t, (o, i)| {
